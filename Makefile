@@ -1,0 +1,51 @@
+# Two commands matter: `make run` and `make test`. Both need python3 (3.10 or newer), and a network for the first install.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/installed
+RUN = out/run
+PAPERMILL = TQDM_DISABLE=1 $(BIN)/papermill --cwd notebooks --log-output --no-request-save-on-cell-execute
+
+.PHONY: help run test lab bench results writeup clean
+
+help:
+	@echo "make run      both notebooks on the scikit-learn digits, into $(RUN) (minutes)"
+	@echo "make test     style and tests"
+	@echo "make lab      the notebooks in the browser"
+	@echo "make bench    the kernels' speed, into kernels/results"
+	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results (hours; resumes)"
+	@echo "make writeup  writeup/writeup.pdf"
+
+$(INSTALLED): requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "abcnets needs Python 3.10 or newer, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+run: $(INSTALLED)
+	@mkdir -p $(RUN)
+	$(PAPERMILL) notebooks/FinalProject.ipynb $(RUN)/FinalProject.ipynb -p dataset digits -p out ../$(RUN) -p results ../$(RUN)/results
+	$(PAPERMILL) notebooks/Eval.ipynb $(RUN)/Eval.ipynb -p dataset digits -p out ../$(RUN) -p results ../$(RUN)/results
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to html $(RUN)/FinalProject.ipynb $(RUN)/Eval.ipynb
+	@$(BIN)/python notebooks/experiment.py table --results $(RUN)/results
+	@echo "Pictures: $(RUN)/figures, and in their story $(RUN)/FinalProject.html and $(RUN)/Eval.html"
+
+test: $(INSTALLED)
+	$(BIN)/ruff check
+	$(BIN)/python -m pytest
+
+lab: $(INSTALLED)
+	$(BIN)/jupyter lab notebooks/FinalProject.ipynb
+
+bench: $(INSTALLED)
+	$(BIN)/python -m kernels.bench
+
+results: $(INSTALLED)
+	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --run-missing
+
+writeup: $(INSTALLED)
+	$(BIN)/python writeup/build.py
+
+clean:
+	rm -rf $(RUN) .pytest_cache .ruff_cache .hypothesis
