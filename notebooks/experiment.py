@@ -3,19 +3,22 @@
     python notebooks/experiment.py pretrain --dataset fashion-mnist
     python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py evaluate --dataset fashion-mnist --weight-bases 3 --activation-bases 3
+    python notebooks/experiment.py table --dataset fashion-mnist
     python notebooks/experiment.py step
 
-Every run is named after what it is (`fashion-mnist/3-3`), keeps its network and its checkpoint in `out/`, goes on
+Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
 exactly where it was if it is started again after a kill, and leaves a row in `results/runs.csv` and its training curve
 in `results/curves/`.
 """
 
 import argparse
+import contextlib
 import csv
+import math
 import os
 import platform
+import statistics
 import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +30,8 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import abcnets  # noqa: E402
 
 RESULTS = ROOT / "notebooks" / "results"
 
@@ -96,17 +101,26 @@ class Data:
         return [self.normalize(self.train_images[part].permute(0, 2, 3, 1)) for part in picks.split(batch_size)]
 
 
-def load_data(name: str, root: str | Path = ROOT / "data") -> Data:
+def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = None) -> Data:
     """The data set of that name: digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH.
 
+    With a limit, only that many training images: for trying things out.
     Raises: DataError, one sentence with what to do, if it cannot be had.
     """
+    data = _load_data(name, Path(root))
+    if limit:
+        picks = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:limit]
+        data.train_images, data.train_labels = data.train_images[picks], data.train_labels[picks]
+    return data
+
+
+def _load_data(name: str, root: Path) -> Data:
     if name == "digits":
         return _digits()
     if name in ("fashion-mnist", "cifar10"):
-        return _torchvision(name, Path(root))
+        return _torchvision(name, root)
     if name == "cifar10-jpeg":
-        return _folder(name, Path(root) / "cifar10-jpeg")
+        return _folder(name, root / "cifar10-jpeg")
     if name.startswith("folder:"):
         return _folder(name, Path(name.removeprefix("folder:")).expanduser())
     raise DataError(f"unknown data set {name!r}: choose digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH")
@@ -280,7 +294,7 @@ def mixed_precision(device: torch.device):
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Data) -> Tensor:
-    """Logits (n, classes) of the test images, in float32."""
+    """Logits (n, classes) of the test images."""
     model.eval()
     return torch.cat([model(images).float() for images, _ in data.test_batches()])
 
@@ -290,80 +304,92 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * (predict(model, data).argmax(1) == data.test_labels).float().mean().item()
 
 
-def save(what, path: str | Path) -> None:
-    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-        torch.save(what, file)
-    os.replace(file.name, path)
+def pretrain(data: Data, *, epochs: int | None = None, lr: float = 0.1, seed: int = 0, **options):
+    """A float network trained from scratch: (model, history). Options: those of `train`."""
+    model = build_network(data, seed).to(data.train_images.device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(_parameter_groups(model, lr, lr, 5e-4), momentum=0.9, nesterov=True)
+    return model, train(model, data, optimizer, epochs=epochs or default_epochs(data), seed=seed, **options)
 
 
-def parameter_groups(model: nn.Module, lr: float, weight_decay: float, lr_activation: float) -> list[dict]:
-    """Weights with decay; biases and BatchNorm without; vs and betas (and us) at their own learning rate."""
-    groups = [
-        {"params": [], "lr": lr, "weight_decay": weight_decay},
-        {"params": [], "lr": lr, "weight_decay": 0.0},
-        {"params": [], "lr": lr_activation, "weight_decay": 0.0},
-    ]
+def finetune(
+    model: nn.Module,
+    data: Data,
+    teacher: nn.Module | None = None,
+    *,
+    epochs: int | None = None,
+    lr: float = 2e-3,
+    lr_activation: float = 2e-3,
+    weight_decay: float = 0.0,
+    **options,
+) -> list[dict]:
+    """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`."""
+    optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
+    return train(model, data, optimizer, teacher, epochs=epochs or default_epochs(data), **options)
+
+
+def default_epochs(data: Data) -> int:
+    return {"digits": 12, "fashion-mnist": 20}.get(data.name, 60)
+
+
+def _parameter_groups(model: nn.Module, lr: float, lr_activation: float, weight_decay: float) -> list[dict]:
+    """Weights with decay; biases and BatchNorm without; shifts and scales of the bases at their own learning rate."""
+    weights, vectors, bases = [], [], []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            quantizer = name.rsplit(".")[-1] in ("us", "vs", "betas")
-            groups[2 if quantizer else int(parameter.ndim < 2)]["params"].append(parameter)
+        own = name.split(".")[-1] in ("us", "vs", "betas")
+        (bases if own else vectors if parameter.ndim < 2 else weights).append(parameter)
+    groups = [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": vectors, "lr": lr, "weight_decay": 0.0},
+        {"params": bases, "lr": lr_activation, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
 
 
 def train(
     model: nn.Module,
     data: Data,
+    optimizer: torch.optim.Optimizer,
+    teacher: nn.Module | None = None,
     *,
     epochs: int,
-    optimizer: torch.optim.Optimizer,
     batch_size: int = 128,
     warmup: float = 0.1,
-    seed: int = 0,
-    teacher: nn.Module | None = None,
     distill: float = 0.5,
+    seed: int = 0,
     checkpoint: str | Path | None = None,
     description: str = "training",
 ) -> list[dict]:
-    """Train in place with a cosine schedule; returns one dict an epoch: loss, training and test accuracy, seconds.
+    """Train in place; returns the history: for each epoch loss, training and test accuracy in percent, and seconds.
 
-    With a teacher the loss is (1 - distill) x cross entropy + distill x cross entropy to the teacher's probabilities.
+    The learning rates in `optimizer` are peaks: up in a line for a fraction `warmup` of the time, then down a cosine.
+    With a teacher, that fraction `distill` of the loss is the cross entropy to the teacher's probabilities.
     With a checkpoint, a run that was killed goes on after its last complete epoch and ends with the very same weights:
-    all that is random in an epoch follows from the seed and the epoch's number. Ctrl-C ends early, keeping the model.
+    all that is random in an epoch follows from the seed and the epoch's number. A checkpoint of another recipe is
+    overwritten. Ctrl-C ends early, and what was learned is kept.
     """
     device = data.train_images.device
-    steps = max(1, len(data.train_images) // batch_size)
-    full_rates = [group["lr"] for group in optimizer.param_groups]
-    history, checkpoint = [], checkpoint and Path(checkpoint)
-    if checkpoint and checkpoint.exists():
-        state = torch.load(checkpoint, map_location=device)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        history = state["history"]
-    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc=description, unit="batch", mininterval=1)
+    batch_size = min(batch_size, len(data.train_images))
+    steps = len(data.train_images) // batch_size
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "seed": seed, "peaks": peaks,
+              "distill": distill if teacher else None, "images": len(data.train_images)}  # fmt: skip
+    history = _resume(checkpoint, recipe, model, optimizer) if checkpoint else []
+    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc=description, unit="batch", leave=False)
     try:
         for epoch in range(len(history), epochs):
-            started = time.perf_counter()
-            generator = torch.Generator().manual_seed(1_000_000 * (seed + 1) + epoch)
-            torch.manual_seed(1_000_000 * (seed + 1) + epoch)
+            started, loss_sum, hits = time.perf_counter(), 0, 0
+            generator = torch.manual_seed(1_000_000 * seed + epoch)
             model.train()
-            loss_sum = torch.zeros((), device=device)
-            hits = torch.zeros((), device=device)
             for step, (images, labels) in enumerate(data.train_batches(batch_size, generator)):
-                scale = schedule((epoch + step / steps) / epochs, warmup)
-                for group, rate in zip(optimizer.param_groups, full_rates):
-                    group["lr"] = rate * scale
+                for group, peak in zip(optimizer.param_groups, peaks):
+                    group["lr"] = peak * _schedule((epoch * steps + step + 1) / (epochs * steps), warmup)
                 with mixed_precision(device):
                     logits = model(images).float()
-                    target = None
+                    loss = F.cross_entropy(logits, labels)
                     if teacher is not None:
                         with torch.no_grad():
                             target = teacher(images).float().softmax(1)
-                loss = F.cross_entropy(logits, labels)
-                if target is not None:
-                    loss = (1 - distill) * loss + distill * F.cross_entropy(logits, target)
+                        loss = torch.lerp(loss, F.cross_entropy(logits, target), distill)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -372,41 +398,67 @@ def train(
                 bar.update()
             seconds = time.perf_counter() - started
             with mixed_precision(device):
-                test_accuracy = accuracy(model, data)
-            history.append(
-                {
-                    "epoch": epoch + 1,
-                    "loss": round(loss_sum.item() / steps, 5),
-                    "train_accuracy": round(100 * hits.item() / (steps * min(batch_size, len(data.train_images))), 3),
-                    "test_accuracy": round(test_accuracy, 3),
-                    "seconds": round(seconds, 2),
-                }
-            )
-            bar.set_postfix(loss=history[-1]["loss"], test=f"{test_accuracy:.2f} %")
+                tested = accuracy(model, data)
+            history.append({
+                "epoch": epoch + 1,
+                "loss": round(loss_sum.item() / steps, 5),
+                "train_accuracy": round(100 * hits.item() / (steps * batch_size), 3),
+                "test_accuracy": round(tested, 3),
+                "seconds": round(seconds, 2),
+            })  # fmt: skip
+            _show(bar, description, history[-1], epochs)
             if checkpoint:
-                state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
-                save(state, checkpoint)
+                save({"recipe": recipe, "history": history, "model": model.state_dict(),
+                      "optimizer": optimizer.state_dict()}, checkpoint)  # fmt: skip
     except KeyboardInterrupt:
-        bar.write(f"stopped early, after {len(history)} of {epochs} epochs: what was learned is kept")
+        print(f"{description}: stopped after {len(history)} of {epochs} epochs; what was learned is kept")
     bar.close()
     model.eval()
     return history
 
 
-def schedule(progress: float, warmup: float) -> float:
+def _schedule(progress: float, warmup: float) -> float:
     """A factor for the learning rate: up in a line to 1, then down along half a cosine to 0."""
-    import math
-
     if progress < warmup:
-        return max(progress / warmup, 0.01)
+        return progress / warmup
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
-def pretrain(data: Data, *, epochs: int = 20, lr: float = 0.1, weight_decay: float = 5e-4, seed: int = 0, **options):
-    """A float network trained from scratch, and its curve."""
-    model = build_network(data, seed).to(data.train_images.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(parameter_groups(model, lr, weight_decay, lr), momentum=0.9, nesterov=True)
-    return model, train(model, data, epochs=epochs, optimizer=optimizer, seed=seed, **options)
+def _resume(checkpoint: str | Path, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
+    if not Path(checkpoint).exists():
+        return []
+    state = torch.load(checkpoint, map_location="cpu")
+    if state["recipe"] != recipe:
+        return []
+    model.load_state_dict(state["model"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["history"]
+
+
+def _show(bar, description: str, entry: dict, epochs: int) -> None:
+    """An epoch's outcome beside the bar, or as a line of its own where bars are switched off (TQDM_DISABLE=1)."""
+    if bar.disable:
+        print(f"{description}: epoch {entry['epoch']}/{epochs}, loss {entry['loss']:.4f}, "
+              f"test {entry['test_accuracy']:.2f} %, {entry['seconds']:.1f} s", flush=True)  # fmt: skip
+    bar.set_postfix(epoch=entry["epoch"], loss=entry["loss"], test=f"{entry['test_accuracy']:.2f} %")
+
+
+def save(what, path: str | Path) -> None:
+    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
+    with _replacing(Path(path)) as temporary:
+        torch.save(what, temporary)
+
+
+@contextlib.contextmanager
+def _replacing(path: Path):
+    """A temporary file's name beside `path`, which takes its place if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -414,24 +466,40 @@ def pretrain(data: Data, *, epochs: int = 20, lr: float = 0.1, weight_decay: flo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def write_csv(path: Path, rows: list[dict]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    with tempfile.NamedTemporaryFile("w", newline="", dir=path.parent, delete=False) as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
+def run_name(dataset: str, M: int | None = None, N: int | None = None, options: str = "", seed: int = 0) -> str:
+    """fashion-mnist/float, fashion-mnist/M3-N3, fashion-mnist/M2 (activations float), fashion-mnist/M3-N3-even-s1."""
+    bases = "-".join(f"{letter}{count}" for letter, count in (("M", M), ("N", N)) if count)
+    parts = [bases or "float", *options.split(), *([f"s{seed}"] if seed else [])]
+    return f"{dataset.replace('/', '_').replace(':', '_')}/{'-'.join(parts)}"
+
+
+def record(results: str | Path, run: str, history: list[dict], **columns) -> dict:
+    """Write a run's row into results/runs.csv, in place of an earlier one of the same name, and its curve beside it."""
+    results = Path(results)
+    table = results / "runs.csv"
+    row = {
+        "run": run, "dataset": None, "M": None, "N": None, "options": None, "seed": 0, "epochs": len(history),
+        "float": None, "binarized": None, "calibrated": None, "accuracy": None, "bytes": None, "float_bytes": None,
+        "seconds": round(sum(entry["seconds"] for entry in history), 1), **columns, **machine(),
+    }  # fmt: skip
+    row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
+    rows = read_csv(table) if table.exists() else []
+    write_csv(table, sorted([old for old in rows if old["run"] != run] + [row], key=lambda row: row["run"]))
+    if history:
+        write_csv(results / "curves" / f"{run.replace('/', '-')}.csv", history)
+    return row
+
+
+def read_csv(path: str | Path) -> list[dict]:
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def write_csv(path: str | Path, rows: list[dict]) -> None:
+    with _replacing(Path(path)) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def record(row: dict, path: Path = RESULTS / "runs.csv") -> None:
-    """Add a run to the table, in place of an earlier run of the same name."""
-    rows = []
-    if path.exists():
-        with open(path, newline="") as file:
-            rows = [old for old in csv.DictReader(file) if old["run"] != row["run"]]
-    write_csv(path, [*rows, row])
 
 
 def machine() -> dict:
@@ -444,9 +512,92 @@ def machine() -> dict:
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
     return {
         "hardware": f"{name}, {torch.get_num_threads()} threads",
-        "python": platform.python_version(),
-        "torch": torch.__version__,
+        "versions": f"python {platform.python_version()}, torch {torch.__version__}, abcnets {abcnets.__version__}",
     }
+
+
+def float_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters as a float32 file holds them, without the bases' own."""
+    parameters = dict(model.named_parameters())
+    return 4 * sum(p.numel() for name, p in parameters.items() if name.split(".")[-1] not in ("us", "vs", "betas"))
+
+
+def packed_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters with every binarized layer's weights as M bits and M scales a channel."""
+    saved = 0
+    for layer in model.modules():
+        if getattr(layer, "us", None) is not None:
+            O, M = len(layer.weight), layer.weight_bases
+            bytes_per_tap = M * math.ceil(layer.weight.shape[1] / 8)
+            saved += 4 * layer.weight.numel() - O * layer.weight[0, 0].numel() * bytes_per_tap - 4 * M * O
+    return 4 * sum(p.numel() for p in model.parameters()) - saved
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Cost of a training step
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool):
+    """A function that makes one full step (forward, backward, optimizer) of the nine-layer network."""
+    torch.manual_seed(0)
+    model = nine_layer()
+    if M or N:
+        model = abcnets.convert(model, M, N)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,), device=device)
+
+    def step():
+        with mixed_precision(device) if mixed else contextlib.nullcontext():
+            loss = F.cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def step_times(kinds: list[tuple], rounds: int, **options) -> list[float]:
+    """Median milliseconds of a step for each (M, N), taken in turns, so that a busy machine is busy for all of them."""
+    steps = [training_step(*kind, **options) for kind in kinds]
+    for step in steps * 3:
+        step()
+    times = [[] for _ in steps]
+    for _ in tqdm(range(rounds), desc="timing", leave=False):
+        for step, taken in zip(steps, times):
+            started = time.perf_counter()
+            step()
+            taken.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(taken) for taken in times]
+
+
+def step_memory(kind: tuple, **options) -> float:
+    """MiB that three steps needed at their peak on top of what the process held before; call it in a fresh process."""
+    step = None
+    if options["device"].type == "cuda":
+        step = training_step(*kind, **options)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    else:
+        tiny = training_step(*kind, **{**options, "batch_size": 1})
+        tiny()
+        step = training_step(*kind, **options)
+        before = _peak_resident()
+    for _ in range(3):
+        step()
+    after = torch.cuda.max_memory_allocated() if options["device"].type == "cuda" else _peak_resident()
+    return (after - before) / 2**20
+
+
+def _peak_resident() -> int:
+    import resource  # not on Windows, where the rest of this file works
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -455,55 +606,185 @@ def machine() -> dict:
 
 
 def run_pretrain(options) -> None:
-    data = load_data(options.dataset, options.data).to(options.device)
-    started = time.perf_counter()
-    folder = options.out / options.dataset.replace("/", "_").replace(":", "_")
-    run = f"{folder.name}/float" + (f"-s{options.seed}" if options.seed else "")
+    data = load_data(options.dataset, options.data, options.limit).to(options.device)
+    run = run_name(data.name, seed=options.seed)
     path = options.out / f"{run}.pt"
-    recipe = {"epochs": options.epochs, "lr": options.lr}
+    recipe = _given(options, "epochs", "lr", "batch_size")
     model, history = pretrain(
-        data,
-        seed=options.seed,
-        checkpoint=path.with_suffix(".checkpoint"),
-        description=run,
-        **{key: value for key, value in recipe.items() if value is not None},
+        data, seed=options.seed, checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe
     )
     save(model.state_dict(), path)
-    row = {
-        "run": run,
-        "dataset": data.name,
-        "M": "",
-        "N": "",
-        "options": "",
-        "seed": options.seed,
-        "epochs": len(history),
-        "accuracy": round(accuracy(model, data), 3),
-        "bytes": sum(p.numel() * 4 for p in model.parameters()),
-        "seconds": round(sum(entry["seconds"] for entry in history), 1),
-        **machine(),
-    }
-    write_csv(options.results / "curves" / f"{run.replace('/', '-')}.csv", history)
-    record(row, options.results / "runs.csv")
-    print(f"{run}: {row['accuracy']:.2f} % in {time.perf_counter() - started:.0f} s, kept in {path}")
+    percent = accuracy(model, data)
+    record(options.results, run, history, dataset=data.name, seed=options.seed, accuracy=percent, float=percent,
+           bytes=float_bytes(model), float_bytes=float_bytes(model), command=_command())  # fmt: skip
+    print(f"{run}: {percent:.2f} %, kept in {path}")
 
 
-def main(arguments=None) -> None:
+def run_finetune(options) -> None:
+    data = load_data(options.dataset, options.data, options.limit).to(options.device)
+    M, N = options.weight_bases, options.activation_bases
+    run = run_name(data.name, M, N, " ".join(_variations(options)), options.seed)
+    path = options.out / f"{run}.pt"
+    teacher = _load_float(options, data)
+    model = _converted(options, teacher)
+    percent = {"float": accuracy(teacher, data), "binarized": accuracy(model, data)}
+    if options.calibrate:
+        abcnets.calibrate(model, data.calibration_batches(options.calibrate, seed=options.seed))
+        percent["calibrated"] = accuracy(model, data)
+    print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
+    recipe = _given(options, "epochs", "lr", "lr_activation", "weight_decay", "distill", "batch_size")
+    history = finetune(
+        model, data, teacher if options.distill != 0 else None, seed=options.seed,
+        checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe,
+    )  # fmt: skip
+    save(model.state_dict(), path)
+    percent["accuracy"] = accuracy(model, data)
+    record(options.results, run, history, dataset=data.name, M=M, N=N, options=" ".join(_variations(options)),
+           seed=options.seed, bytes=packed_bytes(model), float_bytes=float_bytes(model), **percent,
+           command=_command())  # fmt: skip
+    print(f"{run}: fine-tuned {percent['accuracy']:.2f} %, kept in {path}")
+
+
+def run_evaluate(options) -> None:
+    data = load_data(options.dataset, options.data).to(options.device)
+    model = _load_float(options, data)
+    if options.weight_bases or options.activation_bases:
+        run = run_name(data.name, options.weight_bases, options.activation_bases, " ".join(_variations(options)),
+                       options.seed)  # fmt: skip
+        model = _converted(options, model)
+        model.load_state_dict(_load(options.out / f"{run}.pt", "finetune"))
+    print(f"{accuracy(model, data):.2f} %")
+
+
+def run_table(options) -> None:
+    """Percentages of the test images, as far as they are known."""
+    columns = ("float", "binarized", "calibrated", "accuracy")
+    print(f"{'':32}{'float':>9}{'after binarizing':>18}{'after calibrating':>19}{'after fine-tuning':>19}")
+    for row in read_csv(options.results / "runs.csv"):
+        if row["M"] + row["N"] and options.dataset in (None, row["dataset"]):
+            cells = (f"{float(row[key]):.2f} %" if row[key] else "-" for key in columns)
+            print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
+
+
+def run_step(options) -> None:
+    kinds = [(None, None), (options.weight_bases, options.activation_bases)]
+    common = {"batch_size": options.batch_size or 128, "device": options.device}
+    rows = []
+    for mixed in (False, True):
+        times = step_times(kinds, options.rounds, mixed=mixed, **common)
+        memory = []
+        for kind in kinds:
+            with torch.multiprocessing.get_context("spawn").Pool(1, _use_threads, (options.threads,)) as pool:
+                memory.append(pool.apply(step_memory, (kind,), {"mixed": mixed, **common}))
+        rows.append({
+            "network": "nine-layer", "M": kinds[1][0], "N": kinds[1][1],
+            "precision": "mixed" if mixed else "float32", "batch_size": common["batch_size"],
+            "float_ms": round(times[0], 1), "binarized_ms": round(times[1], 1), "ratio": round(times[1] / times[0], 3),
+            "float_mib": round(memory[0]), "binarized_mib": round(memory[1]),
+            "memory_ratio": round(memory[1] / memory[0], 3), **machine(), "command": _command(),
+        })  # fmt: skip
+        print("{precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
+              "memory {float_mib} -> {binarized_mib} MiB, {memory_ratio} x".format(**rows[-1]), flush=True)  # fmt: skip
+    write_csv(options.results / "step.csv", rows)
+
+
+def _use_threads(count: int | None) -> None:
+    if count:
+        torch.set_num_threads(count)
+
+
+def _given(options, *names) -> dict:
+    """Those of the options that were given; the others keep the defaults of the function that takes them."""
+    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+
+
+def _variations(options) -> list[str]:
+    """What is not the default about a binarized run."""
+    words = {
+        "per-layer": not options.per_channel, "even": options.shifts == "even", "learned": options.learn_shifts,
+        "uncalibrated": options.calibrate == 0, "undistilled": options.distill == 0,
+    }  # fmt: skip
+    return [word for word, present in words.items() if present]
+
+
+def _converted(options, model: nn.Module) -> nn.Module:
+    bases = {"per_channel": options.per_channel, "learn_us": options.learn_shifts}
+    if options.shifts == "even":
+        bases["us"] = abcnets.even_shifts
+    return abcnets.convert(model, options.weight_bases, options.activation_bases, **bases)
+
+
+def _load_float(options, data: Data) -> nn.Module:
+    path = options.start or options.out / f"{run_name(data.name, seed=options.seed)}.pt"
+    model = build_network(data, options.seed).to(options.device, memory_format=torch.channels_last)
+    model.load_state_dict(_load(path, "pretrain"))
+    return model.eval()
+
+
+def _load(path: Path, command: str):
+    if not path.exists():
+        sys.exit(f"{path} is missing: run `python notebooks/experiment.py {command}` for it first")
+    return torch.load(path, map_location="cpu")
+
+
+def _command() -> str:
+    return "python notebooks/experiment.py " + " ".join(sys.argv[1:])
+
+
+def _bases(text: str) -> int | None:
+    return None if text in ("none", "float") else int(text)
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("pretrain", help="train a float network")
-    command.add_argument("--dataset", default="digits")
-    command.add_argument("--data", type=Path, default=ROOT / "data")
-    command.add_argument("--out", type=Path, default=ROOT / "out")
-    command.add_argument("--results", type=Path, default=RESULTS)
-    command.add_argument("--epochs", type=int)
-    command.add_argument("--lr", type=float)
-    command.add_argument("--seed", type=int, default=0)
-    command.add_argument("--threads", type=int)
-    command.add_argument("--device", type=torch.device, default=best_device())
-    command.set_defaults(run=run_pretrain)
+    places = argparse.ArgumentParser(add_help=False)
+    places.add_argument("--out", type=Path, default=ROOT / "out", help="networks and checkpoints (default: out)")
+    places.add_argument("--results", type=Path, default=RESULTS, help="tables (default: notebooks/results)")
+    places.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets are kept (default: data)")
+    where = argparse.ArgumentParser(add_help=False)
+    where.add_argument("--device", type=torch.device, default=best_device(), help="default: cuda, else mps, else cpu")
+    where.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    dataset = argparse.ArgumentParser(add_help=False)
+    dataset.add_argument("--dataset", default="digits", metavar="NAME",
+                         help="digits (default), fashion-mnist, cifar10, cifar10-jpeg, folder:PATH")  # fmt: skip
+    dataset.add_argument("--seed", type=int, default=0)
+    training = argparse.ArgumentParser(add_help=False)
+    training.add_argument("--epochs", type=int, help="default: 12 for digits, 20 for fashion-mnist, else 60")
+    training.add_argument("--batch-size", type=int, help="default: 128")
+    training.add_argument("--lr", type=float, help="peak learning rate")
+    training.add_argument("--limit", type=int, metavar="IMAGES", help="train on so many images only")
+    bases = argparse.ArgumentParser(add_help=False)
+    bases.add_argument("--weight-bases", type=_bases, default=3, metavar="M", help="3, or none: float")
+    bases.add_argument("--activation-bases", type=_bases, default=3, metavar="N", help="3, or none: float")
+    variations = argparse.ArgumentParser(add_help=False)
+    variations.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    variations.add_argument("--per-layer", dest="per_channel", action="store_false", help="one alpha a layer and base")
+    variations.add_argument("--shifts", choices=("gaussian", "even"), default="gaussian", help="of the weight bases")
+    variations.add_argument("--learn-shifts", action="store_true", help="train them too")
+    variations.add_argument("--calibrate", type=int, default=1024, metavar="IMAGES", help="0: do not (default: 1024)")
+    variations.add_argument("--distill", type=float, help="the teacher's part of the loss; 0: none (default: 0.5)")
+
+    commands = parser.add_subparsers(title="commands", required=True)
+
+    def command(name, run, text, *parents):
+        added = commands.add_parser(name, help=text, description=text, parents=[*parents, places])
+        added.set_defaults(run=run)
+        return added
+
+    command("pretrain", run_pretrain, "train a float network", dataset, training, where)
+    tune = command("finetune", run_finetune, "binarize a float network, calibrate it, train it on", dataset, bases,
+                   variations, training, where)  # fmt: skip
+    tune.add_argument("--lr-activation", type=float, help="peak learning rate of vs and betas")
+    tune.add_argument("--weight-decay", type=float)
+    command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, where)
+    table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
+    table.add_argument("--dataset", help="only this one")
+    step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
+    step.add_argument("--batch-size", type=int, default=128)
+    step.add_argument("--rounds", type=int, default=25)
+
     options = parser.parse_args(arguments)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    _use_threads(getattr(options, "threads", None))
     try:
         options.run(options)
     except DataError as error:
