@@ -1,0 +1,86 @@
+"""What one call hands to the CPU kernels: a C struct that Numba reads by name.
+
+torch's thread pool starts a C function with one pointer (cpu_vector.run), so everything a call needs, sizes, addresses
+and strides, stands in one record. Every field is a 64-bit integer; strides and offsets are in bytes.
+"""
+
+import ctypes
+
+import numpy as np
+
+PLANAR = 0  # float32 (B, C, *S): a channel's pixels lie side by side
+INTERLEAVED = 1  # float32 (B, *S, C), torch's channels_last: a pixel's channels lie side by side
+WORDS = 2  # packed words (B, *S, P, N)
+
+PIXEL_BLOCK = 64  # output pixels between two visits to memory: the rows of one block stay in the first-level cache
+CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit register
+
+ROWS_BYTES = PIXEL_BLOCK * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are stored,
+PLANE_BYTES = 64 * CHUNK * 4  # [channel][pixel] a copy of the input where an image has fewer pixels than a chunk,
+COLUMN_BYTES = CHUNK * 8  # [pixel] the words that a chunk was packed to, before they are sent to their pixels
+SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
+
+
+class Job(ctypes.Structure):
+    """One call. Tables belong to the plan, `input` and `output` to the caller, `words` and `scratch` to the workspace."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "address",  # of this record, to hand it on
+            # input: images x channels x pixels
+            "input",
+            "input_kind",
+            "images",
+            "channels",
+            "image_stride",
+            "channel_stride",
+            "pixel_stride",
+            "pixels",
+            "bases",  # N
+            "channel_words",  # P
+            "thresholds",  # float32 [N][64 P]
+            "flips",  # words [P]
+            "chunks",  # first pixel of every chunk to pack
+            "chunk_count",  # of one image; 0 where the input is used as it lies
+            "landing",  # where each input pixel's words go in the padded image
+            # the padded image of words
+            "words",
+            "words_stride",  # from one padded image to the next
+            "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
+            # convolution
+            "block_kernel",  # address of cpu_vector.block_kernel(N, P, masked)
+            "weights",  # words [block][M][tap, word][16]
+            "masks",  # words [block][tap, word][16], or 0 without groups
+            "block_words",  # where a block's first channel word lies in a pixel, [block]
+            "tap_offsets",  # where tap and word lie relative to the window's beginning, [tap, word]
+            "tap_count",
+            "start",  # -(K // 2), where the popcounts begin
+            "weight_bases",  # M
+            "scales",  # float32 [block][M][N][16]
+            "constants",  # float32 [class][block][16]
+            "pixel_offsets",  # where each output pixel's window begins in the padded image
+            "pixel_classes",  # where each output pixel's constants begin
+            "blocks",
+            "output_pixels",
+            # output
+            "output",
+            "output_kind",
+            "output_channels",  # O
+            "output_words",  # ceil(O / 64)
+            "output_bases",  # N of the next layer
+            "output_thresholds",  # float32 [N of the next layer][block][16]
+            "output_flips",  # words [output_words]
+            # threads
+            "threads",
+            "thread_number",  # address of omp_get_thread_num,
+            "thread_count",  # of omp_get_num_threads
+            "barrier",  # and of GOMP_barrier
+            "scratch",  # SCRATCH_BYTES a thread
+            # result
+            "saw_nan",
+        )
+    ]
+
+
+JOB_DTYPE = np.dtype(Job)

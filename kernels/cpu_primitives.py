@@ -1,0 +1,271 @@
+"""The few words that the CPU kernels are written in.
+
+Numba compiles Python through LLVM, but it has no vector types, and a convolution that keeps its accumulators in memory
+runs at a tenth of the speed. So the inner loops are spelled in LLVM's vector IR, through `numba.extending.intrinsic`.
+LLVM lowers the same IR to whatever the processor has (AVX-512, AVX2, NEON): right everywhere, fastest where there is a
+vector popcount.
+
+Two kinds of words live here:
+
+- `Emitter`, the pen that an intrinsic writes IR with: load, store, splat, popcount, a loop that keeps its variables in
+  registers. The Python that holds the pen runs at compile time: `for p in range(P)` there is an unrolled loop.
+- small intrinsics for Numba code: a load or store at an address, sixteen comparisons at once, an 8 x 8 transpose.
+
+Addresses are plain 64-bit integers and offsets count bytes, everywhere in the CPU kernels. Words are little-endian, as
+on every processor that torch supports.
+"""
+
+from pathlib import Path
+from zlib import crc32
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+WORDS_8 = ir.VectorType(I64, 8)  # one 512-bit register of channel words
+FLOATS_8 = ir.VectorType(F32, 8)
+FLOATS_16 = ir.VectorType(F32, 16)
+INTS_16 = ir.VectorType(I32, 16)
+BITS_16 = ir.VectorType(I1, 16)
+
+# Numba's disk cache notices a change in the file that holds a kernel, but not in the files that kernel imports. Kernels
+# therefore close over this number: an edit here gives them a new cache entry.
+STAMP = crc32(Path(__file__).read_bytes())
+
+
+class Emitter:
+    """Writes vector IR at the end of `builder`'s block. Values are SSA values, so they live in registers."""
+
+    def __init__(self, builder):
+        self.builder = builder
+        for word in ("add", "sub", "mul", "and_", "or_", "xor", "shl", "zext", "trunc", "bitcast", "select"):
+            setattr(self, word, getattr(builder, word))
+
+    def const(self, number, type=I64):
+        """The constant `number`, in every lane if `type` is a vector."""
+        return ir.Constant(type, [number] * type.count if isinstance(type, ir.VectorType) else number)
+
+    def offset(self, address, *counts_and_sizes):
+        """address + count_0 * size_0 + count_1 * size_1 + ...; each a value or a Python int."""
+        for count, size in zip(counts_and_sizes[::2], counts_and_sizes[1::2]):
+            if isinstance(count, int) and isinstance(size, int):
+                step = self.const(count * size)
+            else:
+                count, size = (self.const(v) if isinstance(v, int) else v for v in (count, size))
+                step = self.mul(count, size)
+            address = self.add(address, step)
+        return address
+
+    def load(self, type, address, align):
+        value = self.builder.load(self.builder.inttoptr(address, type.as_pointer()))
+        value.align = align
+        return value
+
+    def store(self, value, address, align):
+        self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = align
+
+    def splat(self, scalar, type):
+        """The vector whose every lane is `scalar`."""
+        undefined = ir.Constant(type, ir.Undefined)
+        first = self.builder.insert_element(undefined, scalar, self.const(0, I32))
+        return self.shuffle(first, undefined, [0] * type.count)
+
+    def shuffle(self, a, b, lanes):
+        """Lanes of a (0, 1, ...) and of b (counted on from a's last), in the order given."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+
+    def popcount(self, vector):
+        return self.call_llvm("llvm.ctpop.v8i64", vector.type, vector)
+
+    def multiply_add(self, a, b, c):
+        return self.call_llvm("llvm.fma.v8f32", c.type, a, b, c)
+
+    def to_float(self, words):
+        return self.builder.sitofp(words, FLOATS_8)
+
+    def load_floats_16(self, address, count):
+        """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
+        lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
+        wanted = self.builder.icmp_signed("<", lanes, self.splat(count, lanes.type))
+        pointer = self.builder.inttoptr(address, FLOATS_16.as_pointer())
+        zeros = self.const(0.0, FLOATS_16)
+        return self.call_llvm("llvm.masked.load.v16f32.p0", FLOATS_16, pointer, self.const(4, I32), wanted, zeros)
+
+    def prefetch(self, address):
+        """Ask for a cache line that will be read soon, into the second-level cache."""
+        pointer = self.builder.inttoptr(address, ir.IntType(8).as_pointer())
+        read, nearness, data = self.const(0, I32), self.const(2, I32), self.const(1, I32)
+        self.call_llvm("llvm.prefetch.p0", ir.VoidType(), pointer, read, nearness, data)
+
+    def call_llvm(self, name, result, *arguments):
+        signature = ir.FunctionType(result, [a.type for a in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, signature, name), arguments)
+
+    def loop(self, count, carried, body):
+        """for i in range(count): carried = body(i, carried); returns the last carried.
+
+        `carried` is a list of values: they become phi nodes, that is registers, never memory.
+        """
+        builder = self.builder
+        before = builder.block
+        head, inside, after = (builder.append_basic_block(name) for name in ("head", "inside", "after"))
+        builder.branch(head)
+        builder.position_at_end(head)
+        i = builder.phi(I64)
+        i.add_incoming(self.const(0), before)
+        now = [builder.phi(value.type) for value in carried]
+        for phi, value in zip(now, carried):
+            phi.add_incoming(value, before)
+        builder.cbranch(builder.icmp_signed("<", i, count), inside, after)
+        builder.position_at_end(inside)
+        then = body(i, now)
+        for phi, value in zip([i, *now], [builder.add(i, self.const(1)), *then]):
+            phi.add_incoming(value, builder.block)
+        builder.branch(head)
+        builder.position_at_end(after)
+        return now
+
+
+@intrinsic
+def load_word(typing, address):
+    """The 64-bit integer at address."""
+    return types.int64(types.int64), lambda context, builder, signature, args: Emitter(builder).load(I64, args[0], 8)
+
+
+@intrinsic
+def load_float(typing, address):
+    """The float32 at address."""
+    return types.float32(types.int64), lambda context, builder, signature, args: Emitter(builder).load(F32, args[0], 4)
+
+
+@intrinsic
+def store_word(typing, address, word):
+    """Write a 64-bit integer at address."""
+    return types.void(types.int64, types.int64), _store
+
+
+@intrinsic
+def store_float(typing, address, value):
+    """Write a float32 at address."""
+    return types.void(types.int64, types.float32), _store
+
+
+@intrinsic
+def store_bits_16(typing, address, bits):
+    """Write the low 16 bits of `bits` at address."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        emitter.store(emitter.trunc(args[1], I16), args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+def _store(context, builder, signature, args):
+    address, value = args
+    Emitter(builder).store(value, address, value.type.get_abi_alignment(context.target_data))
+    return context.get_dummy_value()
+
+
+@intrinsic
+def popcount(typing, word):
+    """How many bits of one 64-bit integer are 1 (Numba has no name for it)."""
+
+    def emit(context, builder, signature, args):
+        return Emitter(builder).call_llvm("llvm.ctpop.i64", I64, args[0])
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def bits_at_least(typing, values, thresholds, count):
+    """Sixteen comparisons: bit i is (float32 at values)[i] >= (float32 at thresholds)[i]; 0 for i >= count.
+
+    Thresholds are read sixteen at a time whatever `count` is: tables of them are padded.
+    """
+
+    def emit(context, builder, signature, args):
+        values, thresholds, count = args
+        emitter = Emitter(builder)
+        value = emitter.load_floats_16(values, count)
+        threshold = emitter.load(FLOATS_16, thresholds, 4)
+        return emitter.zext(emitter.bitcast(builder.fcmp_ordered(">=", value, threshold), I16), I64)
+
+    return types.int64(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def bits_nan(typing, values, count):
+    """Bit i is 1 where (float32 at values)[i] is NaN, for i < min(count, 16)."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        value = emitter.load_floats_16(*args)
+        return emitter.zext(emitter.bitcast(builder.fcmp_unordered("uno", value, value), I16), I64)
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@intrinsic
+def transpose_8x8(typing, source, source_stride, target, target_stride):
+    """(float32 at target)[c][p] = (float32 at source)[p][c] for c, p < 8; strides are in bytes between rows.
+
+    Three rounds of shuffles exchange ever larger blocks: neighbours, then pairs, then halves.
+    """
+
+    def emit(context, builder, signature, args):
+        source, source_stride, target, target_stride = args
+        emitter = Emitter(builder)
+        rows = [emitter.load(FLOATS_8, emitter.offset(source, i, source_stride), 4) for i in range(8)]
+        ones = []
+        for even, odd in zip(rows[::2], rows[1::2]):
+            ones.append(emitter.shuffle(even, odd, [0, 8, 1, 9, 4, 12, 5, 13]))
+            ones.append(emitter.shuffle(even, odd, [2, 10, 3, 11, 6, 14, 7, 15]))
+        twos = []
+        for a, b in ((0, 2), (1, 3), (4, 6), (5, 7)):
+            twos.append(emitter.shuffle(ones[a], ones[b], [0, 1, 8, 9, 4, 5, 12, 13]))
+            twos.append(emitter.shuffle(ones[a], ones[b], [2, 3, 10, 11, 6, 7, 14, 15]))
+        halves = [emitter.shuffle(a, b, [0, 1, 2, 3, 8, 9, 10, 11]) for a, b in zip(twos[:4], twos[4:])]
+        halves += [emitter.shuffle(a, b, [4, 5, 6, 7, 12, 13, 14, 15]) for a, b in zip(twos[:4], twos[4:])]
+        for i, column in enumerate(halves):
+            emitter.store(column, emitter.offset(target, i, target_stride), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), emit
+
+
+@intrinsic
+def call(typing, address):
+    """Call the C function `void f(void)` at address (GOMP_barrier)."""
+
+    def emit(context, builder, signature, args):
+        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), emit
+
+
+@intrinsic
+def call_int(typing, address):
+    """The result of the C function `int f(void)` at address (omp_get_thread_num)."""
+
+    def emit(context, builder, signature, args):
+        function = builder.inttoptr(args[0], ir.FunctionType(I32, []).as_pointer())
+        return builder.sext(builder.call(function, []), I64)
+
+    return types.int64(types.int64), emit
+
+
+@intrinsic
+def call_block(typing, address, job, words, block, first, last, rows):
+    """Call a block kernel (cpu_vector.block_kernel) at address: void f(int64 x 6)."""
+
+    def emit(context, builder, signature, args):
+        function = ir.FunctionType(ir.VoidType(), [I64] * 6).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), args[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), emit

@@ -1,0 +1,70 @@
+"""torch's thread pool, lent to our kernels.
+
+Two OpenMP pools in one process spin against each other: with Numba's own beside torch's, two threads ran like one and
+torch itself slowed down threefold. So a kernel is a C function that torch's OpenMP runtime calls. Looking the runtime's
+names up through libtorch_cpu finds exactly the one that torch was linked with, whatever it is called on this system.
+Where there is none (torch for macOS), kernels run on the calling thread.
+"""
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+_forked = False  # OpenMP's threads do not survive a fork, and waiting for them would never end
+
+
+def _after_fork():
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Pool:
+    """start(function, argument, threads, 0) and the addresses that a kernel needs on a pool's thread."""
+
+    def __init__(self, library):
+        self.start = library.GOMP_parallel
+        self.start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
+        self.start.restype = None
+        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
+        self.thread_number, self.thread_count, self.barrier = (
+            ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names
+        )
+
+
+@functools.cache
+def pool() -> Pool | None:
+    for path in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
+        try:
+            return Pool(ctypes.CDLL(str(path)))
+        except (OSError, AttributeError):
+            continue
+    return None
+
+
+def thread_count() -> int:
+    """How many threads a call may use now: torch's setting, or 1 without a pool or in a forked child."""
+    threads = torch.get_num_threads()
+    return threads if threads > 1 and not _forked and pool() is not None else 1
+
+
+_call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+
+
+@functools.cache
+def _function(address: int):
+    return _call(address)
+
+
+def run(address: int, argument: int, threads: int) -> None:
+    """Run the C function `void f(void *)` at address on `threads` threads of torch's pool; returns when all have."""
+    if threads > 1:
+        pool().start(address, argument, threads, 0)
+    else:
+        _function(address)(argument)

@@ -1,0 +1,263 @@
+"""The packed convolution on the CPU: a register tile of popcounts, and what feeds it.
+
+    y[b, o, p] = constant[class of p, o] + sum over m, n of scale[m, n, o] * E[m, n]
+    E = -(K // 2) + sum over taps and words k of popcount(words[pixel p + tap k][n] ^ weights[m][k][o])
+
+**The tile** (`convolve_tile`). 16 output channels (two registers of eight 64-bit lanes) x P pixels x N bases are counted
+at once. A weight word is read once for P * N uses, an activation word is broadcast to the lanes, and all 2 * P * N
+counters stay in registers:
+
+    xor, popcount, add      for 8 x 64 = 512 products: 1.5 cycles on a Zen 4 core, which is this engine's bound
+
+After the last tap of weight base m the counters become floats, are scaled and added to 2 * P float registers that live
+on to the next m. So nothing but the result is ever written, whatever M and N are.
+
+**The loop nest**: image -> block of 16 output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of 128
+channels: 43 KB a base) stay in the second-level cache, one block's weights (9 x 128 bits x 16: 2.3 KB a base) in the first.
+64 pixels x 16 channels of results are collected in a 4 KB buffer, then stored as floats in planes (8 x 8 transposes),
+as floats side by side, or, compared with the next layer's thresholds, as bits: no float tensor is written at all.
+
+**Threads** are torch's own. `run` is a C function that torch's OpenMP runtime calls on its pool; a pool of Numba's beside
+it would spin against it and slow down both. With several images a thread takes whole images, packs each into a buffer
+of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share out
+the blocks.
+
+Run this file to check and time it: `python -m kernels.cpu_vector`.
+"""
+
+import functools
+
+import numba
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from .cpu_job import CHUNK, INTERLEAVED, JOB_DTYPE, PIXEL_BLOCK, PLANAR, ROWS_BYTES, SCRATCH_BYTES
+from .cpu_pack import pack_chunk
+from .cpu_primitives import (
+    FLOATS_8,
+    I64,
+    STAMP,
+    WORDS_8,
+    Emitter,
+    bits_at_least,
+    call,
+    call_block,
+    call_int,
+    load_float,
+    load_word,
+    store_bits_16,
+    store_float,
+    transpose_8x8,
+)
+
+# Pixels in a tile, by N: 2 * P * N counters must leave registers (of 32) for two weights and a few temporaries.
+TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1}
+
+JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
+
+
+# --------------------------------------------------------------------------- the tile
+
+
+@intrinsic(prefer_literal=True)
+def convolve_tile(
+    typing, words, tap_offsets, tap_count, start, weights, masks, M, scales, constants, pixel_offsets, pixel_classes, rows,
+    bases, pixels, masked,
+):  # fmt: skip
+    """P pixels x 16 output channels, complete: float32 rows[P][16].
+
+    words               the image, at the block's first channel word
+    tap_offsets         [tap_count] from a window's beginning to each (tap, word)
+    weights, masks      [M][tap_count][16], [tap_count][16]
+    scales, constants   [M][N][16], [class][block][16] at the block
+    pixel_offsets       [P] from `words` to each pixel's window;  pixel_classes [P] from `constants` to its class
+    bases, pixels       N and P, literal ints: the loops over them are unrolled here, while compiling
+    masked              literal 0 or 1: some lanes see only some of the word's channels (groups)
+    """
+    N, P, masked_value = bases.literal_value, pixels.literal_value, masked.literal_value
+    Q = 2  # registers of eight output channels
+
+    def emit(context, builder, signature, args):
+        words, tap_offsets, tap_count, start, weights, masks, M, scales, constants, pixel_offsets, pixel_classes, rows = args[:12]
+        emitter = Emitter(builder)
+        windows = [emitter.add(words, emitter.load(I64, emitter.offset(pixel_offsets, p, 8), 8)) for p in range(P)]
+        classes = [emitter.add(constants, emitter.load(I64, emitter.offset(pixel_classes, p, 8), 8)) for p in range(P)]
+        sums_PQ = [emitter.load(FLOATS_8, emitter.offset(at, q, 32), 4) for at in classes for q in range(Q)]
+        starts_PNQ = [emitter.splat(start, WORDS_8)] * (P * N * Q)
+
+        def weight_base(m, sums_PQ):
+            base = emitter.offset(weights, emitter.mul(m, tap_count), 64 * Q)
+
+            def tap(k, counts_PNQ):
+                counts = iter(counts_PNQ)
+                to_tap = emitter.load(I64, emitter.offset(tap_offsets, k, 8), 8)
+                weight_Q = [emitter.load(WORDS_8, emitter.offset(base, k, 64 * Q, q, 64), 64) for q in range(Q)]
+                mask_Q = [None] * Q
+                if masked_value:
+                    mask_Q = [emitter.load(WORDS_8, emitter.offset(masks, k, 64 * Q, q, 64), 64) for q in range(Q)]
+                new_counts = []
+                for p in range(P):
+                    at = emitter.add(windows[p], to_tap)
+                    for n in range(N):
+                        word = emitter.splat(emitter.load(I64, emitter.offset(at, n, 8), 8), WORDS_8)
+                        for weight, mask in zip(weight_Q, mask_Q):
+                            differ = emitter.xor(word, weight)
+                            if mask is not None:
+                                differ = emitter.and_(differ, mask)
+                            new_counts.append(emitter.add(next(counts), emitter.popcount(differ)))
+                return new_counts
+
+            counts_PNQ = emitter.loop(tap_count, starts_PNQ, tap)
+            sums_PQ = list(sums_PQ)
+            for n in range(N):
+                for q in range(Q):
+                    scale = emitter.load(FLOATS_8, emitter.offset(scales, m, N * Q * 32, n * Q + q, 32), 4)
+                    for p in range(P):
+                        count = emitter.to_float(counts_PNQ[(p * N + n) * Q + q])
+                        sums_PQ[p * Q + q] = emitter.multiply_add(count, scale, sums_PQ[p * Q + q])
+            return sums_PQ
+
+        for i, total in enumerate(emitter.loop(M, sums_PQ, weight_base)):
+            emitter.store(total, emitter.offset(rows, i, 32), 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 12, bases, pixels, masked), emit
+
+
+@functools.cache
+def block_kernel(N, P, masked, stamp=STAMP):
+    """The tiles of one block of output channels and pixels first..last, compiled for N bases and tiles of P pixels.
+
+    rows receives float32 [pixel - first][16]; it may be written a little past `last`, up to a whole tile.
+    """
+
+    @numba.cfunc(types.void(JOB, *[types.int64] * 5), cache=True)
+    def convolve_block(jobs, words, block, first, last, rows):
+        job = carray(jobs, 1)[0]
+        _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
+        M, taps = job.weight_bases, job.tap_count
+        weights = job.weights + block * M * taps * 128
+        masks = job.masks + block * taps * 128
+        scales = job.scales + block * M * N * 64
+        constants = job.constants + block * 64
+        words += load_word(job.block_words + 8 * block)
+        for pixel in range(first, last, P):
+            convolve_tile(
+                words, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
+                job.pixel_offsets + 8 * pixel, job.pixel_classes + 8 * pixel, rows + 64 * (pixel - first), N, P, masked,
+            )  # fmt: skip
+
+    return convolve_block
+
+
+# --------------------------------------------------------------------------- storing results
+
+
+@njit
+def store_planes(job, image, block, first, last, rows):
+    """rows [pixel][16] -> float32 output [image][channel][pixel]; 8 x 8 at a time where the block is full."""
+    channels = min(job.output_channels - 16 * block, 16)
+    plane = 4 * job.output_pixels
+    output = job.output + (image * job.output_channels + 16 * block) * plane + 4 * first
+    whole = (last - first) // 8 * 8
+    for half in range(0, channels, 8):
+        done = whole if channels >= half + 8 else 0
+        for pixel in range(0, done, 8):
+            transpose_8x8(rows + 64 * pixel + 4 * half, 64, output + half * plane + 4 * pixel, plane)
+        for c in range(half, min(half + 8, channels)):
+            for pixel in range(done, last - first):
+                store_float(output + c * plane + 4 * pixel, load_float(rows + 64 * pixel + 4 * c))
+
+
+@njit
+def store_interleaved(job, image, block, first, last, rows):
+    """rows [pixel][16] -> float32 output [image][pixel][channel]."""
+    channels = min(job.output_channels - 16 * block, 16)
+    for pixel in range(first, last):
+        output = job.output + 4 * ((image * job.output_pixels + pixel) * job.output_channels + 16 * block)
+        for c in range(channels):
+            store_float(output + 4 * c, load_float(rows + 64 * (pixel - first) + 4 * c))
+
+
+@njit
+def store_bits(job, image, block, first, last, rows):
+    """rows [pixel][16] -> 16 bits of the next layer's words, output [image][pixel][word][base]."""
+    word, part = block // 4, block % 4
+    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
+    for pixel in range(first, last):
+        output = job.output + 2 * part
+        output += 8 * job.output_bases * ((image * job.output_pixels + pixel) * job.output_words + word)
+        for n in range(job.output_bases):
+            thresholds = job.output_thresholds + 64 * (n * job.blocks + block)
+            bits = bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
+            store_bits_16(output + 8 * n, bits ^ flips)
+
+
+# --------------------------------------------------------------------------- one thread's share
+
+
+@njit
+def image_words(job, image, thread):
+    """Where the padded words of an image are (or will be)."""
+    return job.words + job.words_stride * (thread if job.words_by_thread else image)
+
+
+@njit
+def pack_share(job, thread, begin, end):
+    """Pack chunks begin..end, counted through all images; non-zero where a NaN was seen."""
+    scratch = job.scratch + thread * SCRATCH_BYTES
+    nan = 0
+    for task in range(begin, end):
+        image = task // job.chunk_count
+        first = load_word(job.chunks + 8 * (task % job.chunk_count))
+        nan |= pack_chunk(job, image, first, image_words(job, image, thread), scratch)
+    return nan
+
+
+@njit
+def convolve_share(job, thread, begin, end):
+    """Compute tasks begin..end; a task is one block of channels at 64 pixels of one image."""
+    rows = job.scratch + thread * SCRATCH_BYTES
+    pixel_blocks = (job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK
+    for task in range(begin, end):
+        image = task // (job.blocks * pixel_blocks)
+        block = task // pixel_blocks % job.blocks
+        first = task % pixel_blocks * PIXEL_BLOCK
+        last = min(first + PIXEL_BLOCK, job.output_pixels)
+        call_block(job.block_kernel, job.address, image_words(job, image, thread), block, first, last, rows)
+        if job.output_kind == PLANAR:
+            store_planes(job, image, block, first, last, rows)
+        elif job.output_kind == INTERLEAVED:
+            store_interleaved(job, image, block, first, last, rows)
+        else:
+            store_bits(job, image, block, first, last, rows)
+
+
+@functools.cache
+def run_kernel(stamp=STAMP):
+    """The function that every thread of the pool runs, once a call."""
+
+    @numba.cfunc(types.void(JOB), cache=True)
+    def run(jobs):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        thread, threads = 0, 1
+        if job.threads > 1:
+            thread, threads = call_int(job.thread_number), call_int(job.thread_count)
+        nan = 0
+        tasks = job.blocks * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
+        if job.words_by_thread:
+            for image in range(job.images * thread // threads, job.images * (thread + 1) // threads):
+                nan |= pack_share(job, thread, image * job.chunk_count, (image + 1) * job.chunk_count)
+                convolve_share(job, thread, image * tasks, (image + 1) * tasks)
+        else:
+            chunks, tasks = job.images * job.chunk_count, job.images * tasks
+            if chunks > 0:
+                nan = pack_share(job, thread, chunks * thread // threads, chunks * (thread + 1) // threads)
+                if threads > 1:
+                    call(job.barrier)
+            convolve_share(job, thread, tasks * thread // threads, tasks * (thread + 1) // threads)
+        if nan:
+            job.saw_nan = 1
+
+    return run

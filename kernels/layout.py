@@ -1,0 +1,266 @@
+"""Packed layouts, in one place and in plain NumPy: how bits, thresholds and constants lie in memory for the engines.
+
+The algebra (two operands in {-1, +1} stored as bits, a for activations and w for weights, K of them):
+
+    sum of products = K - 2 popcount(a ^ w)
+
+A padded tap is neither +1 nor -1, but in memory it is the word 0. Such a tap adds K_tap - 2 popcount(w_tap) too much, a
+number that depends on the weights and on WHICH taps are padded, not on the image. Output pixels with the same padded taps
+form a border class; there are at most 9 of them for a 3 x 3 kernel with padding 1. So borders cost no masks: one small
+table of constants per class and output channel, to which the bias is added for free.
+
+Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, M weight bases, O output
+channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones), so that 1-D, 2-D
+and 3-D are one case.
+
+    contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
+    padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
+    file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
+    weight words         uint64 (M, O, taps, P)                  aligned to the input's channel words; 0 outside the group
+    CPU tiles            uint64 [block of 16 O][M][tap, word][2][8 lanes]     one lane an output channel
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+
+import numpy as np
+
+LANES = 8  # 64-bit words in one 512-bit register
+BLOCK = 16  # output channels that one CPU tile computes: two registers of lanes
+
+
+def aligned_zeros(shape, dtype) -> np.ndarray:
+    """np.zeros whose first byte lies on a 64-byte boundary, that is on a cache line."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    raw = np.zeros(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def words_of(channels: int) -> int:
+    """P, the number of 64-bit words that hold one bit a channel."""
+    return -(-channels // 64)
+
+
+# --------------------------------------------------------------------------- geometry
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One convolution's (or pooling's) spatial side, in three dimensions.
+
+    size, kernel, stride, dilation: three ints each; padding: three (low, high) pairs.
+    """
+
+    size: tuple
+    kernel: tuple
+    stride: tuple
+    padding: tuple
+    dilation: tuple
+
+    @classmethod
+    def of(cls, size, kernel, stride, padding, dilation) -> "Geometry":
+        """From 0 to 3 spatial dimensions; padding as the flat (low_0, high_0, low_1, ...) of the operator."""
+        ones = (1,) * (3 - len(size))
+        pairs = tuple(zip(padding[::2], padding[1::2]))
+        return cls(
+            ones + tuple(size),
+            ones + tuple(kernel),
+            ones + tuple(stride),
+            ((0, 0),) * len(ones) + pairs,
+            ones + tuple(dilation),
+        )
+
+    @cached_property
+    def padded(self) -> tuple:
+        return tuple(s + low + high for s, (low, high) in zip(self.size, self.padding))
+
+    @cached_property
+    def output(self) -> tuple:
+        reach = [d * (k - 1) + 1 for d, k in zip(self.dilation, self.kernel)]
+        return tuple((s - r) // step + 1 for s, r, step in zip(self.padded, reach, self.stride))
+
+    @cached_property
+    def input_pixels(self) -> np.ndarray:
+        """Where each input pixel lies in the padded image, counted in pixels: (prod(size),)."""
+        return self._flat([low + np.arange(s) for s, (low, _) in zip(self.size, self.padding)])
+
+    @cached_property
+    def output_pixels(self) -> np.ndarray:
+        """Where each output pixel's window begins in the padded image: (prod(output),)."""
+        return self._flat([np.arange(o) * step for o, step in zip(self.output, self.stride)])
+
+    @cached_property
+    def taps(self) -> np.ndarray:
+        """How far each tap lies from the window's beginning: (prod(kernel),)."""
+        return self._flat([np.arange(k) * d for k, d in zip(self.kernel, self.dilation)])
+
+    def _flat(self, axes) -> np.ndarray:
+        """Padded positions (d, h, w) of a grid -> flat pixel numbers."""
+        d, h, w = axes
+        _, height, width = self.padded
+        return ((d[:, None, None] * height + h[:, None]) * width + w).reshape(-1).astype(np.int64)
+
+    @cached_property
+    def inside(self) -> list:
+        """Per dimension: is tap k of output o inside the image?  bool (output_d, kernel_d)."""
+        masks = []
+        for s, o, k, step, d, (low, _) in zip(
+            self.size, self.output, self.kernel, self.stride, self.dilation, self.padding
+        ):
+            position = np.arange(o)[:, None] * step + np.arange(k) * d - low
+            masks.append((position >= 0) & (position < s))
+        return masks
+
+    @cached_property
+    def border_classes(self) -> tuple:
+        """(outside, class_of_pixel): bool (classes, taps), true where a tap is padding, and int64 (output pixels,)."""
+        outside, class_of_pixel = np.zeros((1, 1), bool), np.zeros(1, np.int64)
+        for mask in self.inside:  # classes of a grid are pairs of classes of its axes
+            patterns, members = np.unique(~mask, axis=0, return_inverse=True)
+            outside = (outside[:, None, :, None] | patterns[None, :, None, :]).reshape(
+                len(outside) * len(patterns), outside.shape[1] * patterns.shape[1]
+            )
+            class_of_pixel = (class_of_pixel[:, None] * len(patterns) + members.reshape(-1)).reshape(-1)
+        return outside, class_of_pixel
+
+    @cached_property
+    def read_pixels(self) -> np.ndarray:
+        """Flat numbers of the input pixels that any window reads (a 1 x 1 kernel with stride 2 skips three of four)."""
+        used = []
+        for s, o, k, step, d, (low, _) in zip(
+            self.size, self.output, self.kernel, self.stride, self.dilation, self.padding
+        ):
+            position = (np.arange(o)[:, None] * step + np.arange(k) * d - low).reshape(-1)
+            used.append(np.isin(np.arange(s), position))
+        d, h, w = used
+        return np.flatnonzero(d[:, None, None] & h[:, None] & w)
+
+
+def chunk_starts(pixels: np.ndarray, count: int, width: int) -> np.ndarray:
+    """Starts of runs of `width` pixels that together cover `pixels` (ascending), none reaching past `count`.
+
+    The last run is moved back where it would; a run may therefore overlap the one before it.
+    """
+    starts, i = [], 0
+    while i < len(pixels):
+        starts.append(max(min(int(pixels[i]), count - width), 0))
+        i = int(np.searchsorted(pixels, starts[-1] + width))
+    return np.array(starts, np.int64)
+
+
+# --------------------------------------------------------------------------- weights and activations
+
+
+def weight_words(bits_MOKc: np.ndarray, groups: int, channels: int) -> np.ndarray:
+    """The file's bytes -> uint64 (M, O, taps, P), each group's bits moved to where its channels lie in the input."""
+    M, O = bits_MOKc.shape[:2]
+    per_group, P = channels // groups, words_of(channels)
+    bytes_MOTc = bits_MOKc.reshape(M, O, -1, bits_MOKc.shape[-1])
+    taps = bytes_MOTc.shape[2]
+    if groups == 1:
+        words = np.zeros((M, O, taps, P * 8), np.uint8)
+        words[..., : bytes_MOTc.shape[-1]] = bytes_MOTc
+        return words.view(np.uint64)
+    bits_MOTC = np.zeros((M, O, taps, P * 64), np.uint8)
+    unpacked = np.unpackbits(bytes_MOTc, axis=-1, count=per_group, bitorder="little")
+    for group, (outputs, inputs) in enumerate(group_slices(O, channels, groups)):
+        bits_MOTC[:, outputs, :, inputs] = unpacked[:, outputs]
+    return np.packbits(bits_MOTC, axis=-1, bitorder="little").view(np.uint64)
+
+
+def group_slices(O: int, channels: int, groups: int) -> list:
+    """[(slice of output channels, slice of input channels)] of each group."""
+    o, c = O // groups, channels // groups
+    return [(slice(g * o, (g + 1) * o), slice(g * c, (g + 1) * c)) for g in range(groups)]
+
+
+def channel_masks(O: int, channels: int, groups: int) -> np.ndarray:
+    """uint64 (O, P): which input channels each output channel sees."""
+    mask_OC = np.zeros((O, words_of(channels) * 64), np.uint8)
+    for outputs, inputs in group_slices(O, channels, groups):
+        mask_OC[outputs, inputs] = 1
+    return np.packbits(mask_OC, axis=-1, bitorder="little").view(np.uint64)
+
+
+def flip_words(flips_C: np.ndarray) -> np.ndarray:
+    """bool (C,) -> uint64 (P,), the words that turn round the channels whose comparison is turned round."""
+    bits = np.zeros(words_of(len(flips_C)) * 64, np.uint8)
+    bits[: len(flips_C)] = flips_C
+    return np.packbits(bits, bitorder="little").view(np.uint64)
+
+
+def threshold_table(thresholds_NC: np.ndarray, multiple: int) -> np.ndarray:
+    """float32 (N, C) -> (N, C rounded up to `multiple`); the added thresholds are never reached."""
+    N, C = thresholds_NC.shape
+    table = np.full((N, -(-C // multiple) * multiple), np.inf, np.float32)
+    table[:, :C] = thresholds_NC
+    return table
+
+
+def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, outside, channels_per_group) -> np.ndarray:
+    """What each border class adds to the sum of popcounts: float32 (classes, O).
+
+    The kernels count E = popcount(a ^ w) - floor(K / 2) over all taps, padded ones too, so that the sum of products is
+    (K & 1) - 2 E less what the padded taps put in. `scales` brings -2 E; the rest is here, with the bias.
+    """
+    ones_MOT = np.bitwise_count(words_MOTP).sum(-1, dtype=np.int64)
+    odd = channels_per_group * words_MOTP.shape[2] & 1
+    too_much_MOG = (channels_per_group - 2 * ones_MOT) @ outside.T.astype(np.int64)
+    constants_GO = betas_N.astype(np.float64).sum() * np.einsum("mo,mog->go", alphas_MO.astype(np.float64), odd - too_much_MOG)
+    return (constants_GO + (0 if bias_O is None else bias_O)).astype(np.float32)
+
+
+def scales(alphas_MO, betas_N) -> np.ndarray:
+    """float32 (M, N, O): what one count of E is worth, -2 alpha beta."""
+    return (-2.0 * alphas_MO.astype(np.float64)[:, None] * betas_N.astype(np.float64)[None, :, None]).astype(np.float32)
+
+
+# --------------------------------------------------------------------------- CPU tiles
+
+
+def blocks_of(O: int) -> int:
+    """How many blocks of 16 output channels."""
+    return -(-O // BLOCK)
+
+
+def in_blocks(values, axis: int) -> np.ndarray:
+    """Split the output-channel axis into (block, 16), filling up with zeros; the block axis comes first."""
+    O = values.shape[axis]
+    padding = [(0, 0)] * values.ndim
+    padding[axis] = (0, blocks_of(O) * BLOCK - O)
+    values = np.pad(values, padding)
+    values = values.reshape(*values.shape[:axis], blocks_of(O), BLOCK, *values.shape[axis + 1 :])
+    return np.moveaxis(values, axis, 0)
+
+
+def word_ranges(masks_OP: np.ndarray) -> tuple:
+    """(first word of each block, width): the channel words a block of 16 outputs sees, as equally wide ranges.
+
+    Without groups that is every word. With groups a block sees few of them, and skipping the others is what makes a
+    grouped or depthwise convolution cheap.
+    """
+    seen = in_blocks(masks_OP != 0, 0).any(1)  # (block, P)
+    P = seen.shape[1]
+    first = seen.argmax(1)
+    last = P - 1 - seen[:, ::-1].argmax(1)
+    width = int((last - first + 1).max())
+    return np.minimum(first, P - width).astype(np.int64), width
+
+
+def tile_weights(words_MOTP: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
+    """uint64 (M, O, taps, P) -> [block][M][tap, word][2][8 lanes], 64-byte aligned: the order the tile reads them in."""
+    blocked_GMoTP = in_blocks(words_MOTP, 1)
+    G, M, _, taps, _ = blocked_GMoTP.shape
+    tiles = aligned_zeros((G, M, taps * width, BLOCK), np.uint64)
+    for tile, blocked_MoTP, start in zip(tiles, blocked_GMoTP, first):
+        chosen_MoTp = blocked_MoTP[..., start : start + width]
+        tile[...] = chosen_MoTp.reshape(M, BLOCK, taps * width).transpose(0, 2, 1)
+    return tiles
+
+
+def tile_masks(masks_OP: np.ndarray, taps: int, first: np.ndarray, width: int) -> np.ndarray:
+    """uint64 (O, P) -> [block][tap, word][2][8 lanes]: the masks, repeated for every tap, in the weights' order."""
+    repeated_1OTP = np.repeat(masks_OP[None, :, None], taps, axis=2)
+    return tile_weights(repeated_1OTP, first, width)
