@@ -83,8 +83,7 @@ def _gaussian_thresholds(M: int) -> tuple[float, ...]:
     for _ in range(100_000):
         edges = [-math.inf, *thresholds, math.inf]
         levels = [
-            (density(low) - density(high)) / (mass_below(high) - mass_below(low))
-            for low, high in zip(edges, edges[1:])
+            (density(low) - density(high)) / (mass_below(high) - mass_below(low)) for low, high in zip(edges, edges[1:])
         ]
         moved = [(a + b) / 2 for a, b in zip(levels, levels[1:])]
         change = max(abs(a - b) for a, b in zip(moved, thresholds))
@@ -139,7 +138,7 @@ def _fit_activations(samples: Tensor, N: int) -> tuple[Tensor, Tensor] | None:
 
 @functools.cache
 def _start_activations(N: int) -> tuple[Tensor, Tensor]:
-    """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, which is what BatchNorm and ReLU put out."""
+    """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, as BatchNorm and ReLU put it out."""
     _check_bases("activation_bases", N)
     quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
     return _fit_activations(torch.special.ndtri(quantiles).relu(), N)
@@ -188,8 +187,8 @@ def fit_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
     _check_weight(W, us)
     x, thresholds = _standardize(W, us, per_channel)
     order = us.argsort(descending=True, stable=True)
-    levels = _levels(W.reshape(x.shape), [x >= t for t in thresholds[:, order].unbind(1)])
-    return (levels.diff(dim=1) / 2)[:, order.argsort()].t()
+    levels = _levels(_grouped(W, per_channel), [x >= t for t in thresholds[:, order].unbind(1)])
+    return (levels.diff(dim=1) / 2)[:, order.argsort()].t().to(W.dtype)
 
 
 def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
@@ -215,12 +214,20 @@ def _check_weight(W: Tensor, us: Tensor) -> None:
 
 
 def _standardize(W: Tensor, us: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """x (G, K), thresholds (G, M, 1) such that B_m is +1 exactly where x >= threshold m; G groups share statistics."""
-    x = W.reshape(len(W), -1) if per_channel else W.reshape(1, -1)
+    """x (G, K), thresholds (G, M, 1) such that B_m is +1 exactly where x >= threshold m; G groups share statistics.
+
+    In float32 or wider, so that half-precision weights have the bases that their float32 copy has.
+    """
+    x = _grouped(W, per_channel)
     x = x - x.mean(1, keepdim=True)
     # One value alone has no sample deviation; 0 makes all its bases +1, and Wq the value itself.
     std = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(x)
     return x, -(std * us.to(x.dtype))[:, :, None]
+
+
+def _grouped(W: Tensor, per_channel: bool) -> Tensor:
+    groups = len(W) if per_channel else 1
+    return W.reshape(groups, W.numel() // max(groups, 1)).to(torch.promote_types(W.dtype, torch.float32))
 
 
 def _levels(W: Tensor, above: list[Tensor]) -> Tensor:
@@ -242,11 +249,11 @@ class _QuantizeWeight(torch.autograd.Function):
         x, thresholds = _standardize(W, us, per_channel)
         thresholds = thresholds[:, us.argsort(descending=True, stable=True)]
         above = [x >= t for t in thresholds.unbind(1)]
-        levels = _levels(W.reshape(x.shape), above).unsqueeze(2).unbind(1)
+        levels = _levels(_grouped(W, per_channel), above).unsqueeze(2).unbind(1)
         Wq = levels[0].expand(x.shape)
         for mask, level in zip(above, levels[1:]):
             Wq = torch.where(mask, level, Wq)
-        return Wq.reshape(W.shape)
+        return Wq.reshape(W.shape).to(W.dtype)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -290,14 +297,14 @@ def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor) -> Tensor:
     """
     if vs.ndim != 1 or len(vs) == 0 or vs.shape != betas.shape:
         shapes = f"{tuple(vs.shape)} and {tuple(betas.shape)}"
-        raise ValueError(f"vs and betas must be one-dimensional with one entry per activation base, got shapes {shapes}")
+        raise ValueError(f"vs and betas must have one entry per activation base, got shapes {shapes}")
     if not R.is_floating_point():
         raise TypeError(f"a binarized layer takes floating-point input, got {R.dtype}")
     return _QuantizeActivation.apply(R, vs, betas)
 
 
 def _thresholds(vs: Tensor) -> Tensor:
-    """t_n = 1/2 - v_n, in float32 or wider: the one place where v becomes a threshold, for training and packing alike."""
+    """t_n = 1/2 - v_n, in float32 or wider: the one place where v becomes a threshold, in training and packing."""
     return 0.5 - vs.to(torch.promote_types(vs.dtype, torch.float32))
 
 
@@ -321,28 +328,29 @@ def _scalars(values: Tensor):
 
 
 def _is_at_least(r: Tensor, threshold) -> Tensor:
-    """1.0 where r >= threshold, else 0.0. torch vectorizes this on the CPU; `r >= threshold` and `where` it does not."""
+    """1.0 where r >= threshold, else 0.0. Vectorized by torch on the CPU, as `r >= threshold` and `where` are not."""
     return r.clone().ge_(threshold)
+
+
+def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
+    """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
+    thresholds, order = thresholds.sort()
+    steps = 2 * betas.to(thresholds.dtype)[order]
+    lowest, steps, thresholds = -steps.sum() / 2, _scalars(steps), _scalars(thresholds)
+    Aq = torch.empty_like(R)
+    for r, a in _in_cache(R, Aq):
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        level = r.clamp(lowest, lowest)  # the lowest level everywhere, but a NaN stays a NaN
+        for threshold, step in zip(thresholds, steps):
+            level.add_(_is_at_least(r, threshold).mul_(step))
+        a.copy_(level)
+    return Aq
 
 
 class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(R, vs, betas):
-        thresholds, order = _thresholds(vs).sort()
-        steps = 2 * betas.to(thresholds.dtype)[order]
-        lowest, steps, thresholds = -steps.sum() / 2, _scalars(steps), _scalars(thresholds)
-
-        def staircase(r):
-            r = r.to(torch.promote_types(r.dtype, torch.float32))
-            a = r.clamp(lowest, lowest)  # the lowest level everywhere, but a NaN stays a NaN
-            for threshold, step in zip(thresholds, steps):
-                a.add_(_is_at_least(r, threshold).mul_(step))
-            return a
-
-        Aq = torch.empty_like(R)
-        for r, a in _in_cache(R, Aq):
-            a.copy_(staircase(r))
-        return Aq
+        return _staircase(R, _thresholds(vs), betas)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -539,9 +547,31 @@ def _start_values(name: str, values, count: int, like: dict) -> Tensor:
 class _ABCConv(_ABCLayer):
     """The convolutions' constructor and forward pass; its `super()` is torch's own layer."""
 
-    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
-                 padding_mode="zeros", device=None, dtype=None, *, weight_bases=3, activation_bases=3, us=None, vs=None,
-                 betas=None, weight_init=None, bias_init=None, active=True, per_channel=True, learn_us=False):
+    def __init__(
+        self,
+        in_channels,
+        out_channels,
+        kernel_size,
+        stride=1,
+        padding=0,
+        dilation=1,
+        groups=1,
+        bias=True,
+        padding_mode="zeros",
+        device=None,
+        dtype=None,
+        *,
+        weight_bases=3,
+        activation_bases=3,
+        us=None,
+        vs=None,
+        betas=None,
+        weight_init=None,
+        bias_init=None,
+        active=True,
+        per_channel=True,
+        learn_us=False,
+    ):
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
                          device, dtype)  # fmt: skip
         _initialize(self, weight_init, bias_init)
@@ -641,7 +671,11 @@ class ABCLinear(_ABCLayer, nn.Linear):
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
 
-for _cls, _size, _example in ((ABCConv1d, "L", (50,)), (ABCConv2d, "H, W", (32, 32)), (ABCConv3d, "D, H, W", (8, 9, 9))):
+for _cls, _size, _example in (
+    (ABCConv1d, "L", (50,)),
+    (ABCConv2d, "H, W", (32, 32)),
+    (ABCConv3d, "D, H, W", (8, 9, 9)),
+):
     _document(
         _cls, kind=f"A {_cls.spatial_dims}-D convolution", what="convolution", operation=f"conv{_cls.spatial_dims}d",
         arguments="in_channels ... dtype", input_shape=f"(B, C, {_size})", output_shape="(B, O, ...)",
@@ -727,12 +761,12 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
 def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
     """Fit a freshly binarized model to some data, without training; in place, returns the model.
 
-    What makes a freshly binarized network fall apart is not so much the quantizers as the BatchNorm statistics, which no
-    longer fit. In one pass over all the images, in the order in which the layers run, each seeing what the layers
+    What makes a freshly binarized network fall apart is not so much the quantizers as the BatchNorm statistics, which
+    no longer fit. In one pass over all the images, in the order in which the layers run, each seeing what the layers
     before it, already calibrated, really put out:
 
     - a BatchNorm behind a binarized layer gets the mean and variance of what now reaches it;
-    - a binarized layer gets Lloyd-Max thresholds of its input (vs), one base constant for N > 1, and least-squares betas;
+    - a binarized layer gets Lloyd-Max thresholds of its input (vs; one base constant for N > 1), least-squares betas;
     - a binarized layer with a bias has it moved so that each channel's mean is what the float layer put out.
 
     Works on any model: modules are met where they run, by hooks, whatever the code between them. A module that runs
@@ -750,12 +784,12 @@ def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
     if not layers:
         raise ValueError("calibrate needs a model with at least one active ABC layer: convert or binarize it first")
     images = _gather(batches, layers[0].weight.device)
-    statistics = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     was_training = [m for m in model.modules() if m.training]
     model.eval()
     try:
         float_means = _float_means(model, [m for m in layers if m.bias is not None], images)
-        bar = _progress_bar(len(layers) + len(statistics)) if progress else None
+        bar = _progress_bar(len(layers) + len(norms)) if progress else None
         done = set()
 
         def before(module, inputs):
@@ -776,7 +810,7 @@ def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
                 module.bias += shift
                 return output + _along_channels(module, shift)
 
-        _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in statistics})
+        _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
         if bar is not None:
             bar.close()
     finally:
@@ -861,3 +895,732 @@ def _progress_bar(total: int):
     except ImportError:
         return None
     return tqdm(total=total, desc="calibrate", unit="layer", leave=False)
+
+
+class Summary(list):
+    """What `summary` returns: a list of dicts, one a layer. Prints as a table; `pandas.DataFrame(summary)` works."""
+
+    def total(self) -> dict:
+        """The sums of the countable columns."""
+        columns = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
+        return {column: sum(row[column] for row in self) for column in columns}
+
+    def _table(self) -> list[list[str]]:
+        columns = list(self[0]) if self else ["layer"]
+        rows = [*self, {"layer": "total", **self.total()}]
+        return [columns, *([_format(row.get(column, "")) for column in columns] for row in rows)]
+
+    def __str__(self) -> str:
+        table = self._table()
+        widths = [max(map(len, column)) for column in zip(*table)]
+        align = [str.ljust, str.ljust, *[str.rjust] * len(widths)]
+        lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths)).rstrip() for row in table]
+        rule = "-" * max(map(len, lines))
+        return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+    __repr__ = __str__
+
+    def _repr_html_(self) -> str:
+        def row(cells, tag):
+            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
+
+        head, *body, total = self._table()
+        body = "".join(row(cells, "td") for cells in body)
+        return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
+
+
+def _format(value) -> str:
+    return f"{value:,}" if isinstance(value, int) else "" if value is None else str(value)
+
+
+@torch.no_grad()
+def summary(model: nn.Module, example_input: Tensor) -> Summary:
+    """What each layer holds and does on an example input, as a table that prints well and becomes a pandas DataFrame.
+
+    Columns: layer, kind, output (shape), M, N (None where that side is float), parameters, bits (stored by binarized
+    weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
+    (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
+    (how a packed layer computes; with engine="auto", "float" says that M * N is beyond what bits can win).
+    """
+    rows: dict[nn.Module, dict] = {}
+    names = {module: name for name, module in model.named_modules()}
+
+    def after(module, inputs, output):
+        if module in rows:  # used again: more work, no more parameters
+            again = _summary_row(names[module], module, output)
+            rows[module]["macs"] += again["macs"]
+            rows[module]["binary_macs"] += again["binary_macs"]
+        else:
+            rows[module] = _summary_row(names[module], module, output)
+
+    holders = [m for m in names if any(True for _ in (*m.parameters(False), *m.buffers(False)))]
+    was_training = [m for m in model.modules() if m.training]
+    model.eval()
+    try:
+        _run_with_hooks(model, example_input, {module: (None, after) for module in holders})
+    finally:
+        for module in was_training:
+            module.training = True
+    return Summary(rows.values())
+
+
+def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
+    tensors = [*layer.parameters(False), *layer.buffers(False)]
+    parameters = sum(p.numel() for p in layer.parameters(False))
+    float_bytes = packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    M = N = None
+    bits = macs = binary_macs = 0
+    engine = ""
+    if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
+        if isinstance(layer, PackedLayer):
+            kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
+            M, N, engine = len(layer.bits), len(layer.betas) or None, layer.engine
+        else:
+            O, per_group, *sizes = layer.weight.shape
+            kernel = math.prod(sizes)
+            if isinstance(layer, _ABCLayer) and layer.active:
+                M, N = layer.weight_bases, layer.activation_bases
+                engine = "" if M is None else _choose_engine("auto", M, N or 0)
+        biases = 0 if layer.bias is None else O
+        parameters = O * per_group * kernel + biases + 2 * (N or 0)
+        float_bytes = 4 * (O * per_group * kernel + biases)
+        places = math.prod(output.shape[:-2]) if output.dtype == torch.int64 else output.numel() // O
+        macs = places * O * per_group * kernel
+        binary_macs = macs * M * N if M and N else 0
+        if M is None:
+            packed_bytes = float_bytes
+        else:
+            bits = M * O * kernel * per_group
+            packed_bytes = M * O * kernel * -(-per_group // 8) + 4 * (M * O + 2 * (N or 0) + biases)
+    shape = " x ".join(map(str, output.shape))
+    return {
+        "layer": name, "kind": type(layer).__name__, "output": shape, "M": M, "N": N, "parameters": parameters,
+        "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
+        "macs": macs, "binary_macs": binary_macs, "engine": engine,
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed inference: bits and the operators on them
+# ---------------------------------------------------------------------------------------------------------------------
+#
+# Weights are stored as uint8 (M, O, *K, ceil(C / 8)): bit c % 8 of byte c // 8 is 1 where B_m = +1 at channel c of the
+# group, spare bits are 0. That is the file format, whatever machine wrote it.
+#
+# Activations travel between layers as int64 words (B, *S, P, N), P = ceil(C / 64): bit c % 64 of word c // 64 is 1
+# where A_n = +1 at channel c, spare bits are 0.
+#
+# The two operators below have a plain torch implementation, which unpacks and runs a float convolution: right
+# everywhere, fast nowhere. Engines override them for a device (`import kernels`), on the same tensors.
+
+
+def _pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
+    """Booleans (..., C) -> integers (..., ceil(C / width)) of that width, the first flag in the lowest bit."""
+    width = 8 * dtype.itemsize
+    spare = -flags.shape[-1] % width
+    groups = F.pad(flags, (0, spare)).unflatten(-1, (-1, width))
+    shifts = torch.arange(width, device=flags.device)
+    return (groups.to(torch.int64) << shifts).sum(-1).to(dtype)
+
+
+def _unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `_pack_bits`: booleans (..., count)."""
+    shifts = torch.arange(8 * packed.dtype.itemsize, device=packed.device, dtype=packed.dtype)
+    return ((packed[..., None] >> shifts) & 1).flatten(-2)[..., :count].bool()
+
+
+def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
+    """Wq (O, C, *K) from its bits (M, O, *K, bytes) and alphas (M, O)."""
+    signs = _unpack_bits(bits, channels).to(alphas.dtype).mul_(2).sub_(1)
+    Wq = torch.einsum("mo,mo...->o...", alphas, signs)
+    return Wq.movedim(-1, 1).contiguous()
+
+
+_CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+
+
+def _packed_conv_reference(
+    x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor, bias: Tensor | None,
+    channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    out_thresholds: Tensor | None, out_flips: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """abcnets::packed_conv: y = bias + sum_m sum_n alphas[m] betas[n] conv(A_n, B_m), thresholded to bits if asked.
+
+    Shape:
+        x: (B, C, *S) floating point, with A_n = +1 where (x >= thresholds[n, c]) != flips[c]; or words (B, *S, P, N).
+            S is empty for a linear layer.
+        bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C); flips (C,) bool;
+        bias (O,) or None. N = 0: x enters as it is.
+        padding: (low, high) per spatial dimension; padded taps are 0, neither +1 nor -1.
+        returns (B, O, *S') in x's dtype (float32 for words); or, given out_thresholds (N', O) and out_flips (O,),
+        words (B, *S', ceil(O / 64), N') with bit (y >= out_thresholds[n]) != out_flips.
+
+    A NaN in x gives NaN where the float simulation has it. Bits cannot be NaN: then it raises ValueError.
+    """
+    dims = bits.ndim - 3
+    compute = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.dtype == torch.int64:
+        signs = _unpack_bits(x.movedim(-1, 0), channels).to(compute).mul_(2).sub_(1)
+        Aq = torch.einsum("n,n...->...", betas.to(compute), signs).movedim(-1, 1)
+        result = torch.float32
+    else:
+        result = x.dtype
+        Aq = x = x.to(compute)
+        if len(betas):
+            per_channel = (-1, *[1] * dims)
+            Aq = sum(
+                beta * torch.where((x >= t.view(per_channel)) != flips.view(per_channel), 1.0, -1.0).to(compute)
+                for beta, t in zip(betas.to(compute), thresholds)
+            )
+            Aq = torch.where(x.isnan(), x, Aq)
+    Wq = _unpack_weight(bits, alphas.to(compute), channels // groups)
+    bias = None if bias is None else bias.to(compute)
+    if dims == 0:
+        y = F.linear(Aq, Wq, bias)
+    else:
+        Aq = F.pad(Aq, [p for low, high in reversed(_pairs(padding)) for p in (low, high)])
+        y = _CONVOLUTIONS[dims](Aq, Wq, bias, stride, 0, dilation, groups)
+    if out_thresholds is None:
+        return y.to(result).contiguous()
+    if y.isnan().any():
+        raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
+    flags = (y.movedim(1, -1)[None] >= out_thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) != out_flips
+    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+
+
+def _packed_max_pool_reference(
+    words: Tensor, flips: Tensor, channels: int,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
+) -> Tensor:  # fmt: skip
+    """abcnets::packed_max_pool: words (B, *S, P, N) of a thresholded tensor -> those of the max-pooled tensor.
+
+    Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
+    OR, and padding is 0.
+    """
+    raw = _unpack_bits(words.movedim(-1, 0), channels) != flips  # (N, B, *S, C)
+    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
+    pooled = pool(raw.flatten(0, 1).movedim(-1, 1).float(), kernel_size, stride, padding, dilation, ceil_mode)
+    pooled = pooled.movedim(1, -1).unflatten(0, raw.shape[:2]) != 0
+    return _pack_bits(pooled != flips, torch.int64).movedim(0, -1).contiguous()
+
+
+def _pairs(padding) -> list[tuple[int, int]]:
+    return list(zip(padding[::2], padding[1::2]))
+
+
+def _packed_conv_fake(
+    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
+    out_thresholds, out_flips,
+):  # fmt: skip
+    from_words = x.dtype == torch.int64
+    B, *sizes = x.shape[:-2] if from_words else (x.shape[0], *x.shape[2:])
+    O, *kernel = bits.shape[1:-1]
+    out = [
+        (size + low + high - d * (k - 1) - 1) // s + 1
+        for size, (low, high), k, s, d in zip(sizes, _pairs(padding), kernel, stride, dilation)
+    ]
+    if out_thresholds is not None:
+        return x.new_empty((B, *out, -(-O // 64), len(out_thresholds)), dtype=torch.int64)
+    return x.new_empty((B, O, *out), dtype=torch.float32 if from_words else x.dtype)
+
+
+def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+    B, *sizes, P, N = words.shape
+    out = []
+    for size, k, s, p, d in zip(sizes, kernel_size, stride, padding, dilation):
+        room = size + 2 * p - d * (k - 1) - 1
+        count = (room + (s - 1 if ceil_mode else 0)) // s + 1
+        if ceil_mode and (count - 1) * s >= size + p:  # torch drops a window that starts beyond the input
+            count -= 1
+        out.append(count)
+    return words.new_empty((B, *out, P, N))
+
+
+_library = torch.library.Library("abcnets", "FRAGMENT")
+
+for _name, _schema, _reference, _fake in (
+    (
+        "packed_conv",
+        "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor flips, Tensor? bias, "
+        "int channels, int[] stride, int[] padding, int[] dilation, int groups, "
+        "Tensor? out_thresholds, Tensor? out_flips) -> Tensor",
+        _packed_conv_reference,
+        _packed_conv_fake,
+    ),
+    (
+        "packed_max_pool",
+        "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+        "bool ceil_mode) -> Tensor",
+        _packed_max_pool_reference,
+        _packed_max_pool_fake,
+    ),
+):
+    if not hasattr(torch.ops.abcnets, _name):  # a second copy of this file in one process shares the first one's
+        _library.define(_name + _schema)
+        _library.impl(_name, _reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"abcnets::{_name}", _fake, lib=_library)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed inference: layers and models
+# ---------------------------------------------------------------------------------------------------------------------
+
+# On CPUs with a vector popcount bits beat oneDNN's float32 up to about this many binary convolutions a layer.
+_BITS_PAY_UP_TO = 16
+
+
+class PackedLayer(nn.Module):
+    """The inference form of an ABC layer, convolution or linear: bits, scales and thresholds. Made by `pack`.
+
+    Attributes (all of its state dict):
+        bits: (M, O, *K, ceil(C / groups / 8)) uint8, the weight bases.
+        alphas (M, O), bias (O,) or None: float32.
+        thresholds (N,), betas (N,): float32, A_n = +1 where input >= thresholds[n]; empty where the input stays float.
+
+    `engine` is "bits", which runs M x N binary convolutions through the operator abcnets::packed_conv, or "float",
+    which runs one float convolution with the weights unpacked (and kept, outside the state dict).
+
+    Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
+    """
+
+    def __init__(self, layer: nn.Module, M: int, N: int, engine: str):
+        """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict."""
+        super().__init__()
+        self.spatial_dims = layer.weight.ndim - 2
+        self.out_channels, per_group, *kernel = layer.weight.shape
+        self.kernel_size = tuple(kernel)
+        self.groups = getattr(layer, "groups", 1)
+        self.channels = per_group * self.groups
+        self.stride = tuple(getattr(layer, "stride", ()))
+        self.dilation = tuple(getattr(layer, "dilation", ()))
+        self.padding = _padding_pairs(layer)
+        self.padding_mode = getattr(layer, "padding_mode", "zeros")
+        self.engine = engine
+        device = layer.weight.device
+        bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
+        self.register_buffer("bits", torch.zeros(bits_shape, dtype=torch.uint8, device=device))
+        self.register_buffer("alphas", torch.zeros(M, self.out_channels, device=device))
+        self.register_buffer("thresholds", torch.zeros(N, device=device))
+        self.register_buffer("betas", torch.zeros(N, device=device))
+        self.register_buffer("bias", None if layer.bias is None else torch.zeros(self.out_channels, device=device))
+        # What the operator takes: thresholds and directions for each channel, coming in and (for `fuse`) going out.
+        self.register_buffer("in_thresholds", torch.zeros(N, self.channels, device=device), persistent=False)
+        self.register_buffer("in_flips", torch.zeros(self.channels, dtype=torch.bool, device=device), persistent=False)
+        self.register_buffer("out_thresholds", None, persistent=False)
+        self.register_buffer("out_flips", None, persistent=False)
+        self._Wq = None
+
+    @classmethod
+    def from_layer(cls, layer: _ABCLayer, engine: str):
+        M, N = layer.weight_bases, layer.activation_bases or 0
+        packed = cls(layer, M, N, _choose_engine(engine, M, N))
+        with torch.no_grad():
+            weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
+            us = layer.us.to(weight.dtype)
+            flags = weight_bases(weight, us, layer.per_channel) > 0
+            packed.bits.copy_(_pack_bits(flags.movedim(2, -1), torch.uint8))
+            packed.alphas.copy_(fit_weight(weight, us, layer.per_channel).expand_as(packed.alphas))
+            if N:
+                packed.thresholds.copy_(_thresholds(layer.vs))
+                packed.betas.copy_(layer.betas)
+            if layer.bias is not None:
+                packed.bias.copy_(layer.bias)
+        packed._refresh()
+        return packed.eval()
+
+    def _refresh(self):
+        self._Wq = None
+        self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
+
+    def _load_from_state_dict(self, *arguments):
+        super()._load_from_state_dict(*arguments)
+        self._refresh()
+
+    def _apply(self, fn, recurse=True):
+        self._Wq = None
+        return super()._apply(fn, recurse)
+
+    def forward(self, input: Tensor) -> Tensor:
+        words = input.dtype == torch.int64
+        if not words and not input.is_floating_point():
+            raise TypeError(f"a packed layer takes floating-point input, or another one's words, got {input.dtype}")
+        if not words:
+            self._check_shape(input)
+        if words or input.ndim == self.spatial_dims + 2:
+            return self._convolve(input)
+        if self.spatial_dims == 0:  # any number of leading dimensions
+            return self._convolve(input.reshape(-1, self.channels)).reshape(*input.shape[:-1], self.out_channels)
+        return self._convolve(input[None])[0]
+
+    def _check_shape(self, input: Tensor) -> None:
+        axis = -1 - self.spatial_dims
+        if input.ndim < -axis or input.shape[axis] != self.channels:
+            raise ValueError(f"this packed layer takes {self.channels} channels in dimension {axis}, "
+                             f"got input of shape {tuple(input.shape)}")  # fmt: skip
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x = F.pad(x, [p for pair in reversed(_pairs(padding)) for p in pair], mode=self.padding_mode)
+            padding = (0,) * len(padding)
+        if self.engine == "float":
+            return self._float_convolve(x, padding)
+        return torch.ops.abcnets.packed_conv(
+            x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
+            self.stride, padding, self.dilation, self.groups, self.out_thresholds, self.out_flips,
+        )  # fmt: skip
+
+    def _float_convolve(self, x: Tensor, padding) -> Tensor:
+        if self._Wq is None:
+            self._Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
+        Aq = _staircase(x, self.thresholds, self.betas) if len(self.betas) else x
+        Wq, bias = self._Wq.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if self.spatial_dims == 0:
+            return F.linear(Aq, Wq, bias)
+        pairs = _pairs(padding)
+        if any(low != high for low, high in pairs):
+            Aq, pairs = F.pad(Aq, [p for pair in reversed(pairs) for p in pair]), [(0, 0)] * len(pairs)
+        symmetric = [low for low, _ in pairs]
+        return _CONVOLUTIONS[self.spatial_dims](Aq, Wq, bias, self.stride, symmetric, self.dilation, self.groups)
+
+    def extra_repr(self) -> str:
+        size = f"{self.channels}, {self.out_channels}"
+        if self.spatial_dims:
+            size += f", kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
+        if self.groups != 1:
+            size += f", groups={self.groups}"
+        bases = f"weight_bases={len(self.bits)}, activation_bases={len(self.betas) or None}"
+        return f"{size}, {bases}, engine={self.engine!r}"
+
+
+def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:
+    """(low, high) per spatial dimension, flat, from torch's three ways to say padding."""
+    padding = getattr(layer, "padding", ())
+    if padding == "valid":
+        padding = (0,) * len(layer.kernel_size)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(layer.dilation, layer.kernel_size)]
+        return tuple(p for total in totals for p in (total // 2, total - total // 2))
+    return tuple(p for side in padding for p in (side, side))
+
+
+def _choose_engine(engine: str, M: int, N: int) -> str:
+    if engine not in ("auto", "bits", "float"):
+        raise ValueError(f"engine must be 'auto', 'bits' or 'float', got {engine!r}")
+    if engine == "auto":
+        return "bits" if 0 < M * N <= _BITS_PAY_UP_TO else "float"
+    return engine
+
+
+def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
+    """An inference copy in which every active ABC layer is a `PackedLayer`, with 1 bit a weight and base.
+
+    It puts out what the model does in eval mode, to rounding. The model itself is untouched. With stock torch the
+    packed layers are right but slow; `import kernels` (this project's CPU and CUDA engines) makes them fast.
+
+    Args:
+        model: a model with ABC layers, or one such layer. Inactive ones and those with float weights stay as they are.
+        engine: how the packed layers compute: "bits", "float" (see `PackedLayer`), or "auto": bits where M * N is at
+            most 16, beyond which one float convolution is faster, and float where the activations are.
+
+    Raises: ValueError where the model has no layer to pack, or for another engine.
+    """
+    _choose_engine(engine, 1, 1)
+    model = copy.deepcopy(model).eval().requires_grad_(False)
+    layers = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active and m.us is not None]
+    if not layers:
+        raise ValueError("pack needs at least one active ABC layer with weight_bases: convert or binarize first")
+    return _replace(model, {layer: PackedLayer.from_layer(layer, engine) for layer in layers})
+
+
+_FORMAT_VERSION = 1
+
+
+def save_packed(model: nn.Module, path) -> None:
+    """Write a packed model to one safetensors file (needs the `safetensors` package); replaces the file atomically.
+
+    The file holds the state dict, and in its metadata {"format": "abcnets", "version", "sha256", "layers"}: for each
+    packed layer M, N, engine and geometry, for each ABC layer left as it is its bases, as JSON.
+
+    Args:
+        model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
+        path: the file to write.
+
+    Raises: ValueError where the model has no packed layer.
+    """
+    import safetensors.torch
+
+    layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
+    if not any(layer["kind"] == "packed" for layer in layers.values()):
+        raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
+    metadata = {
+        "format": "abcnets",
+        "version": str(_FORMAT_VERSION),
+        "sha256": _digest(tensors),
+        "layers": json.dumps(layers, sort_keys=True),
+    }
+    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        safetensors.torch.save_file(tensors, temporary, metadata)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def load_packed(path, skeleton: nn.Module) -> nn.Module:
+    """Rebuild a packed model from a file of `save_packed`, around a copy of the float network it was made from.
+
+    No pickle is read. Everything is checked before anything is built, and the skeleton is never touched.
+
+    Args:
+        path: the file.
+        skeleton: a network of the same architecture, float or converted; its weights do not matter.
+
+    Returns: the packed model, in eval mode, on the CPU.
+    Raises: FileNotFoundError; ValueError, saying what is wrong, for a file that is truncated, tampered with, not one of
+        ours or of a later version, or that does not fit the skeleton.
+    """
+    import safetensors
+
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"there is no packed model at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
+    layers = _check_metadata(path, metadata, tensors)
+    model = copy.deepcopy(skeleton).cpu().eval().requires_grad_(False)
+    modules = dict(model.named_modules())
+    replaced = {}
+    for name, description in layers.items():
+        if type(modules.get(name)) not in (*_ABC_OF, *_ABC_OF.values()):
+            raise ValueError(f"{path} has a binarized layer {name!r}, where the skeleton has no layer to binarize")
+        replaced[modules[name]] = _rebuild(modules[name], description)
+        if _describe(replaced[modules[name]]) != description:
+            raise ValueError(f"{path} was made from another network: its layer {name!r} is {description}, "
+                             f"the skeleton's would be {_describe(replaced[modules[name]])}")  # fmt: skip
+    model = _replace(model, replaced)
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit the skeleton: {error}") from None
+    return model
+
+
+def _describe(layer: nn.Module) -> dict:
+    if isinstance(layer, _ABCLayer):
+        bases = {"weight_bases": layer.weight_bases, "activation_bases": layer.activation_bases}
+        return {"kind": "abc", **bases, "per_channel": layer.per_channel}
+    names = ("channels", "out_channels", "groups", "padding_mode", "engine")
+    lists = ("kernel_size", "stride", "padding", "dilation")
+    return {
+        "kind": "packed", "M": len(layer.bits), "N": len(layer.betas),
+        **{name: getattr(layer, name) for name in names}, **{name: list(getattr(layer, name)) for name in lists},
+    }  # fmt: skip
+
+
+def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
+    try:
+        if description["kind"] == "packed":
+            return PackedLayer(layer, description["M"], description["N"], description["engine"]).eval()
+        bases = {key: value for key, value in description.items() if key != "kind"}
+        stock = layer.stock if isinstance(layer, _ABCLayer) else type(layer)
+        return _ABC_OF[stock].from_float(layer, **bases).eval()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"a layer description in the file makes no sense: {description} ({error})") from None
+
+
+def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
+    """The layer descriptions, once the file is known to be ours, of a version we read, and as it was written."""
+    if metadata.get("format") != "abcnets":
+        raise ValueError(f"{path} is a safetensors file, but no packed model: its format is {metadata.get('format')!r}")
+    version = metadata.get("version", "")
+    if not version.isdecimal() or int(version) != _FORMAT_VERSION:
+        raise ValueError(f"{path} has format version {version!r}; this abcnets reads version {_FORMAT_VERSION}")
+    if metadata.get("sha256") != _digest(tensors):
+        raise ValueError(f"{path} was changed after it was written: its checksum does not match its contents")
+    try:
+        layers = json.loads(metadata["layers"])
+        assert isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
+    except (KeyError, ValueError, AssertionError):
+        raise ValueError(f"{path} lacks a readable description of its layers") from None
+    return layers
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    import hashlib
+
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(f"{name} {tensors[name].dtype} {tuple(tensors[name].shape)};".encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed inference: bits from layer to layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def fuse(model: nn.Module) -> "torch.fx.GraphModule":
+    """Keep bits between the layers of a packed model: BatchNorm, ReLU and max-pool become thresholds and ORs.
+
+    Between two packed layers, whatever is elementwise and monotone in each channel (BatchNorm, ReLU and its kin, the
+    identity of Dropout) is followed by a comparison with the next layer's thresholds, so it only moves these: each
+    channel of the earlier layer's output is compared once a base, with a constant that folds all of it in, and max-pool
+    commutes with the comparison. No float tensor is written on the way. Behind any other producer (the first, float
+    convolution; a residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them.
+
+    The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide
+    as those do, to the last bit.
+
+    Args:
+        model: what `pack` or `load_packed` returned; it is not touched.
+
+    Returns: a torch.fx.GraphModule with the same outputs, to rounding. NaN in the input raises ValueError where it
+        would have to become bits.
+    Raises: ValueError where the model can't be traced by torch.fx.
+    """
+    model = copy.deepcopy(model).eval()
+    try:
+        graph = _PackedTracer().trace(model)
+    except Exception as error:
+        raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
+    fused = torch.fx.GraphModule(model, graph)
+    for node in list(graph.nodes):
+        layer = _module_of(fused, node)
+        if isinstance(layer, PackedLayer) and _reads_bits(layer):
+            _fuse_input(fused, node, layer)
+    graph.eliminate_dead_code()
+    fused.delete_all_unused_submodules()
+    fused.recompile()
+    return fused
+
+
+class _PackedTracer(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return isinstance(module, (PackedLayer, _ABCLayer)) or super().is_leaf_module(module, name)
+
+
+def _reads_bits(layer: PackedLayer) -> bool:
+    return layer.engine == "bits" and len(layer.betas) > 0 and layer.padding_mode == "zeros" and layer.groups == 1
+
+
+def _fuse_input(fused, node, layer: PackedLayer) -> None:
+    """Fold what lies between a packed layer and its producer into thresholds: the producer's, or else its own."""
+    chain, producer = _monotone_chain(fused, node)
+    producing = _module_of(fused, producer)
+    pools = [i for i, link in enumerate(chain) if _pool_of(fused, link)]
+    if isinstance(producing, PackedLayer) and producing.engine == "bits" and len(producer.users) == 1:
+        functions = [_function_of(fused, link) for link in chain]
+        producing.out_thresholds, producing.out_flips = _fold(functions, layer)
+        source = producer
+        for i in pools:
+            after = _fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
+            source = _insert_pool(fused, chain[i], source, after, layer.channels)
+    else:
+        rest = chain[pools[-1] + 1 :] if pools else chain
+        layer.in_thresholds, layer.in_flips = _fold([_function_of(fused, link) for link in rest], layer)
+        source = chain[pools[-1]] if pools else producer
+    node.replace_input_with(node.args[0], source)
+
+
+def _monotone_chain(fused, node) -> tuple[list, "torch.fx.Node"]:
+    """The single-use links in front of a node that only move its thresholds, first to last, and what feeds them."""
+    chain = []
+    link = node.args[0]
+    while len(link.users) == 1 and (_function_of(fused, link) or _pool_of(fused, link)):
+        chain.insert(0, link)
+        link = link.args[0]
+    return chain, link
+
+
+def _module_of(fused, node):
+    return fused.get_submodule(node.target) if node.op == "call_module" else None
+
+
+# Non-decreasing, elementwise. BatchNorm is monotone in each channel, in either direction.
+_MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+
+
+def _function_of(fused, node):
+    """What a graph node does to a tensor with channels in dimension 1, where that is monotone; else None."""
+    module = _module_of(fused, node)
+    if type(module) in _MONOTONE_MODULES:
+        return module
+    if type(module) in _BATCH_NORMS and module.track_running_stats:
+        statistics = (module.running_mean, module.running_var, module.weight, module.bias)
+        return lambda z: F.batch_norm(z, *statistics, eps=module.eps)
+    if node.op in ("call_function", "call_method") and node.target in _RELUS:
+        return torch.relu
+    return None
+
+
+def _pool_of(fused, node):
+    module = _module_of(fused, node)
+    return module if type(module) in _POOLS and not module.return_indices else None
+
+
+def _insert_pool(fused, link, source, flips: Tensor, channels: int):
+    pool = _pool_of(fused, link)
+    dims = _POOLS[type(pool)]
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    sizes = [[size] * dims if isinstance(size, int) else list(size) for size in sizes]
+    name = f"{link.name}_flips"
+    fused.register_buffer(name, flips, persistent=False)
+    with fused.graph.inserting_after(source):
+        flips_node = fused.graph.get_attr(name)
+    with fused.graph.inserting_after(flips_node):
+        arguments = (source, flips_node, channels, *sizes, pool.ceil_mode)
+        return fused.graph.call_function(torch.ops.abcnets.packed_max_pool.default, arguments)
+
+
+def _fold(functions: list, layer: PackedLayer) -> tuple[Tensor, Tensor]:
+    """Thresholds (N, C) and flips (C,) on z with (z >= thresholds) != flips where f(z) >= the layer's own thresholds.
+
+    f, the composition, is monotone in each channel, so each threshold is the smallest float32 for which a comparison
+    comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
+    32 evaluations. Max-pools have no entry: they commute.
+    """
+    N, C = layer.in_thresholds.shape
+    wanted = layer.thresholds[:, None]
+
+    def f(z):
+        for function in functions:
+            z = z if function is None else function(z)
+        return z
+
+    extreme = torch.finfo(torch.float32).max
+    low, high = (f(wanted.new_full((1, C), value))[0] for value in (-extreme, extreme))
+    flips = high < low
+
+    def passed(key):  # monotone in the key: False, then True
+        return (f(_float_of_key(key)) >= wanted) != flips
+
+    infinity = _key_of_float(wanted.new_tensor(math.inf))
+    below = wanted.new_zeros((N, C), dtype=torch.int64) - infinity - 1  # one step below -inf: never passed
+    above = torch.zeros_like(below) + infinity  # if nothing smaller passes, +inf is the threshold
+    below_all = passed(-infinity.expand(N, C))
+    while (above - below > 1).any():
+        middle = torch.div(below + above, 2, rounding_mode="floor")
+        is_true = passed(middle.clamp(min=-infinity))
+        above, below = torch.where(is_true, middle, above), torch.where(is_true, below, middle)
+    return torch.where(below_all, -math.inf, _float_of_key(above.clamp(min=-infinity))), flips
+
+
+def _key_of_float(x: Tensor) -> Tensor:
+    """An integer that is ordered as the float32 is: its bits, the magnitude negated below zero."""
+    bits = x.view(torch.int32).to(torch.int64)
+    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
+
+
+def _float_of_key(key: Tensor) -> Tensor:
+    bits = torch.where(key < 0, -key | -0x80000000, key)
+    return bits.to(torch.int32).view(torch.float32)
