@@ -357,6 +357,7 @@ class _QuantizeActivation(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx, G):
         R, vs, betas = ctx.saved_tensors
         thresholds, scales = _scalars(_thresholds(vs)), _scalars(betas)

@@ -1,0 +1,222 @@
+"""Whole models: binarize, convert, calibrate, summary."""
+
+import copy
+
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+import abcnets
+from abcnets import ABCConv2d, ABCLinear
+
+
+def block(channels_in, channels_out):
+    return [nn.Conv2d(channels_in, channels_out, 3, padding=1), nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [*block(1, 16), *block(16, 32), nn.MaxPool2d(2), *block(32, 32), nn.MaxPool2d(2)]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(128, 10))
+
+
+class Residual(nn.Module):
+    """A model whose forward is more than a sequence, with one layer used twice and one never."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 8, 3, padding=1)
+        self.twice = nn.Conv2d(8, 8, 3, padding=1)
+        self.never = nn.Conv2d(8, 8, 3)
+        self.norm = nn.BatchNorm2d(8)
+        self.last = nn.Linear(8, 10)
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        x = x + F.relu(self.norm(self.twice(x)))
+        return self.last(F.relu(self.twice(x)).mean((2, 3)))
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load_digits()
+    return torch.tensor(data.images, dtype=torch.float32)[:, None] / 16, torch.tensor(data.target)
+
+
+@pytest.fixture(scope="module")
+def trained(digits):
+    """A small float network that reads real digits."""
+    images, labels = digits[0][:1400], digits[1][:1400]
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
+    for _ in range(6):
+        for i in torch.randperm(1400).split(100):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images[i]), labels[i]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def accuracy(model, digits):
+    with torch.no_grad():
+        return (model.eval()(digits[0][1400:]).argmax(1) == digits[1][1400:]).float().mean().item()
+
+
+# convert and binarize
+
+
+def test_convert_leaves_the_ends_float_and_the_model_alone(trained):
+    before = copy.deepcopy(trained.state_dict())
+    model = abcnets.convert(trained, weight_bases=2, activation_bases=4)
+    kinds = [type(m) for m in model if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert kinds == [nn.Conv2d, ABCConv2d, ABCConv2d, nn.Linear]
+    assert model[3].weight_bases == 2 and model[3].activation_bases == 4 and not model[3].training
+    assert torch.equal(model[3].weight, trained[3].weight) and model[3].weight is not trained[3].weight
+    assert type(trained[3]) is nn.Conv2d
+    assert all(torch.equal(value, before[key]) for key, value in trained.state_dict().items())
+
+
+def test_convert_by_filter_and_settings(trained):
+    model = abcnets.convert(trained, 1, 1, filter_fn=lambda layer, name: isinstance(layer, nn.Linear))
+    assert [name for name, m in model.named_modules() if hasattr(m, "active")] == ["12"]
+    settings = {"0": {"weight_bases": 5, "activation_bases": None}, "7": None}
+    model = abcnets.convert(trained, 1, 1, settings=settings)
+    assert (model[0].weight_bases, model[0].activation_bases) == (5, None)
+    assert (model[3].weight_bases, model[3].activation_bases) == (1, 1)
+    assert type(model[7]) is nn.Conv2d
+    model = abcnets.convert(trained, 2, 2, settings=lambda name, layer: {"weight_bases": 3} if name == "7" else {})
+    assert (model[3].weight_bases, model[7].weight_bases, model[7].activation_bases) == (2, 3, 2)
+    with pytest.raises(ValueError, match=r"\['nine'\]"):
+        abcnets.convert(trained, settings={"nine": None})
+
+
+def test_convert_a_single_layer_and_shared_layers():
+    assert isinstance(abcnets.convert(nn.Linear(3, 4)), ABCLinear)
+    model = abcnets.convert(Residual(), 2, 2)
+    assert isinstance(model.twice, ABCConv2d) and isinstance(model.never, ABCConv2d) and type(model.first) is nn.Conv2d
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = abcnets.convert(nn.Sequential(nn.Conv2d(4, 4, 1), shared, nn.ReLU(), shared, nn.Conv2d(4, 4, 1)))
+    assert isinstance(model[1], ABCConv2d) and model[3] is model[1]
+
+
+def test_subclasses_are_left_alone():
+    class Own(nn.Conv2d):
+        pass
+
+    model = abcnets.convert(nn.Sequential(nn.Conv2d(1, 2, 3), Own(2, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)))
+    assert [type(m) for m in model] == [nn.Conv2d, Own, ABCConv2d, nn.Conv2d]
+
+
+def test_binarize_is_recursive_and_reversible(trained, digits):
+    model = abcnets.convert(trained, active=False)
+    x = digits[0][:50]
+    assert torch.equal(model(x), trained(x))
+    assert abcnets.binarize(model) is model and not torch.equal(model(x), trained(x))
+    assert torch.equal(abcnets.binarize(model, active=False)(x), trained(x))
+
+
+# calibrate
+
+
+def test_calibration_brings_a_binarized_network_back(trained, digits):
+    model = abcnets.convert(trained, 2, 2)
+    dropped = accuracy(model, digits)
+    abcnets.calibrate(model, digits[0][:1000].split(250), progress=False)
+    calibrated, whole = accuracy(model, digits), accuracy(trained, digits)
+    assert whole > 0.9 and dropped < whole - 0.2 and calibrated > whole - 0.09, (whole, dropped, calibrated)
+
+
+def test_calibration_fits_what_really_reaches_each_layer(trained, digits):
+    images = digits[0][:500]
+    model = abcnets.convert(trained, 2, 3)
+    abcnets.calibrate(model, [(images, digits[1][:500])], progress=False)
+    assert torch.equal(model[1].running_mean, trained[1].running_mean)  # nothing binarized ahead of it
+    with torch.no_grad():
+        reaching = model[:7](images)
+        assert torch.allclose(model[4].running_mean, model[:4](images).mean((0, 2, 3)), atol=1e-5)
+        assert torch.allclose(model[4].running_var, model[:4](images).var((0, 2, 3)), rtol=1e-4)
+        # Lloyd-Max: a constant base, thresholds midway between the means of their cells, levels at the means
+        thresholds = 0.5 - model[7].vs
+        assert thresholds[0] == 0 and (thresholds.diff() > 0).all()
+        cells = torch.bucketize(reaching, thresholds[1:], right=True)
+        means = torch.stack([reaching[cells == j].mean() for j in range(3)])
+        assert torch.allclose(thresholds[1:], (means[1:] + means[:-1]) / 2, atol=1e-3)
+        assert torch.allclose(model[7].quantized_input(reaching).unique(), means, atol=1e-3)
+
+
+def test_calibration_corrects_biases_where_no_norm_does(digits):
+    torch.manual_seed(0)
+    convolutions = [nn.Conv2d(c, 8, 3, padding=1) for c in (1, 8, 8, 8)]
+    plain = nn.Sequential(*[m for conv in convolutions for m in (conv, nn.ReLU())])
+    model = abcnets.convert(plain, 2, 2)
+    x = digits[0][:200]
+    abcnets.calibrate(model, x, progress=False)
+    with torch.no_grad():
+        for end in (3, 5):
+            assert torch.allclose(model[:end](x).mean((0, 2, 3)), plain[:end](x).mean((0, 2, 3)), atol=1e-5)
+
+
+def test_calibrate_works_on_any_forward_and_restores_the_mode(digits):
+    model = abcnets.convert(Residual(), 2, 2).train()
+    vs = model.never.vs.clone()
+    assert abcnets.calibrate(model, digits[0][:100], progress=False) is model
+    assert model.training and model.norm.training and torch.equal(model.never.vs, vs)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_calibrate_says_what_is_missing(trained, digits):
+    with pytest.raises(ValueError, match="at least one active ABC layer"):
+        abcnets.calibrate(copy.deepcopy(trained), digits[0][:10])
+    with pytest.raises(ValueError, match="at least one image"):
+        abcnets.calibrate(abcnets.convert(trained), [])
+
+
+def test_constant_activations_keep_the_start_values():
+    model = abcnets.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)), 2, 2)
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    betas = model[1].betas.clone()
+    abcnets.calibrate(model, torch.rand(2, 1, 9, 9), progress=False)
+    assert torch.equal(model[1].betas, betas)
+
+
+def test_signed_activations_are_fitted_too():
+    x = torch.randn(100_000)
+    for N, error in ((2, 0.364), (4, 0.118)):  # N levels of a Gaussian: Lloyd-Max
+        vs, betas = abcnets._fit_activations(x, N)
+        assert (x - abcnets.quantize_activation(x, vs, betas)).square().mean().item() == pytest.approx(error, abs=0.01)
+
+
+# summary
+
+
+def test_summary_counts(trained):
+    model = abcnets.convert(trained, 3, 2)
+    table = abcnets.summary(model, torch.rand(2, 1, 8, 8))
+    frame = pd.DataFrame(table).set_index("layer")
+    row = frame.loc["3"]
+    assert (row["kind"], row["M"], row["N"], row["engine"]) == ("ABCConv2d", 3, 2, "bits")
+    assert row["parameters"] == 32 * 16 * 9 + 32 + 4
+    assert row["bits"] == 3 * 32 * 16 * 9 and row["packed_bytes"] == 3 * 32 * 9 * 2 + 4 * (3 * 32 + 4 + 32)
+    assert row["macs"] == 2 * 64 * 32 * 16 * 9 and row["binary_macs"] == 6 * row["macs"]
+    assert frame.loc["0", "binary_macs"] == 0 and frame.loc["0", "packed_bytes"] == frame.loc["0", "float_bytes"] == 640
+    assert table.total()["macs"] == frame["macs"].sum()
+    assert "total" in str(table) and str(table).count("\n") == len(table) + 3
+    assert "<table>" in table._repr_html_()
+
+
+def test_summary_of_the_packed_model_agrees_with_its_buffers(trained):
+    packed = abcnets.pack(abcnets.convert(trained, 3, 2))
+    model = abcnets.summary(abcnets.convert(trained, 3, 2), torch.rand(2, 1, 8, 8))
+    table = abcnets.summary(packed, torch.rand(2, 1, 8, 8))
+    assert [row["packed_bytes"] for row in table] == [row["packed_bytes"] for row in model]
+    stored = sum(t.numel() * t.element_size() for t in packed[3].state_dict().values())
+    assert table[2]["packed_bytes"] == stored
+
+
+def test_summary_says_where_bits_lose(trained):
+    rows = abcnets.summary(abcnets.convert(trained, 5, 5), torch.rand(1, 1, 8, 8))
+    assert {row["engine"] for row in rows if row["M"]} == {"float"}

@@ -1,0 +1,379 @@
+"""Packed inference with stock torch: equal to the float simulation, small on disk, bits from layer to layer."""
+
+import copy
+import json
+import math
+
+import pytest
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from torch import nn
+
+import abcnets
+from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear, PackedLayer
+
+
+@st.composite
+def layers(draw):
+    """A random ABC layer and an input, some of whose values lie exactly on thresholds, some infinite."""
+    dims = draw(st.integers(0, 3))
+    M, N = draw(st.integers(1, 8)), draw(st.integers(1, 8))
+    groups = draw(st.sampled_from([1, 1, 2, 3])) if dims else 1
+    C, O = groups * draw(st.integers(1, 20)), groups * draw(st.integers(1, 6))
+    torch.manual_seed(draw(st.integers(0, 10_000)))
+    bases = {"weight_bases": M, "activation_bases": N, "vs": torch.randn(N), "betas": torch.randn(N)}
+    bases["per_channel"] = draw(st.booleans())
+    B = draw(st.integers(0, 3))
+    if dims == 0:
+        layer, shape = ABCLinear(C, O, bias=draw(st.booleans()), **bases), (B, C)
+    else:
+        kernel = [draw(st.integers(1, 3)) for _ in range(dims)]
+        dilation = [draw(st.integers(1, 2)) for _ in range(dims)]
+        padding = draw(st.sampled_from(["same", "valid", "numbers"]))
+        stride = 1 if padding == "same" else [draw(st.integers(1, 3)) for _ in range(dims)]
+        mode = draw(st.sampled_from(["zeros", "zeros", "zeros", "circular", "replicate"]))
+        if padding == "numbers":
+            padding = [draw(st.integers(0, 2)) for _ in range(dims)]
+        layer = (ABCConv1d, ABCConv2d, ABCConv3d)[dims - 1](
+            C, O, kernel, stride, padding, dilation, groups, draw(st.booleans()), mode, **bases
+        )
+        shape = (B, C, *(draw(st.integers(5, 8)) for _ in range(dims)))
+    x = torch.randn(shape)
+    special = torch.cat([0.5 - layer.vs.detach(), torch.tensor([math.inf, -math.inf])])
+    x = torch.where(torch.rand(shape) < 0.2, special[torch.randint(len(special), shape)], x)
+    return layer, x
+
+
+@settings(max_examples=150, deadline=None)
+@given(layers())
+def test_packed_equals_the_float_simulation(case):
+    layer, x = case
+    with torch.no_grad():
+        expected = layer(x)
+        for engine in ("bits", "float"):
+            y = abcnets.pack(layer, engine=engine)(x)
+            assert y.shape == expected.shape and y.dtype == expected.dtype
+            assert torch.allclose(
+                y, expected, rtol=1e-4, atol=1e-4 * max(1, expected.abs().max().item() if y.numel() else 1)
+            )
+
+
+@pytest.mark.parametrize("engine", ["bits", "float"])
+def test_nan_spreads_as_in_the_simulation(engine):
+    layer = ABCConv2d(3, 4, 3, padding=1)
+    x = torch.randn(2, 3, 6, 6)
+    x[0, 1, 2, 3] = math.nan
+    assert torch.equal(abcnets.pack(layer, engine=engine)(x).isnan(), layer(x).isnan())
+
+
+@pytest.mark.parametrize("engine", ["bits", "float"])
+def test_layouts_and_dtypes(engine):
+    layer = ABCConv2d(5, 4, 3, padding=1, weight_bases=2, activation_bases=2)
+    packed = abcnets.pack(layer, engine=engine)
+    x = torch.randn(2, 5, 6, 7)
+    y = layer(x)
+    assert torch.allclose(packed(x.to(memory_format=torch.channels_last)), y, atol=1e-5)
+    assert torch.allclose(packed(x.transpose(2, 3).contiguous().transpose(2, 3)), y, atol=1e-5)
+    assert torch.allclose(packed(x[0]), y[0], atol=1e-5)
+    double = packed(x.double())
+    assert double.dtype == torch.float64 and torch.allclose(double.float(), y, atol=1e-5)
+    half = packed(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and torch.allclose(half.float(), layer(x.bfloat16().float()), atol=0.1)
+
+
+def test_packing_weights_only_and_leaving_the_rest():
+    model = nn.Sequential(
+        ABCConv2d(3, 4, 3, weight_bases=2, activation_bases=None),
+        ABCConv2d(4, 4, 3, weight_bases=None, activation_bases=2),
+        ABCConv2d(4, 4, 3, active=False),
+    )
+    packed = abcnets.pack(model)
+    assert [type(m) for m in packed] == [PackedLayer, ABCConv2d, ABCConv2d] and packed[0].engine == "float"
+    x = torch.randn(2, 3, 9, 9)
+    assert torch.allclose(packed(x), model(x), atol=1e-5)
+    assert not any(p.requires_grad for p in packed.parameters()) and model[1].weight.requires_grad
+    with pytest.raises(ValueError, match="at least one active ABC layer"):
+        abcnets.pack(nn.Sequential(nn.Conv2d(3, 4, 3)))
+    with pytest.raises(ValueError, match="got 'fast'"):
+        abcnets.pack(model, engine="fast")
+
+
+def test_auto_runs_layers_beyond_the_limit_as_float():
+    engines = [
+        abcnets.pack(ABCLinear(4, 4, weight_bases=M, activation_bases=N)).engine for M, N in ((4, 4), (5, 5), (1, 8))
+    ]
+    assert engines == ["bits", "float", "bits"]
+
+
+def test_bad_input_to_a_packed_layer():
+    packed = abcnets.pack(ABCConv2d(3, 4, 3))
+    with pytest.raises(ValueError, match=r"3 channels in dimension -3, got input of shape \(1, 2, 5, 5\)"):
+        packed(torch.rand(1, 2, 5, 5))
+    with pytest.raises(TypeError, match="got torch.int32"):
+        packed(torch.ones(1, 3, 5, 5, dtype=torch.int32))
+
+
+def test_documented_bit_order():
+    layer = ABCLinear(11, 1, bias=False, weight_bases=1, activation_bases=1)
+    signs = torch.tensor([1, -1, -1, 1, 1, 1, -1, -1, 1, -1, 1.0])
+    layer.weight.data.copy_(signs - signs.mean())
+    assert abcnets.pack(layer).bits.tolist() == [[[0b00111001, 0b101]]]
+
+
+# Operators
+
+
+def operator_arguments(out=False):
+    layer = abcnets.pack(ABCConv2d(70, 9, 3, stride=2, padding=1))
+    x = torch.randn(2, 70, 6, 7)
+    more = (torch.randn(4, 9), torch.rand(9) > 0.5) if out else (None, None)
+    return (x, layer.bits, layer.alphas, layer.betas, layer.in_thresholds, layer.in_flips, layer.bias, 70,
+            [2, 2], [1, 1, 1, 1], [1, 1], 1, *more)  # fmt: skip
+
+
+def test_operators_pass_opcheck():
+    torch.library.opcheck(torch.ops.abcnets.packed_conv.default, operator_arguments())
+    arguments = operator_arguments(out=True)
+    torch.library.opcheck(torch.ops.abcnets.packed_conv.default, arguments)
+    words = torch.ops.abcnets.packed_conv(*arguments)
+    assert words.shape == (2, 3, 4, 1, 4)
+    pool = (words, arguments[-1], 9, [2, 2], [2, 2], [1, 1], [1, 1], True)
+    torch.library.opcheck(torch.ops.abcnets.packed_max_pool.default, pool)
+
+
+def test_words_out_are_the_thresholded_output_and_pool_as_it_does():
+    arguments = operator_arguments(out=True)
+    y = torch.ops.abcnets.packed_conv(*arguments[:-2], None, None)
+    thresholds, flips = arguments[-2:]
+    words = torch.ops.abcnets.packed_conv(*arguments)
+    bits = abcnets._unpack_bits(words.movedim(-1, 0), 9).movedim(-1, 2)  # (N, B, O, H, W)
+    expected = (y >= thresholds[:, None, :, None, None]) != flips[:, None, None]
+    assert torch.equal(bits, expected)
+    for geometry in ((2, 2, 0, 1, False), (3, 2, 1, 1, True), (2, 1, 0, 2, False)):
+        k, s, p, d, ceil = geometry
+        pooled = torch.ops.abcnets.packed_max_pool(words, flips, 9, [k, k], [s, s], [p, p], [d, d], ceil)
+        bits = abcnets._unpack_bits(pooled.movedim(-1, 0), 9).movedim(-1, 2)
+        z = F.max_pool2d(y, k, s, p, d, ceil)
+        assert torch.equal(bits, (z >= thresholds[:, None, :, None, None]) != flips[:, None, None])
+
+
+def test_nan_can_not_become_bits():
+    arguments = list(operator_arguments(out=True))
+    arguments[0][0, 0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN"):
+        torch.ops.abcnets.packed_conv(*arguments)
+
+
+def test_packed_models_compile_and_export():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
+    packed, x = abcnets.pack(model), torch.randn(2, 1, 8, 8)
+    torch._dynamo.reset()
+    assert torch.allclose(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x), atol=1e-5)
+    assert torch.allclose(torch.export.export(packed, (x,)).module()(x), model(x), atol=1e-5)
+
+
+# Files
+
+
+def small():
+    torch.manual_seed(1)
+    layers = [nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(32, 5)).eval()
+
+
+@pytest.fixture
+def packed():
+    model = abcnets.convert(small(), 3, 2, settings={"6": {"weight_bases": None}})
+    return abcnets.pack(abcnets.calibrate(model, torch.randn(20, 1, 8, 8), progress=False))
+
+
+def test_a_file_rebuilds_the_model(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    abcnets.save_packed(packed, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+    skeleton = small()
+    loaded = abcnets.load_packed(path, skeleton)
+    assert torch.equal(loaded(x), packed(x)) and not loaded.training
+    assert [type(m) for m in loaded] == [type(m) for m in packed] and type(skeleton[3]) is nn.Conv2d
+    assert torch.equal(abcnets.load_packed(path, abcnets.convert(small()))(x), packed(x))
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    described = json.loads(metadata["layers"])["3"]
+    assert metadata["version"] == "1" and (described["M"], described["N"], described["kernel_size"]) == (3, 2, [3, 3])
+
+
+def test_state_dicts_load_weights_only_and_as_safetensors(packed, tmp_path):
+    state, x = packed.state_dict(), torch.randn(3, 1, 8, 8)
+    torch.save(state, tmp_path / "state.pt")
+    safetensors.torch.save_file(state, tmp_path / "state.safetensors")
+    for loaded in (
+        torch.load(tmp_path / "state.pt", weights_only=True),
+        safetensors.torch.load_file(tmp_path / "state.safetensors"),
+    ):
+        empty = copy.deepcopy(packed)
+        for buffer in empty.buffers():
+            buffer.zero_()
+        empty.load_state_dict(loaded)
+        assert torch.equal(empty(x), packed(x))
+
+
+def rewrite(path, change):
+    with safe_open(path, framework="pt") as file:
+        metadata, tensors = dict(file.metadata()), {key: file.get_tensor(key) for key in file.keys()}
+    change(metadata, tensors)
+    safetensors.torch.save_file(tensors, path, metadata)
+
+
+def relabel(metadata, **changes):
+    layers = json.loads(metadata["layers"])
+    layers["3"].update(changes)
+    metadata["layers"] = json.dumps(layers)
+
+
+WRONG = {
+    "version '2'": lambda metadata, tensors: metadata.update(version="2"),
+    "version ''": lambda metadata, tensors: metadata.pop("version"),
+    "no packed model": lambda metadata, tensors: metadata.update(format="pt"),
+    "checksum": lambda metadata, tensors: tensors["3.bits"].bitwise_xor_(1),
+    "readable description": lambda metadata, tensors: metadata.update(layers="[1]"),
+    "does not fit": lambda metadata, tensors: relabel(metadata, M=2),
+    "another network": lambda metadata, tensors: relabel(metadata, stride=[2, 2]),
+    "makes no sense": lambda metadata, tensors: relabel(metadata, M="three"),
+}
+
+
+@pytest.mark.parametrize("message", WRONG)
+def test_a_wrong_file_gives_one_clear_error_and_touches_nothing(packed, tmp_path, message):
+    path, skeleton = tmp_path / "model.safetensors", small()
+    abcnets.save_packed(packed, path)
+    rewrite(path, WRONG[message])
+    before = copy.deepcopy(skeleton.state_dict())
+    with pytest.raises(ValueError, match=message):
+        abcnets.load_packed(path, skeleton)
+    assert all(torch.equal(value, before[key]) for key, value in skeleton.state_dict().items())
+
+
+def test_truncated_foreign_missing_and_misfitting_files(packed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    abcnets.save_packed(packed, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5], b"", b"PK\x03\x04 not ours"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            abcnets.load_packed(path, small())
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="has a binarized layer '3', where the skeleton has no layer to binarize"):
+        abcnets.load_packed(path, nn.Sequential(nn.Linear(2, 2)))
+    wider = nn.Sequential(*[nn.Conv2d(9, 9, 3) if i == 3 else m for i, m in enumerate(small())])
+    with pytest.raises(ValueError, match="another network"):
+        abcnets.load_packed(path, wider)
+    with pytest.raises(FileNotFoundError, match="no packed model at"):
+        abcnets.load_packed(tmp_path / "nothing", small())
+    with pytest.raises(ValueError, match="what pack\\(\\) returned"):
+        abcnets.save_packed(small(), path)
+    assert path.read_bytes() == whole
+
+
+# Bits from layer to layer
+
+
+def deep():
+    """Falling, constant and rising channels, every order of pool, norm and ReLU, a linear tail."""
+    torch.manual_seed(2)
+    layers = [
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 70, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(70), nn.ReLU(),
+        nn.Conv2d(70, 33, 3, padding="same", bias=False), nn.BatchNorm2d(33),
+        nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.ReLU6(),
+        nn.Conv2d(33, 20, 2), nn.ReLU(), nn.Flatten(),
+        nn.Linear(20 * 9, 40), nn.BatchNorm1d(40), nn.Dropout(), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 10),
+    ]  # fmt: skip
+    for norm in layers:
+        if hasattr(norm, "running_mean"):
+            nn.init.normal_(norm.weight)
+            nn.init.normal_(norm.bias, std=0.5)
+            norm.weight.data[::5] = 0
+    return nn.Sequential(*layers).eval()
+
+
+def test_fused_models_hand_on_bits_and_put_out_the_same():
+    x = torch.randn(64, 1, 16, 16)
+    model = abcnets.calibrate(abcnets.convert(deep(), 2, 3), x, progress=False)
+    packed = abcnets.pack(model)
+    fused = abcnets.fuse(packed)
+    assert torch.allclose(packed(x), model(x), atol=1e-4)
+    assert torch.equal(fused(x), packed(x))
+    left = [type(m).__name__ for m in fused.children() if not isinstance(m, PackedLayer)]
+    assert sorted(left) == ["Conv2d", "Flatten", "Linear", "ReLU"]  # nothing but the ends and what Flatten separates
+    seen = []
+    handles = [
+        m.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
+        for m in fused.children()
+        if isinstance(m, PackedLayer)
+    ]
+    fused(x)
+    assert seen == [torch.int64, torch.int64, torch.float32, torch.int64, torch.float32] and len(handles) == 5
+    assert torch.allclose(abcnets.fuse(abcnets.pack(model))(x[:0]), packed(x[:0]))
+
+
+def test_fused_thresholds_decide_as_the_modules_do():
+    torch.manual_seed(3)
+    norm = nn.BatchNorm2d(40).eval()
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    norm.running_mean.normal_()
+    norm.running_var.uniform_(0.1, 3)
+    layer = abcnets.pack(ABCConv2d(40, 3, 3, activation_bases=4))
+    thresholds, flips = abcnets._fold([lambda z: norm(z[:, :, None, None])[:, :, 0, 0], torch.relu], layer)
+    for z in (thresholds, thresholds.nextafter(torch.tensor(math.inf)), thresholds.nextafter(torch.tensor(-math.inf))):
+        z = z.clamp(-1e30, 1e30)
+        bits = (z >= thresholds) != flips
+        assert torch.equal(bits, torch.relu(norm(z[:, :, None, None]))[:, :, 0, 0] >= layer.thresholds[:, None])
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(4))
+        self.convs = nn.ModuleList(nn.Conv2d(16, 16, 3, padding=1) for _ in range(4))
+        self.last = nn.Linear(16, 10)
+
+    def forward(self, x):
+        x = self.first(x)
+        for i in (0, 2):
+            h = self.convs[i](F.relu(self.norms[i](x)))
+            x = x + self.convs[i + 1](torch.relu(self.norms[i + 1](h)))
+        return self.last(x.mean((2, 3)))
+
+
+def test_sums_stay_float_in_a_fused_residual_network():
+    x = torch.randn(16, 1, 8, 8)
+    model = abcnets.calibrate(abcnets.convert(Residual().eval(), 2, 2), x, progress=False)
+    packed = abcnets.pack(model)
+    fused = abcnets.fuse(packed)
+    assert torch.equal(fused(x), packed(x))
+    assert [fused.get_submodule(f"convs.{i}").out_thresholds is not None for i in range(4)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+
+
+def test_fuse_says_what_it_can_not_trace():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = ABCConv2d(1, 2, 3)
+
+        def forward(self, x):
+            return self.conv(x) if x.sum() > 0 else x
+
+    with pytest.raises(ValueError, match="torch.fx"):
+        abcnets.fuse(abcnets.pack(Branching()))
