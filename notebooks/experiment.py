@@ -41,7 +41,7 @@ RESULTS = ROOT / "notebooks" / "results"
 
 
 class DataError(RuntimeError):
-    """A data set that cannot be had; the message says what to do."""
+    """Something to read that is not there; the message says what to do."""
 
 
 @dataclass
@@ -443,6 +443,19 @@ def _show(bar, description: str, entry: dict, epochs: int) -> None:
     bar.set_postfix(epoch=entry["epoch"], loss=entry["loss"], test=f"{entry['test_accuracy']:.2f} %")
 
 
+def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:
+    """The pretrained float network of a data set, from `out` or from another file, on the data's device."""
+    model = build_network(data, seed).to(data.train_images.device, memory_format=torch.channels_last)
+    return load_weights(model, path or Path(out) / f"{run_name(data.name, seed=seed)}.pt")
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    if not Path(path).exists():
+        raise DataError(f"{path} is missing: `python notebooks/experiment.py pretrain` and then `finetune` write it")
+    model.load_state_dict(torch.load(path, map_location="cpu"))
+    return model.eval()
+
+
 def save(what, path: str | Path) -> None:
     """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
     with _replacing(Path(path)) as temporary:
@@ -467,26 +480,46 @@ def _replacing(path: Path):
 
 
 def run_name(dataset: str, M: int | None = None, N: int | None = None, options: str = "", seed: int = 0) -> str:
-    """fashion-mnist/float, fashion-mnist/M3-N3, fashion-mnist/M2 (activations float), fashion-mnist/M3-N3-even-s1."""
+    """digits/float, digits/M3-N3, digits/M2 (activations float), digits/M3-N3-per-layer-s1 (an option, seed 1)."""
     bases = "-".join(f"{letter}{count}" for letter, count in (("M", M), ("N", N)) if count)
     parts = [bases or "float", *options.split(), *([f"s{seed}"] if seed else [])]
     return f"{dataset.replace('/', '_').replace(':', '_')}/{'-'.join(parts)}"
 
 
-def record(results: str | Path, run: str, history: list[dict], **columns) -> dict:
-    """Write a run's row into results/runs.csv, in place of an earlier one of the same name, and its curve beside it."""
-    results = Path(results)
-    table = results / "runs.csv"
+def record(
+    results: str | Path,
+    data: Data,
+    model: nn.Module,
+    history: list[dict],
+    M: int | None = None,
+    N: int | None = None,
+    options: str = "",
+    seed: int = 0,
+    **accuracies: float,
+) -> dict:
+    """Write a run's row into results/runs.csv, in place of an earlier one of the same name, and its curve beside it.
+
+    Options are the words that the command line would need beyond M and N: "per-layer distill=0".
+    Accuracies: float, binarized, calibrated and, the one that every run has, accuracy.
+    """
+    run = run_name(data.name, M, N, options, seed)
+    bases = f" --weight-bases {M or 'none'} --activation-bases {N or 'none'}" if M or N else ""
+    flags = "".join(f" --{word.replace('=', ' ')}" for word in [*options.split(), *([f"seed={seed}"] if seed else [])])
+    sizes = abcnets.summary(model, next(data.test_batches(1))[0]).total()
     row = {
-        "run": run, "dataset": None, "M": None, "N": None, "options": None, "seed": 0, "epochs": len(history),
-        "float": None, "binarized": None, "calibrated": None, "accuracy": None, "bytes": None, "float_bytes": None,
-        "seconds": round(sum(entry["seconds"] for entry in history), 1), **columns, **machine(),
+        "run": run, "dataset": data.name, "M": M, "N": N, "options": options, "seed": seed, "epochs": len(history),
+        **{name: accuracies.get(name) for name in ("float", "binarized", "calibrated", "accuracy")},
+        "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
+        "seconds": sum(entry["seconds"] for entry in history), **machine(),
+        "command": f"python notebooks/experiment.py {'finetune' if bases else 'pretrain'} --dataset {data.name}"
+                   f"{bases}{flags} --epochs {len(history)}",
     }  # fmt: skip
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
-    rows = read_csv(table) if table.exists() else []
-    write_csv(table, sorted([old for old in rows if old["run"] != run] + [row], key=lambda row: row["run"]))
+    table = Path(results) / "runs.csv"
+    others = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != run]
+    write_csv(table, sorted([*others, row], key=lambda row: row["run"]))
     if history:
-        write_csv(results / "curves" / f"{run.replace('/', '-')}.csv", history)
+        write_csv(Path(results) / "curves" / f"{run.replace('/', '-')}.csv", history)
     return row
 
 
@@ -497,7 +530,7 @@ def read_csv(path: str | Path) -> list[dict]:
 
 def write_csv(path: str | Path, rows: list[dict]) -> None:
     with _replacing(Path(path)) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
@@ -516,21 +549,18 @@ def machine() -> dict:
     }
 
 
-def float_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters as a float32 file holds them, without the bases' own."""
-    parameters = dict(model.named_parameters())
-    return 4 * sum(p.numel() for name, p in parameters.items() if name.split(".")[-1] not in ("us", "vs", "betas"))
-
-
-def packed_bytes(model: nn.Module) -> int:
-    """Bytes of the parameters with every binarized layer's weights as M bits and M scales a channel."""
-    saved = 0
-    for layer in model.modules():
-        if getattr(layer, "us", None) is not None:
-            O, M = len(layer.weight), layer.weight_bases
-            bytes_per_tap = M * math.ceil(layer.weight.shape[1] / 8)
-            saved += 4 * layer.weight.numel() - O * layer.weight[0, 0].numel() * bytes_per_tap - 4 * M * O
-    return 4 * sum(p.numel() for p in model.parameters()) - saved
+def median_times(functions, rounds: int) -> list[float]:
+    """Median milliseconds of each function, called in turns, so that a busy machine is busy for all of them alike."""
+    for function in functions:
+        function()
+        function()
+    times = [[] for _ in functions]
+    for _ in tqdm(range(rounds), desc="timing", leave=False):
+        for function, taken in zip(functions, times):
+            started = time.perf_counter()
+            function()
+            taken.append(1000 * (time.perf_counter() - started))
+    return [statistics.median(taken) for taken in times]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -561,43 +591,25 @@ def training_step(M: int | None, N: int | None, batch_size: int, device: torch.d
     return step
 
 
-def step_times(kinds: list[tuple], rounds: int, **options) -> list[float]:
-    """Median milliseconds of a step for each (M, N), taken in turns, so that a busy machine is busy for all of them."""
-    steps = [training_step(*kind, **options) for kind in kinds]
-    for step in steps * 3:
-        step()
-    times = [[] for _ in steps]
-    for _ in tqdm(range(rounds), desc="timing", leave=False):
-        for step, taken in zip(steps, times):
-            started = time.perf_counter()
-            step()
-            taken.append(1000 * (time.perf_counter() - started))
-    return [statistics.median(taken) for taken in times]
-
-
 def step_memory(kind: tuple, **options) -> float:
-    """MiB that three steps needed at their peak on top of what the process held before; call it in a fresh process."""
-    step = None
-    if options["device"].type == "cuda":
-        step = training_step(*kind, **options)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        tiny = training_step(*kind, **{**options, "batch_size": 1})
-        tiny()
-        step = training_step(*kind, **options)
-        before = _peak_resident()
+    """MiB that three steps need at their peak beyond what a step on one image does; call it in a fresh process."""
+    peak = torch.cuda.max_memory_allocated if options["device"].type == "cuda" else _peak_resident
+    training_step(*kind, **{**options, "batch_size": 1})()
+    before = peak()
+    step = training_step(*kind, **options)
     for _ in range(3):
         step()
-    after = torch.cuda.max_memory_allocated() if options["device"].type == "cuda" else _peak_resident()
-    return (after - before) / 2**20
+    return (peak() - before) / 2**20
 
 
 def _peak_resident() -> int:
-    import resource  # not on Windows, where the rest of this file works
+    """Bytes of memory that this process held at its peak."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands getrusage's peak down from parent to child: it can't be used there
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -606,54 +618,47 @@ def _peak_resident() -> int:
 
 
 def run_pretrain(options) -> None:
-    data = load_data(options.dataset, options.data, options.limit).to(options.device)
-    run = run_name(data.name, seed=options.seed)
+    data = _load(options)
+    run = run_name(data.name, options=_words(options), seed=options.seed)
     path = options.out / f"{run}.pt"
     recipe = _given(options, "epochs", "lr", "batch_size")
-    model, history = pretrain(
-        data, seed=options.seed, checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe
-    )
+    model, history = pretrain(data, seed=options.seed, checkpoint=path.with_suffix(".checkpoint"), description=run,
+                              **recipe)  # fmt: skip
     save(model.state_dict(), path)
     percent = accuracy(model, data)
-    record(options.results, run, history, dataset=data.name, seed=options.seed, accuracy=percent, float=percent,
-           bytes=float_bytes(model), float_bytes=float_bytes(model), command=_command())  # fmt: skip
+    record(options.results, data, model, history, options=_words(options), seed=options.seed, accuracy=percent)
     print(f"{run}: {percent:.2f} %, kept in {path}")
 
 
 def run_finetune(options) -> None:
-    data = load_data(options.dataset, options.data, options.limit).to(options.device)
+    data = _load(options)
     M, N = options.weight_bases, options.activation_bases
-    run = run_name(data.name, M, N, " ".join(_variations(options)), options.seed)
+    run = run_name(data.name, M, N, _words(options), options.seed)
     path = options.out / f"{run}.pt"
-    teacher = _load_float(options, data)
-    model = _converted(options, teacher)
+    teacher = load_float(data, options.out, options.seed, options.start)
+    model = _convert(options, teacher)
     percent = {"float": accuracy(teacher, data), "binarized": accuracy(model, data)}
-    if options.calibrate:
-        abcnets.calibrate(model, data.calibration_batches(options.calibrate, seed=options.seed))
+    if options.calibrate != 0:
+        abcnets.calibrate(model, data.calibration_batches(options.calibrate or 1024))
         percent["calibrated"] = accuracy(model, data)
     print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
     recipe = _given(options, "epochs", "lr", "lr_activation", "weight_decay", "distill", "batch_size")
-    history = finetune(
-        model, data, teacher if options.distill != 0 else None, seed=options.seed,
-        checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe,
-    )  # fmt: skip
+    history = finetune(model, data, None if options.distill == 0 else teacher, seed=options.seed,
+                       checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe)  # fmt: skip
     save(model.state_dict(), path)
     percent["accuracy"] = accuracy(model, data)
-    record(options.results, run, history, dataset=data.name, M=M, N=N, options=" ".join(_variations(options)),
-           seed=options.seed, bytes=packed_bytes(model), float_bytes=float_bytes(model), **percent,
-           command=_command())  # fmt: skip
+    record(options.results, data, model, history, M, N, _words(options), options.seed, **percent)
     print(f"{run}: fine-tuned {percent['accuracy']:.2f} %, kept in {path}")
 
 
 def run_evaluate(options) -> None:
-    data = load_data(options.dataset, options.data).to(options.device)
-    model = _load_float(options, data)
+    data = _load(options)
+    model = load_float(data, options.out, options.seed, options.start)
+    run = run_name(data.name, options.weight_bases, options.activation_bases, _words(options), options.seed)
     if options.weight_bases or options.activation_bases:
-        run = run_name(data.name, options.weight_bases, options.activation_bases, " ".join(_variations(options)),
-                       options.seed)  # fmt: skip
-        model = _converted(options, model)
-        model.load_state_dict(_load(options.out / f"{run}.pt", "finetune"))
-    print(f"{accuracy(model, data):.2f} %")
+        model = _convert(options, model)
+        load_weights(model, options.out / f"{run}.pt")
+    print(f"{run}: {accuracy(model, data):.2f} %")
 
 
 def run_table(options) -> None:
@@ -671,7 +676,7 @@ def run_step(options) -> None:
     common = {"batch_size": options.batch_size or 128, "device": options.device}
     rows = []
     for mixed in (False, True):
-        times = step_times(kinds, options.rounds, mixed=mixed, **common)
+        times = median_times([training_step(*kind, mixed=mixed, **common) for kind in kinds], options.rounds)
         memory = []
         for kind in kinds:
             with torch.multiprocessing.get_context("spawn").Pool(1, _use_threads, (options.threads,)) as pool:
@@ -681,7 +686,7 @@ def run_step(options) -> None:
             "precision": "mixed" if mixed else "float32", "batch_size": common["batch_size"],
             "float_ms": round(times[0], 1), "binarized_ms": round(times[1], 1), "ratio": round(times[1] / times[0], 3),
             "float_mib": round(memory[0]), "binarized_mib": round(memory[1]),
-            "memory_ratio": round(memory[1] / memory[0], 3), **machine(), "command": _command(),
+            "memory_ratio": round(memory[1] / memory[0], 3), **machine(),
         })  # fmt: skip
         print("{precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
               "memory {float_mib} -> {binarized_mib} MiB, {memory_ratio} x".format(**rows[-1]), flush=True)  # fmt: skip
@@ -693,42 +698,26 @@ def _use_threads(count: int | None) -> None:
         torch.set_num_threads(count)
 
 
+def _load(options) -> Data:
+    return load_data(options.dataset, options.data, options.limit).to(options.device)
+
+
+def _convert(options, model: nn.Module) -> nn.Module:
+    us = abcnets.even_shifts if options.even_shifts and options.weight_bases else None
+    return abcnets.convert(model, options.weight_bases, options.activation_bases, us=us,
+                           per_channel=not options.per_layer, learn_us=options.learn_shifts)  # fmt: skip
+
+
 def _given(options, *names) -> dict:
     """Those of the options that were given; the others keep the defaults of the function that takes them."""
-    return {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
 
 
-def _variations(options) -> list[str]:
-    """What is not the default about a binarized run."""
-    words = {
-        "per-layer": not options.per_channel, "even": options.shifts == "even", "learned": options.learn_shifts,
-        "uncalibrated": options.calibrate == 0, "undistilled": options.distill == 0,
-    }  # fmt: skip
-    return [word for word, present in words.items() if present]
-
-
-def _converted(options, model: nn.Module) -> nn.Module:
-    bases = {"per_channel": options.per_channel, "learn_us": options.learn_shifts}
-    if options.shifts == "even":
-        bases["us"] = abcnets.even_shifts
-    return abcnets.convert(model, options.weight_bases, options.activation_bases, **bases)
-
-
-def _load_float(options, data: Data) -> nn.Module:
-    path = options.start or options.out / f"{run_name(data.name, seed=options.seed)}.pt"
-    model = build_network(data, options.seed).to(options.device, memory_format=torch.channels_last)
-    model.load_state_dict(_load(path, "pretrain"))
-    return model.eval()
-
-
-def _load(path: Path, command: str):
-    if not path.exists():
-        sys.exit(f"{path} is missing: run `python notebooks/experiment.py {command}` for it first")
-    return torch.load(path, map_location="cpu")
-
-
-def _command() -> str:
-    return "python notebooks/experiment.py " + " ".join(sys.argv[1:])
+def _words(options) -> str:
+    """What was asked for beyond the defaults, as it goes into a run's name: "per-layer distill=0"."""
+    switches = [name for name in ("per_layer", "even_shifts", "learn_shifts") if getattr(options, name, False)]
+    numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit")
+    return " ".join([*switches, *(f"{name}={value:g}" for name, value in numbers.items())]).replace("_", "-")
 
 
 def _bases(text: str) -> int | None:
@@ -747,21 +736,21 @@ def main(arguments: list[str] | None = None) -> None:
     dataset = argparse.ArgumentParser(add_help=False)
     dataset.add_argument("--dataset", default="digits", metavar="NAME",
                          help="digits (default), fashion-mnist, cifar10, cifar10-jpeg, folder:PATH")  # fmt: skip
+    dataset.add_argument("--limit", type=int, metavar="IMAGES", help="train on so many images only")
     dataset.add_argument("--seed", type=int, default=0)
     training = argparse.ArgumentParser(add_help=False)
     training.add_argument("--epochs", type=int, help="default: 12 for digits, 20 for fashion-mnist, else 60")
     training.add_argument("--batch-size", type=int, help="default: 128")
     training.add_argument("--lr", type=float, help="peak learning rate")
-    training.add_argument("--limit", type=int, metavar="IMAGES", help="train on so many images only")
     bases = argparse.ArgumentParser(add_help=False)
     bases.add_argument("--weight-bases", type=_bases, default=3, metavar="M", help="3, or none: float")
     bases.add_argument("--activation-bases", type=_bases, default=3, metavar="N", help="3, or none: float")
     variations = argparse.ArgumentParser(add_help=False)
     variations.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
-    variations.add_argument("--per-layer", dest="per_channel", action="store_false", help="one alpha a layer and base")
-    variations.add_argument("--shifts", choices=("gaussian", "even"), default="gaussian", help="of the weight bases")
+    variations.add_argument("--per-layer", action="store_true", help="alphas per layer, not per output channel")
+    variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
-    variations.add_argument("--calibrate", type=int, default=1024, metavar="IMAGES", help="0: do not (default: 1024)")
+    variations.add_argument("--calibrate", type=int, metavar="IMAGES", help="0: do not (default: 1024)")
     variations.add_argument("--distill", type=float, help="the teacher's part of the loss; 0: none (default: 0.5)")
 
     commands = parser.add_subparsers(title="commands", required=True)
