@@ -30,12 +30,12 @@ def require(device: str) -> None:
 
 
 def _register() -> None:
-    if find_spec("numba") is not None:
+    if find_spec("numba"):
         from . import cpu_engine
 
         cpu_engine.register()
         _engines["cpu"] = "numba"
-    if torch.cuda.is_available() and find_spec("numba_cuda") is not None and find_spec("kernels.cuda_engine") is not None:
+    if torch.cuda.is_available() and find_spec("numba_cuda") and find_spec("kernels.cuda_engine"):
         from . import cuda_engine
 
         cuda_engine.register()

@@ -5,13 +5,14 @@ This file is what happens around a kernel: who may use it, what is prepared once
     Layer       what depends on a layer's tensors: weights in tile order, scales, thresholds. Kept beside the `bits`
                 tensor (weakly) and made anew when one of the tensors was replaced or changed in place.
     Plan        what also depends on the input's size: offsets, border constants. A bounded number a layer.
-    Workspace   what one running call owns: a Job record, padded words, scratch. Calls that run at the same time each take
-                one from the plan's list, so threads never share one.
+    Workspace   what one running call owns: a Job record, padded words, scratch. Calls that run at the same time
+                each take one from the plan's list, so threads never share one.
 
 Float64 input, more than eight activation bases, float activations (no bases) and NaN go to the plain implementation.
 """
 
 import ctypes
+import functools
 import threading
 from math import prod
 
@@ -21,9 +22,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 import abcnets
 
-from . import cpu_threads, layout
-from .cpu_job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job
+from . import cpu_system, layout
+from .cpu_job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
@@ -33,50 +35,48 @@ def register() -> None:
     """Make this engine the CPU implementation of the packed operators."""
     library = torch.library.Library("abcnets", "IMPL")
     library.impl("packed_conv", packed_conv, "CPU")
+    library.impl("packed_max_pool", packed_max_pool, "CPU")
     _registered.append(library)  # an operator lives as long as its library object
 
 
 _registered = []
 
 
-# --------------------------------------------------------------------------- the operator
+# --------------------------------------------------------------------------- the convolution
 
 
 def packed_conv(
     x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
     out_thresholds=None, out_flips=None,
 ):  # fmt: skip
-    """The operator, as abcnets.py documents it."""
-    tensors = (bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
-    if not _runs_here(x, channels, betas, stride):
-        return abcnets._packed_conv_reference(
-            x, *tensors[:6], channels, stride, padding, dilation, groups, out_thresholds, out_flips
-        )
-    layer = _find_layer(tensors, channels, groups)
+    """abcnets::packed_conv, as abcnets.py documents it."""
+    arguments = (x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
+    if not _runs_here(x, channels, betas, bits.dim() - 3):
+        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
+    layer = _find_layer((bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips), channels, groups)
+    if not layer.finite:
+        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
     dtype = x.dtype
     if dtype is torch.bfloat16 or dtype is torch.float16:
         x = x.float()
     x, kind = _readable(x)
-    threads = cpu_threads.thread_count()
+    threads = cpu_system.thread_count()
     key = (x.shape, kind, threads, *stride, *padding, *dilation)
     plan = layer.plans.get(key) or layer.add_plan(key, Plan(layer, x, kind, threads, stride, padding, dilation))
     output, saw_nan = plan.run(x)
-    if saw_nan:
-        if out_thresholds is not None:
-            raise ValueError("packed_conv: NaN in the input has no sign, so the result cannot be bits")
-        return abcnets._packed_conv_reference(
-            x, *tensors[:6], channels, stride, padding, dilation, groups, None, None
-        ).to(dtype)
-    return output if out_thresholds is not None or dtype is x.dtype or kind == WORDS else output.to(dtype)
+    if saw_nan:  # the plain implementation says where it shows, or that bits cannot say it
+        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
+    return output if output.dtype is torch.int64 or dtype is torch.int64 else output.to(dtype)
 
 
-def _runs_here(x, channels, betas, stride) -> bool:
+def _runs_here(x, channels, betas, dimensions) -> bool:
     """Whether the kernels compute this call; the plain implementation takes, or complains about, the rest."""
-    if not 1 <= betas.shape[0] <= MOST_BASES or x.numel() == 0 or x.dim() != len(stride) + (3 if x.dtype is torch.int64 else 2):
+    dtype, N = x.dtype, betas.shape[0]
+    if not 1 <= N <= MOST_BASES or x.numel() == 0:
         return False
-    if x.dtype is torch.int64:
-        return x.shape[-1] == betas.shape[0] and x.shape[-2] == layout.words_of(channels)
-    return x.shape[1] == channels and x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    if dtype is torch.int64:
+        return x.dim() == dimensions + 3 and x.shape[-1] == N and x.shape[-2] == layout.words_of(channels)
+    return x.dim() == dimensions + 2 and x.shape[1] == channels and dtype in FLOATS
 
 
 def _readable(x) -> tuple:
@@ -119,7 +119,9 @@ def _find_layer(tensors, channels, groups) -> "Layer":
 
 
 def _numpy(tensor):
-    return None if tensor is None else tensor.detach().cpu().contiguous().numpy()
+    if tensor is None:
+        return None
+    return (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous().numpy()
 
 
 class Layer:
@@ -132,6 +134,7 @@ class Layer:
         self.M, self.O = bits.shape[:2]
         self.N, self.P, self.blocks = betas.shape[0], layout.words_of(channels), layout.blocks_of(self.O)
         self.alphas, self.betas, self.bias = _numpy(alphas), _numpy(betas), _numpy(bias)
+        self.finite = all(np.isfinite(v).all() for v in (self.alphas, self.betas, self.bias) if v is not None)
         self.plans = {}
 
         self.words_MOTP = layout.weight_words(_numpy(bits), groups, channels)
@@ -178,7 +181,7 @@ class Plan:
         kernel = layer.kernel or (1,)
         self.geometry = geometry = layout.Geometry.of(size, kernel, stride, padding, dilation)
         if min(geometry.output) < 1:
-            raise ValueError(f"packed_conv: kernel {layer.kernel} does not fit an input of size {size}")
+            raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(x, len(size))
         self.in_place = kind == WORDS and not any(padding)
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
@@ -218,7 +221,7 @@ class Plan:
                 job.pixel_stride = 4 * stride[0]
         elif self.in_place:
             job.words = job.input
-        cpu_threads.run(workspace.entry, job.address, self.threads)
+        cpu_system.run(workspace.entry, job.address, self.threads)
         saw_nan = job.saw_nan
         self.workspaces.append(workspace)
         return output, saw_nan
@@ -226,7 +229,7 @@ class Plan:
     def _empty_output(self):
         layer = self.layer
         if not layer.out_bases:
-            return torch.empty(self.output_shape)
+            return cpu_system.in_large_pages(torch.empty(self.output_shape))
         if layer.blocks * layout.BLOCK % 64:  # the last word's upper blocks are nobody's to write
             return torch.zeros(self.output_shape, dtype=torch.int64)
         return torch.empty(self.output_shape, dtype=torch.int64)
@@ -284,10 +287,52 @@ class Workspace:
         if layer.out_bases:
             job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
         if plan.threads > 1:
-            pool = cpu_threads.pool()
+            pool = cpu_system.pool()
             job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
         job.address = ctypes.addressof(job)
 
 
 def _address(array) -> int:
     return array.ctypes.data
+
+
+# --------------------------------------------------------------------------- max-pooling
+
+
+def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+    """abcnets::packed_max_pool, as abcnets.py documents it."""
+    size = words.shape[1:-2]
+    output_size, sources = _pool_sources(
+        tuple(size), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
+    )
+    if sources is None or words.numel() == 0:
+        return abcnets._packed_max_pool_reference(
+            words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
+        )
+    from . import cpu_pool
+
+    words = words.contiguous()
+    B, P, N = words.shape[0], *words.shape[-2:]
+    output = torch.empty((B, *output_size, P, N), dtype=torch.int64)
+    flip_words = layout.flip_words(flips.numpy())
+    job = PoolJob(
+        input=words.data_ptr(),
+        output=output.data_ptr(),
+        images=B,
+        input_pixels=prod(size),
+        output_pixels=prod(output_size),
+        channel_words=P,
+        bases=N,
+        flips=_address(flip_words),
+        sources=_address(sources),
+        taps=sources.shape[1],
+        threads=cpu_system.thread_count(),
+    )
+    if job.threads > 1:
+        pool = cpu_system.pool()
+        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
+    cpu_system.run(cpu_pool.pool_kernel().address, ctypes.addressof(job), job.threads)
+    return output
+
+
+_pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)

@@ -15,14 +15,15 @@ WORDS = 2  # packed words (B, *S, P, N)
 PIXEL_BLOCK = 64  # output pixels between two visits to memory: the rows of one block stay in the first-level cache
 CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit register
 
-ROWS_BYTES = PIXEL_BLOCK * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are stored,
-PLANE_BYTES = 64 * CHUNK * 4  # [channel][pixel] a copy of the input where an image has fewer pixels than a chunk,
+ROWS_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
+#                                          stored, and a little more, since the last tile may reach past the block;
+PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where an image has fewer pixels than a chunk;
 COLUMN_BYTES = CHUNK * 8  # [pixel] the words that a chunk was packed to, before they are sent to their pixels
 SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
 
 
 class Job(ctypes.Structure):
-    """One call. Tables belong to the plan, `input` and `output` to the caller, `words` and `scratch` to the workspace."""
+    """One call. Tables belong to the plan, input and output to the caller, words and scratch to the workspace."""
 
     _fields_ = [
         (name, ctypes.c_int64)
@@ -84,3 +85,29 @@ class Job(ctypes.Structure):
 
 
 JOB_DTYPE = np.dtype(Job)
+
+
+class PoolJob(ctypes.Structure):
+    """One max-pooling call."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "input",  # words [image][pixel][P][N]
+            "output",
+            "images",
+            "input_pixels",
+            "output_pixels",
+            "channel_words",  # P
+            "bases",  # N
+            "flips",  # words [P]
+            "sources",  # input pixel of each [output pixel][tap]
+            "taps",
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+        )
+    ]
+
+
+POOL_JOB_DTYPE = np.dtype(PoolJob)

@@ -2,10 +2,11 @@
 
     bit A_n of channel c = (x >= thresholds[n][c]) != flips[c]
 
-Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold, and
-the sixteen answers set that channel's bit in sixteen words: two instructions a channel. Where a pixel's channels lie side
-by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are compared with their sixteen thresholds, and
-the answers already are sixteen bits of the word. Each chunk of sixteen pixels lands in the padded image
+Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
+and the sixteen answers set that channel's bit in sixteen words: two instructions a channel, and one that looks for
+NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are
+compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen
+pixels lands in the padded image
 
     words [padded pixel][P][N]
 
@@ -18,19 +19,19 @@ from numba.extending import intrinsic
 from .cpu_job import CHUNK, INTERLEAVED, PLANAR, PLANE_BYTES, ROWS_BYTES
 from .cpu_primitives import (
     BITS_16,
-    FLOATS_16,
     F32,
+    FLOATS_16,
     I16,
     I64,
     INTS_16,
     Emitter,
-    bits_at_least,
-    bits_nan,
+    any_nan_64,
     ir,
     load_float,
     load_word,
     store_float,
     store_word,
+    word_at_least,
 )
 
 
@@ -74,7 +75,7 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, column):
 
 @njit
 def pack_chunk(job, image, first, words, scratch):
-    """Pack the chunk of pixels that begins at `first` into the padded image at `words`; non-zero where a NaN was seen."""
+    """Pack the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
     if job.input_kind == PLANAR:
         return pack_planar(job, image, first, words, scratch)
     if job.input_kind == INTERLEAVED:
@@ -85,23 +86,23 @@ def pack_chunk(job, image, first, words, scratch):
 
 @njit
 def pack_planar(job, image, first, words, scratch):
+    N, P, stride = job.bases, job.channel_words, job.channel_stride
     plane, column = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
+    landing = job.landing + 8 * first
+    count = min(CHUNK, job.pixels)
     nan = 0
-    for word in range(job.channel_words):
+    for word in range(P):
         channels = min(job.channels - 64 * word, 64)
         x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
-        stride = job.channel_stride
-        if job.pixels < CHUNK:  # too small to be read sixteen at a time
-            copy_plane(x, stride, channels, job.pixels, plane)
+        if count < CHUNK:  # too small to be read sixteen at a time
+            copy_plane(x, job.channel_stride, channels, count, plane)
             x, stride = plane, 4 * CHUNK
-        for n in range(job.bases):
-            thresholds = job.thresholds + 4 * 64 * (n * job.channel_words + word)
-            nan |= pack_planar_16(x, stride, channels, thresholds, column)
-            flip = load_word(job.flips + 8 * word)
-            target = words + 8 * (word * job.bases + n)
-            for i in range(min(CHUNK, job.pixels)):
-                landing = load_word(job.landing + 8 * (first + i))
-                store_word(target + landing, load_word(column + 8 * i) ^ flip)
+        flip = load_word(job.flips + 8 * word)
+        for n in range(N):
+            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * (n * P + word), column)
+            target = words + 8 * (word * N + n)
+            for i in range(count):
+                store_word(target + load_word(landing + 8 * i), load_word(column + 8 * i) ^ flip)
     return nan
 
 
@@ -116,21 +117,20 @@ def copy_plane(x, channel_stride, channels, pixels, plane):
 
 @njit
 def pack_interleaved(job, image, first, words):
+    N, P, pixel_stride = job.bases, job.channel_words, job.pixel_stride
+    table, flips, landing = job.thresholds, job.flips, job.landing
+    x = job.input + image * job.image_stride + first * pixel_stride
     nan = 0
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        x = job.input + image * job.image_stride + pixel * job.pixel_stride
-        target = words + load_word(job.landing + 8 * pixel)
-        for c in range(0, job.channels, 16):
-            nan |= bits_nan(x + 4 * c, job.channels - c)
-        for word in range(job.channel_words):
-            flip = load_word(job.flips + 8 * word)
-            for n in range(job.bases):
-                thresholds = job.thresholds + 4 * 64 * (n * job.channel_words + word)
-                bits = 0
-                for c in range(0, min(job.channels - 64 * word, 64), 16):
-                    left = job.channels - 64 * word - c
-                    bits |= bits_at_least(x + 4 * (64 * word + c), thresholds + 4 * c, left) << c
-                store_word(target + 8 * (word * job.bases + n), bits ^ flip)
+        target = words + load_word(landing + 8 * pixel)
+        for word in range(P):
+            channels = job.channels - 64 * word
+            nan |= any_nan_64(x + 256 * word, channels)
+            flip = load_word(flips + 8 * word)
+            for n in range(N):
+                bits = word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
+                store_word(target + 8 * (word * N + n), bits ^ flip)
+        x += pixel_stride
     return nan
 
 

@@ -87,8 +87,8 @@ class Emitter:
 
     def load_floats_16(self, address, count):
         """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
-        lanes = ir.Constant(ir.VectorType(I64, 16), list(range(16)))
-        wanted = self.builder.icmp_signed("<", lanes, self.splat(count, lanes.type))
+        lanes = ir.Constant(INTS_16, list(range(16)))
+        wanted = self.builder.icmp_signed("<", lanes, self.splat(self.trunc(count, I32), INTS_16))
         pointer = self.builder.inttoptr(address, FLOATS_16.as_pointer())
         zeros = self.const(0.0, FLOATS_16)
         return self.call_llvm("llvm.masked.load.v16f32.p0", FLOATS_16, pointer, self.const(4, I32), wanted, zeros)
@@ -198,13 +198,37 @@ def bits_at_least(typing, values, thresholds, count):
 
 
 @intrinsic
-def bits_nan(typing, values, count):
-    """Bit i is 1 where (float32 at values)[i] is NaN, for i < min(count, 16)."""
+def word_at_least(typing, values, thresholds, count):
+    """64 comparisons, as `bits_at_least` makes sixteen."""
 
     def emit(context, builder, signature, args):
+        values, thresholds, count = args
         emitter = Emitter(builder)
-        value = emitter.load_floats_16(*args)
-        return emitter.zext(emitter.bitcast(builder.fcmp_unordered("uno", value, value), I16), I64)
+        word = emitter.const(0)
+        for i in range(0, 64, 16):
+            value = emitter.load_floats_16(emitter.offset(values, i, 4), emitter.sub(count, emitter.const(i)))
+            threshold = emitter.load(FLOATS_16, emitter.offset(thresholds, i, 4), 4)
+            bits = emitter.zext(emitter.bitcast(builder.fcmp_ordered(">=", value, threshold), I16), I64)
+            word = emitter.or_(word, emitter.shl(bits, emitter.const(i)))
+        return word
+
+    return types.int64(types.int64, types.int64, types.int64), emit
+
+
+@intrinsic
+def any_nan_64(typing, values, count):
+    """Non-zero where one of the first min(count, 64) float32 at `values` is NaN."""
+
+    def emit(context, builder, signature, args):
+        values, count = args
+        emitter = Emitter(builder)
+        quarter = [
+            emitter.load_floats_16(emitter.offset(values, i, 4), emitter.sub(count, emitter.const(i)))
+            for i in range(0, 64, 16)
+        ]
+        # one "unordered" comparison looks at both its operands
+        left, right = (builder.fcmp_unordered("uno", a, b) for a, b in zip(quarter[::2], quarter[1::2]))
+        return emitter.zext(emitter.bitcast(emitter.or_(left, right), I16), I64)
 
     return types.int64(types.int64, types.int64), emit
 

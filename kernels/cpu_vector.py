@@ -3,24 +3,24 @@
     y[b, o, p] = constant[class of p, o] + sum over m, n of scale[m, n, o] * E[m, n]
     E = -(K // 2) + sum over taps and words k of popcount(words[pixel p + tap k][n] ^ weights[m][k][o])
 
-**The tile** (`convolve_tile`). 16 output channels (two registers of eight 64-bit lanes) x P pixels x N bases are counted
-at once. A weight word is read once for P * N uses, an activation word is broadcast to the lanes, and all 2 * P * N
-counters stay in registers:
+**The tile** (`convolve_tile`). 16 output channels (two registers of eight 64-bit lanes) x P pixels x N bases are
+counted at once. A weight word is read once for P * N uses, an activation word is broadcast to the lanes, and all
+2 * P * N counters stay in registers:
 
     xor, popcount, add      for 8 x 64 = 512 products: 1.5 cycles on a Zen 4 core, which is this engine's bound
 
 After the last tap of weight base m the counters become floats, are scaled and added to 2 * P float registers that live
 on to the next m. So nothing but the result is ever written, whatever M and N are.
 
-**The loop nest**: image -> block of 16 output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of 128
-channels: 43 KB a base) stay in the second-level cache, one block's weights (9 x 128 bits x 16: 2.3 KB a base) in the first.
-64 pixels x 16 channels of results are collected in a 4 KB buffer, then stored as floats in planes (8 x 8 transposes),
-as floats side by side, or, compared with the next layer's thresholds, as bits: no float tensor is written at all.
+**The loop nest**: image -> block of 16 output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
+128 channels: 43 KB a base) stay in the second-level cache, one block's weights (9 x 128 bits x 16: 2.3 KB a base) in
+the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, then stored as floats in planes (8 x 8
+transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float tensor is
+written at all.
 
-**Threads** are torch's own. `run` is a C function that torch's OpenMP runtime calls on its pool; a pool of Numba's beside
-it would spin against it and slow down both. With several images a thread takes whole images, packs each into a buffer
-of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share out
-the blocks.
+**Threads** are torch's own (cpu_system.py). With several images a thread takes whole images, packs each into a buffer
+of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
+out the blocks.
 
 Run this file to check and time it: `python -m kernels.cpu_vector`.
 """
@@ -31,7 +31,7 @@ import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu_job import CHUNK, INTERLEAVED, JOB_DTYPE, PIXEL_BLOCK, PLANAR, ROWS_BYTES, SCRATCH_BYTES
+from .cpu_job import INTERLEAVED, JOB_DTYPE, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
 from .cpu_pack import pack_chunk
 from .cpu_primitives import (
     FLOATS_8,
@@ -51,7 +51,7 @@ from .cpu_primitives import (
 )
 
 # Pixels in a tile, by N: 2 * P * N counters must leave registers (of 32) for two weights and a few temporaries.
-TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 1, 7: 1, 8: 1}
+TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 3, 5: 2, 6: 2, 7: 1, 8: 1}
 
 JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
 
@@ -61,8 +61,8 @@ JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
 
 @intrinsic(prefer_literal=True)
 def convolve_tile(
-    typing, words, tap_offsets, tap_count, start, weights, masks, M, scales, constants, pixel_offsets, pixel_classes, rows,
-    bases, pixels, masked,
+    typing, words, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
+    pixel_offsets, pixel_classes, rows, bases, pixels, masked,
 ):  # fmt: skip
     """P pixels x 16 output channels, complete: float32 rows[P][16].
 
@@ -78,7 +78,8 @@ def convolve_tile(
     Q = 2  # registers of eight output channels
 
     def emit(context, builder, signature, args):
-        words, tap_offsets, tap_count, start, weights, masks, M, scales, constants, pixel_offsets, pixel_classes, rows = args[:12]
+        words, tap_offsets, tap_count, start, weights, masks, M, scales, constants = args[:9]
+        pixel_offsets, pixel_classes, rows = args[9:12]
         emitter = Emitter(builder)
         windows = [emitter.add(words, emitter.load(I64, emitter.offset(pixel_offsets, p, 8), 8)) for p in range(P)]
         classes = [emitter.add(constants, emitter.load(I64, emitter.offset(pixel_classes, p, 8), 8)) for p in range(P)]

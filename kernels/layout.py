@@ -4,10 +4,10 @@ The algebra (two operands in {-1, +1} stored as bits, a for activations and w fo
 
     sum of products = K - 2 popcount(a ^ w)
 
-A padded tap is neither +1 nor -1, but in memory it is the word 0. Such a tap adds K_tap - 2 popcount(w_tap) too much, a
-number that depends on the weights and on WHICH taps are padded, not on the image. Output pixels with the same padded taps
-form a border class; there are at most 9 of them for a 3 x 3 kernel with padding 1. So borders cost no masks: one small
-table of constants per class and output channel, to which the bias is added for free.
+A padded tap is neither +1 nor -1, but in memory it is the word 0. Such a tap adds K_tap - 2 popcount(w_tap) too much,
+a number that depends on the weights and on WHICH taps are padded, not on the image. Output pixels with the same padded
+taps form a border class; there are at most 9 of them for a 3 x 3 kernel with padding 1. So borders cost no masks: one
+small table of constants per class and output channel, to which the bias is added for free.
 
 Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, M weight bases, O output
 channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones), so that 1-D, 2-D
@@ -16,7 +16,7 @@ and 3-D are one case.
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
     file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
-    weight words         uint64 (M, O, taps, P)                  aligned to the input's channel words; 0 outside the group
+    weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
     CPU tiles            uint64 [block of 16 O][M][tap, word][2][8 lanes]     one lane an output channel
 """
 
@@ -138,6 +138,32 @@ class Geometry:
         return np.flatnonzero(d[:, None, None] & h[:, None] & w)
 
 
+def pool_sources(size, kernel, stride, padding, dilation, ceil_mode) -> tuple:
+    """Which input pixels each window of a pooling holds: (output size, int64 (output pixels, taps)).
+
+    Taps outside the image are replaced by one of the same window inside it, which neither a maximum nor an OR notices.
+    The table is None if some window holds no pixel at all.
+    """
+    output, axes = [], []
+    for s, k, step, low, d in zip(size, kernel, stride, padding, dilation):
+        room = s + 2 * low - d * (k - 1) - 1
+        o = (room + (step - 1 if ceil_mode else 0)) // step + 1
+        if ceil_mode and (o - 1) * step >= s + low:  # torch drops a window that begins beyond the image
+            o -= 1
+        positions = np.arange(o)[:, None] * step + np.arange(k) * d - low
+        inside = (positions >= 0) & (positions < s)
+        if o < 1 or not inside.any(1).all():
+            return output, None
+        some_inside = positions[np.arange(o), inside.argmax(1)]
+        output.append(o)
+        axes.append(np.where(inside, positions, some_inside[:, None]))
+    sources = np.zeros((1, 1), np.int64)
+    for s, positions in zip(size, axes):
+        sources = sources[:, None, :, None] * s + positions[None, :, None, :]
+        sources = sources.reshape(sources.shape[0] * sources.shape[1], -1)
+    return output, np.ascontiguousarray(sources)
+
+
 def chunk_starts(pixels: np.ndarray, count: int, width: int) -> np.ndarray:
     """Starts of runs of `width` pixels that together cover `pixels` (ascending), none reaching past `count`.
 
@@ -165,7 +191,7 @@ def weight_words(bits_MOKc: np.ndarray, groups: int, channels: int) -> np.ndarra
         return words.view(np.uint64)
     bits_MOTC = np.zeros((M, O, taps, P * 64), np.uint8)
     unpacked = np.unpackbits(bytes_MOTc, axis=-1, count=per_group, bitorder="little")
-    for group, (outputs, inputs) in enumerate(group_slices(O, channels, groups)):
+    for outputs, inputs in group_slices(O, channels, groups):
         bits_MOTC[:, outputs, :, inputs] = unpacked[:, outputs]
     return np.packbits(bits_MOTC, axis=-1, bitorder="little").view(np.uint64)
 
@@ -208,7 +234,8 @@ def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, outside, channels_p
     ones_MOT = np.bitwise_count(words_MOTP).sum(-1, dtype=np.int64)
     odd = channels_per_group * words_MOTP.shape[2] & 1
     too_much_MOG = (channels_per_group - 2 * ones_MOT) @ outside.T.astype(np.int64)
-    constants_GO = betas_N.astype(np.float64).sum() * np.einsum("mo,mog->go", alphas_MO.astype(np.float64), odd - too_much_MOG)
+    constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), odd - too_much_MOG)
+    constants_GO *= betas_N.astype(np.float64).sum()
     return (constants_GO + (0 if bias_O is None else bias_O)).astype(np.float32)
 
 
@@ -250,7 +277,7 @@ def word_ranges(masks_OP: np.ndarray) -> tuple:
 
 
 def tile_weights(words_MOTP: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
-    """uint64 (M, O, taps, P) -> [block][M][tap, word][2][8 lanes], 64-byte aligned: the order the tile reads them in."""
+    """uint64 (M, O, taps, P) -> [block][M][tap, word][2][8 lanes], 64-byte aligned: the tile's reading order."""
     blocked_GMoTP = in_blocks(words_MOTP, 1)
     G, M, _, taps, _ = blocked_GMoTP.shape
     tiles = aligned_zeros((G, M, taps * width, BLOCK), np.uint64)

@@ -1,0 +1,48 @@
+"""Max-pooling of packed words on the CPU.
+
+The maximum reaches a threshold where any of its window does, so on bits it is an OR, once the channels whose comparison
+was turned round (flips) are turned back:
+
+    output = OR over the window of (input ^ flip), ^ flip
+
+The plan lists the input pixels of every window. A tap that lies outside the image is replaced by one inside the same
+window: an OR does not mind seeing a pixel twice, so there are no borders to look after.
+"""
+
+import functools
+
+import numba
+from numba import carray, types
+
+from .cpu_job import POOL_JOB_DTYPE
+from .cpu_primitives import STAMP, call_int, load_word, store_word
+
+POOL_JOB = types.CPointer(numba.from_dtype(POOL_JOB_DTYPE))
+
+
+@functools.cache
+def pool_kernel(stamp=STAMP):
+    """The function that every thread runs: a share of all output pixels."""
+
+    @numba.cfunc(types.void(POOL_JOB), cache=True)
+    def pool(jobs):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        thread, threads = 0, 1
+        if job.threads > 1:
+            thread, threads = call_int(job.thread_number), call_int(job.thread_count)
+        P, N, taps = job.channel_words, job.bases, job.taps
+        pixels = job.images * job.output_pixels
+        for pixel in range(pixels * thread // threads, pixels * (thread + 1) // threads):
+            image = job.input + 8 * P * N * job.input_pixels * (pixel // job.output_pixels)
+            sources = job.sources + 8 * taps * (pixel % job.output_pixels)
+            for word in range(P):
+                flip = load_word(job.flips + 8 * word)
+                for n in range(N):
+                    reached = 0
+                    for tap in range(taps):
+                        source = load_word(sources + 8 * tap)
+                        reached |= load_word(image + 8 * ((source * P + word) * N + n)) ^ flip
+                    store_word(job.output + 8 * ((pixel * P + word) * N + n), reached ^ flip)
+
+    return pool
