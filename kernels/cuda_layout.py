@@ -1,0 +1,216 @@
+"""What the CUDA kernels read besides activations: a layer's weights and constants, laid out once and kept.
+
+`layout.py` says what the contract's tensors look like and which algebra counts with bits; this file adds what the GPU
+wants. Everything is brought to two spatial dimensions first: a linear layer is a 1 x 1 convolution of a 1 x 1 image, a
+1-D one has height 1.
+
+    words_BHWPN     int64    the contract's activation words, with height and width
+    weights_MOTP    int64    weight words, one 64-channel word p of tap t = kh * KW + kw
+    tiles           int32    [M][O / BN][BN][K / 32]: rows of K bits in granules of 128, for the tensor cores
+
+The tensor cores count popcount(a & w), so that a padded tap, all zeros, counts nothing (and AND is what they have). With
+V the number of a pixel's taps that lie inside the image, C channels, and sums over those taps and channels:
+
+    sum (2a - 1)(2w - 1) = 4 popc(a & w) - 2 popc(a) - 2 popc(w) + C V
+    y = sum_mn 4 alpha_m beta_n popc(a_n & w_m)  -  2 (sum_m alpha_m) S  +  constant[border class]
+    S = sum_n beta_n popc(a_n)                    once a pixel, whatever the output channel
+    constant = bias + (sum_n beta_n) sum_m alpha_m (C V - 2 popc(w_m))     once a border class and output channel
+
+Granules. A granule is what one row of `ldmatrix` takes: 128 channels of one tap. A layer of at most 64 channels would
+leave half of it empty, so where its kernel is wider than 1 each granule holds two taps: a pixel and its right neighbour.
+For 3 x 3 that is 6 granules instead of 9.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from .layout import Geometry, weight_words, words_of
+
+
+class Layer:
+    """A packed convolution with groups = 1 and two spatial dimensions, and what each rung needs of it.
+
+    Args: as those of abcnets::packed_conv, for 0, 1 or 2 spatial dimensions.
+    """
+
+    def __init__(self, bits, alphas, betas, bias, channels, stride, padding, dilation):
+        self.dims = bits.ndim - 3
+        if self.dims > 2:
+            raise ValueError("the CUDA kernels know up to two spatial dimensions")
+        ones = (1,) * (2 - self.dims)
+        self.M, self.O = bits.shape[:2]
+        self.N = len(betas)
+        self.C, self.P = channels, words_of(channels)
+        self.KH, self.KW = (*ones, *bits.shape[2:-1])
+        self.stride = (*ones, *stride)
+        self.dilation = (*ones, *dilation)
+        self.padding = (0, 0) * len(ones) + tuple(padding)  # top, bottom, left, right
+        self.device = bits.device
+        self.alphas_MO = alphas.to(torch.float32).contiguous()
+        self.betas_N = betas.to(torch.float32).contiguous()
+        self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32).contiguous()
+        self._bits = bits
+        self._places = {}
+        self._tiles = {}
+
+    @cached_property
+    def _words_MOTP(self) -> np.ndarray:
+        return weight_words(self._bits.cpu().numpy(), 1, self.C)
+
+    @cached_property
+    def weights_MOTP(self) -> torch.Tensor:
+        return self._upload(self._words_MOTP.view(np.int64))
+
+    def _upload(self, array) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+    def place(self, height: int, width: int) -> "Place":
+        """The layer on images of one size."""
+        if (height, width) not in self._places:
+            self._places[height, width] = Place(self, height, width)
+        return self._places[height, width]
+
+    # ------------------------------------------------------------------ for the tensor cores
+
+    @cached_property
+    def pairs(self) -> bool:
+        """Whether a granule holds a pixel and its right neighbour."""
+        return self.C <= 64 and self.KW > 1 and self.dilation[1] == 1
+
+    @cached_property
+    def granules_per_pixel(self) -> int:
+        return -(-self.P // 2)
+
+    @cached_property
+    def granule_taps(self) -> list:
+        """[(kh, kw, granule of the pixel)] in the order of the K bits of a weight row."""
+        columns = range(0, self.KW, 2) if self.pairs else range(self.KW)
+        return [(kh, kw, g) for kh in range(self.KH) for kw in columns for g in range(self.granules_per_pixel)]
+
+    @cached_property
+    def steps(self) -> int:
+        """How many steps of 256 bits, two granules, K takes."""
+        return -(-len(self.granule_taps) // 2)
+
+    def weight_rows(self, tile_width: int) -> np.ndarray:
+        """uint32 (M, O rounded up to the tile's width, steps, 2 granules, 4): rows of K bits, zeros where there is none."""
+        padded_O = -(-self.O // tile_width) * tile_width
+        rows = np.zeros((self.M, padded_O, 2 * self.steps, 2), np.uint64)
+        words = self._words_MOTP.reshape(self.M, self.O, self.KH, self.KW, self.P)
+        for k, (kh, kw, g) in enumerate(self.granule_taps):
+            if self.pairs:
+                granule = words[:, :, kh, kw : kw + 2, 0]
+            else:
+                granule = words[:, :, kh, kw, 2 * g : 2 * g + 2]
+            rows[:, : self.O, k, : granule.shape[-1]] = granule
+        return rows.view(np.uint32).reshape(self.M, padded_O, self.steps, 2, 4)
+
+    def tiles(self, tile_width: int, arrange=None) -> torch.Tensor:
+        """The weight rows on the device; `arrange` reorders each tile, (M, tiles, width, steps, 2, 4) -> any shape."""
+        key = tile_width, arrange
+        if key not in self._tiles:
+            rows = self.weight_rows(tile_width)
+            rows = rows.reshape(self.M, -1, tile_width, *rows.shape[2:])
+            self._tiles[key] = self._upload((rows if arrange is None else arrange(rows)).view(np.int32))
+        return self._tiles[key]
+
+    def scales(self, tile_width: int) -> tuple:
+        """(4 alpha (M, O'), 2 sum_m alpha (O',)), O' = O rounded up to the tile's width; zeros in the added channels."""
+        alphas = torch.nn.functional.pad(self.alphas_MO, (0, -self.O % tile_width))
+        return (4 * alphas).contiguous(), 2 * alphas.sum(0)
+
+
+class Place:
+    """What depends on the image's size: geometry, border classes, tables for the tensor cores."""
+
+    def __init__(self, layer: Layer, height: int, width: int):
+        self.layer, self.height, self.width = layer, height, width
+        self.geometry = Geometry.of((height, width), (layer.KH, layer.KW), layer.stride, layer.padding, layer.dilation)
+        _, self.out_height, self.out_width = self.geometry.output
+        _, self.padded_height, self.padded_width = self.geometry.padded
+        self._bands = {}
+        self._tables = {}
+
+    @cached_property
+    def classes(self) -> torch.Tensor:
+        """int32 (output pixels,): each one's border class."""
+        return self.layer._upload(self.geometry.border_classes[1].astype(np.int32))
+
+    @cached_property
+    def constants_xor(self) -> torch.Tensor:
+        """float32 (classes, O), bias included, for kernels that count popc(a ^ w) over all taps, padded ones as a = 0.
+
+        y = constant - 2 sum_mn alpha_m beta_n popc(a_n ^ w_m). A padded tap counts popc(w) too much: it is taken back.
+        """
+        layer, outside_GT = self.layer, self.geometry.border_classes[0]
+        ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
+        products = layer.C * (~outside_GT).sum(1)
+        return layer._upload(self._constants(products + 2 * ones_MOT @ outside_GT.T.astype(np.int64)))
+
+    def constants_and(self, tile_width: int) -> torch.Tensor:
+        """float32 (classes, O'), bias included: the last line of the algebra above."""
+        layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
+        ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
+        constants = self._constants((layer.C - 2 * ones_MOT) @ inside_GT.T.astype(np.int64))
+        return layer._upload(np.pad(constants, ((0, 0), (0, -layer.O % tile_width))))
+
+    def _constants(self, products_MOG) -> np.ndarray:
+        """bias + (sum_n beta_n) sum_m alpha_m products, float32 (classes, O)."""
+        alphas = self.layer.alphas_MO.double().cpu().numpy()
+        betas = self.layer.betas_N.double().sum().item()
+        constants_GO = betas * np.einsum("mo,mog->go", alphas, products_MOG)
+        return (constants_GO + self.layer.bias_O.double().cpu().numpy()).astype(np.float32)
+
+    def no_poison(self, batch: int) -> torch.Tensor:
+        """float32 (B, H, W) zeros: what goes with words that come without poison (see cuda_pack.py)."""
+        key = "poison", batch
+        if key not in self._tables:
+            self._tables[key] = torch.zeros(batch, self.height, self.width, device=self.layer.device)
+        return self._tables[key]
+
+    @cached_property
+    def taps(self) -> torch.Tensor:
+        """int32 (T,): how many padded pixels each tap lies behind the window's first."""
+        return self.layer._upload(self.geometry.taps.astype(np.int32))
+
+    def band(self, batch: int, tile_height: int) -> int:
+        """The most padded pixels, first to last in memory, that the windows of `tile_height` output pixels span."""
+        key = batch, tile_height
+        if key not in self._bands:
+            starts = self.geometry.output_pixels
+            per_image = self.padded_height * self.padded_width
+            count = batch * len(starts)
+            first = np.arange(0, count, tile_height)
+            last = np.minimum(first + tile_height, count) - 1
+            first, last = (p // len(starts) * per_image + starts[p % len(starts)] for p in (first, last))
+            self._bands[key] = int((last - first).max()) + int(self.geometry.taps.max()) + 1
+        return self._bands[key]
+
+    def granule_offsets(self, pixel_words: int) -> torch.Tensor:
+        """int32 (2 steps + 2,): bytes from a window's first pixel to each granule, `pixel_words` words a pixel.
+
+        Granules beyond the last one have zero weights: they may point anywhere, here at the window's first pixel.
+        """
+        if pixel_words not in self._tables:
+            layer = self.layer
+            offsets = np.zeros(2 * layer.steps + 2, np.int32)
+            for k, (kh, kw, g) in enumerate(layer.granule_taps):
+                pixel = kh * layer.dilation[0] * self.padded_width + kw * layer.dilation[1]
+                offsets[k] = 4 * (pixel * pixel_words + 4 * g)
+            self._tables[pixel_words] = layer._upload(offsets)
+        return self._tables[pixel_words]
+
+    def output(self, batch: int) -> torch.Tensor:
+        """An empty float result, (B, O, H', W') in torch's default order.
+
+        Not channels_last: eight neighbouring threads of a tensor-core tile hold eight neighbouring pixels of one
+        channel, which is a full 32-byte sector; and it is what the operator promises to torch.compile.
+        """
+        return torch.empty(batch, self.layer.O, self.out_height, self.out_width, device=self.layer.device)
+
+    def output_words(self, batch: int, bases: int) -> torch.Tensor:
+        """An empty result in bits, (B, H', W', ceil(O / 64), N')."""
+        shape = batch, self.out_height, self.out_width, words_of(self.layer.O), bases
+        return torch.empty(shape, dtype=torch.int64, device=self.layer.device)
