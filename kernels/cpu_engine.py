@@ -239,7 +239,7 @@ class Workspace:
     """What one running call owns."""
 
     def __init__(self, plan):
-        from . import cpu_vector  # here Numba is loaded, at the first packed call
+        from . import cpu_pack, cpu_vector  # here Numba is loaded, at the first packed call
 
         layer, geometry = plan.layer, plan.geometry
         image_words = prod(geometry.padded) * layer.P * layer.N
@@ -263,6 +263,7 @@ class Workspace:
             words=0 if plan.in_place else _address(self.words),
             words_stride=image_words * 8,
             words_by_thread=plan.words_by_thread,
+            chunk_kernel=cpu_pack.chunk_kernel(layer.N).address,
             block_kernel=kernel.address,
             weights=_address(layer.weights),
             masks=0 if layer.masks is None else _address(layer.masks),

@@ -18,7 +18,7 @@ CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit re
 ROWS_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
 #                                          stored, and a little more, since the last tile may reach past the block;
 PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where an image has fewer pixels than a chunk;
-COLUMN_BYTES = CHUNK * 8  # [pixel] the words that a chunk was packed to, before they are sent to their pixels
+COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to their pixels
 SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
 
 
@@ -49,6 +49,7 @@ class Job(ctypes.Structure):
             "words",
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
+            "chunk_kernel",  # address of cpu_pack.chunk_kernel(N)
             # convolution
             "block_kernel",  # address of cpu_vector.block_kernel(N, P, masked)
             "weights",  # words [block][M][tap, word][16]

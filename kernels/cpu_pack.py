@@ -3,8 +3,8 @@
     bit A_n of channel c = (x >= thresholds[n][c]) != flips[c]
 
 Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
-and the sixteen answers set that channel's bit in sixteen words: two instructions a channel, and one that looks for
-NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are
+and the sixteen answers set that channel's bit in sixteen words: two instructions a channel and base, and one that
+looks for NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are
 compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen
 pixels lands in the padded image
 
@@ -13,10 +13,13 @@ pixels lands in the padded image
 whose border words are 0 and are never written. Run this file to check and time it: `python -m kernels.cpu_pack`.
 """
 
-from numba import njit, types
+import functools
+
+import numba
+from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu_job import CHUNK, INTERLEAVED, PLANAR, PLANE_BYTES, ROWS_BYTES
+from .cpu_job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
 from .cpu_primitives import (
     BITS_16,
     F32,
@@ -24,6 +27,7 @@ from .cpu_primitives import (
     I16,
     I64,
     INTS_16,
+    STAMP,
     Emitter,
     any_nan_64,
     ir,
@@ -34,76 +38,89 @@ from .cpu_primitives import (
     word_at_least,
 )
 
+JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
 
-@intrinsic
-def pack_planar_16(typing, x, channel_stride, channels, thresholds, column):
-    """16 pixels x at most 64 channels -> 16 words at `column`; returns bits of the pixels that have a NaN.
 
-        for c in range(channels): for i in range(16): column[i] |= (x[c][i] >= thresholds[c]) << c
+@intrinsic(prefer_literal=True)
+def pack_planar_16(typing, x, channel_stride, channels, thresholds, base_stride, columns, bases):
+    """16 pixels x at most 64 channels -> words columns[N][16]; returns bits of the pixels that have a NaN.
+
+        for c in range(channels): for n in range(N): for i in range(16):
+            columns[n][i] |= (x[c][i] >= thresholds[n][c]) << c
 
     The words are built as two halves of 32 bits, so that sixteen pixels fill one register and not two.
     """
+    N = bases.literal_value
 
     def emit(context, builder, signature, args):
-        x, channel_stride, channels, thresholds, column = args
+        x, channel_stride, channels, thresholds, base_stride, columns = args[:6]
         emitter = Emitter(builder)
         low = builder.select(builder.icmp_signed("<", channels, emitter.const(32)), channels, emitter.const(32))
         high = emitter.sub(channels, low)
 
         def channel(c, carried):
-            word, bit, nan, x, thresholds = carried
+            words_N, (bit, nan, x, thresholds) = list(carried[:N]), carried[N:]
             value = emitter.load(FLOATS_16, x, 4)
             emitter.prefetch(emitter.offset(x, 64, 1))
-            threshold = emitter.splat(emitter.load(F32, thresholds, 4), FLOATS_16)
-            reached = builder.fcmp_ordered(">=", value, threshold)
-            word = emitter.select(reached, emitter.or_(word, bit), word)
+            for n in range(N):
+                at = emitter.offset(thresholds, n, base_stride)
+                threshold = emitter.splat(emitter.load(F32, at, 4), FLOATS_16)
+                reached = builder.fcmp_ordered(">=", value, threshold)
+                words_N[n] = emitter.select(reached, emitter.or_(words_N[n], bit), words_N[n])
             nan = emitter.or_(nan, builder.fcmp_unordered("uno", value, value))
-            return [word, emitter.add(bit, bit), nan, emitter.add(x, channel_stride), emitter.offset(thresholds, 4, 1)]
+            next_channel = [emitter.add(x, channel_stride), emitter.offset(thresholds, 4, 1)]
+            return [*words_N, emitter.add(bit, bit), nan, *next_channel]
 
         zeros, ones = emitter.const(0, INTS_16), emitter.const(1, INTS_16)
-        low_half, _, nan, x, thresholds = emitter.loop(
-            low, [zeros, ones, emitter.const(0, BITS_16), x, thresholds], channel
-        )
-        high_half, _, nan, _, _ = emitter.loop(high, [zeros, ones, nan, x, thresholds], channel)
-        wide = ir.VectorType(I64, 16)
-        shifted = emitter.shl(emitter.zext(high_half, wide), emitter.const(32, wide))
-        emitter.store(emitter.or_(emitter.zext(low_half, wide), shifted), column, 8)
+        start = [*[zeros] * N, ones, emitter.const(0, BITS_16), x, thresholds]
+        *low_N, _, nan, x, thresholds = emitter.loop(low, start, channel)
+        *high_N, _, nan, _, _ = emitter.loop(high, [*[zeros] * N, ones, nan, x, thresholds], channel)
+        wide = ir.VectorType(I64, CHUNK)
+        for n in range(N):
+            shifted = emitter.shl(emitter.zext(high_N[n], wide), emitter.const(32, wide))
+            emitter.store(emitter.or_(emitter.zext(low_N[n], wide), shifted), emitter.offset(columns, n, 8 * CHUNK), 8)
         return emitter.zext(emitter.bitcast(nan, I16), I64)
 
-    return types.int64(*[types.int64] * 5), emit
+    return types.int64(*[types.int64] * 6, bases), emit
+
+
+@functools.cache
+def chunk_kernel(N, stamp=STAMP):
+    """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
+
+    @numba.cfunc(types.int64(JOB, *[types.int64] * 4), cache=True)
+    def pack_chunk(jobs, image, first, words, scratch):
+        job = carray(jobs, 1)[0]
+        _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
+        if job.input_kind == WORDS:
+            copy_words(job, image, first, words)
+            return 0
+        if job.input_kind == INTERLEAVED:
+            return pack_interleaved(job, image, first, words)
+        P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
+        plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
+        nan = 0
+        for word in range(P):
+            channels = min(job.channels - 64 * word, 64)
+            x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
+            if count < CHUNK:  # too small to be read sixteen at a time
+                copy_plane(x, job.channel_stride, channels, count, plane)
+                x, stride = plane, 4 * CHUNK
+            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N)
+            flip = load_word(job.flips + 8 * word)
+            send_words(columns, flip, words + 8 * word * N, job.landing + 8 * first, count, N)
+        return nan
+
+    return pack_chunk
 
 
 @njit
-def pack_chunk(job, image, first, words, scratch):
-    """Pack the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
-    if job.input_kind == PLANAR:
-        return pack_planar(job, image, first, words, scratch)
-    if job.input_kind == INTERLEAVED:
-        return pack_interleaved(job, image, first, words)
-    copy_words(job, image, first, words)
-    return 0
-
-
-@njit
-def pack_planar(job, image, first, words, scratch):
-    N, P, stride = job.bases, job.channel_words, job.channel_stride
-    plane, column = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
-    landing = job.landing + 8 * first
-    count = min(CHUNK, job.pixels)
-    nan = 0
-    for word in range(P):
-        channels = min(job.channels - 64 * word, 64)
-        x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
-        if count < CHUNK:  # too small to be read sixteen at a time
-            copy_plane(x, job.channel_stride, channels, count, plane)
-            x, stride = plane, 4 * CHUNK
-        flip = load_word(job.flips + 8 * word)
+def send_words(columns, flip, target, landing, count, N):
+    """columns [N][16] -> each pixel's place in the padded image."""
+    for i in range(count):
+        pixel = target + load_word(landing + 8 * i)
         for n in range(N):
-            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * (n * P + word), column)
-            target = words + 8 * (word * N + n)
-            for i in range(count):
-                store_word(target + load_word(landing + 8 * i), load_word(column + 8 * i) ^ flip)
-    return nan
+            store_word(pixel + 8 * n, load_word(columns + 8 * (n * CHUNK + i)) ^ flip)
 
 
 @njit

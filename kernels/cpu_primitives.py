@@ -284,12 +284,11 @@ def call_int(typing, address):
 
 
 @intrinsic
-def call_block(typing, address, job, words, block, first, last, rows):
-    """Call a block kernel (cpu_vector.block_kernel) at address: void f(int64 x 6)."""
+def call_kernel(typing, address, a, b, c, d, e):
+    """The result of the C function `int64 f(int64 a, b, c, d, e)` at address."""
 
     def emit(context, builder, signature, args):
-        function = ir.FunctionType(ir.VoidType(), [I64] * 6).as_pointer()
-        builder.call(builder.inttoptr(args[0], function), args[1:])
-        return context.get_dummy_value()
+        function = ir.FunctionType(I64, [I64] * 5).as_pointer()
+        return builder.call(builder.inttoptr(args[0], function), args[1:])
 
-    return types.void(*[types.int64] * 7), emit
+    return types.int64(*[types.int64] * 6), emit

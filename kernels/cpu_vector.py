@@ -31,8 +31,8 @@ import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu_job import INTERLEAVED, JOB_DTYPE, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
-from .cpu_pack import pack_chunk
+from .cpu_job import INTERLEAVED, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
+from .cpu_pack import JOB
 from .cpu_primitives import (
     FLOATS_8,
     I64,
@@ -41,8 +41,8 @@ from .cpu_primitives import (
     Emitter,
     bits_at_least,
     call,
-    call_block,
     call_int,
+    call_kernel,
     load_float,
     load_word,
     store_bits_16,
@@ -52,9 +52,6 @@ from .cpu_primitives import (
 
 # Pixels in a tile, by N: 2 * P * N counters must leave registers (of 32) for two weights and a few temporaries.
 TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 3, 5: 2, 6: 2, 7: 1, 8: 1}
-
-JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
-
 
 # --------------------------------------------------------------------------- the tile
 
@@ -127,13 +124,14 @@ def convolve_tile(
 
 @functools.cache
 def block_kernel(N, P, masked, stamp=STAMP):
-    """The tiles of one block of output channels and pixels first..last, compiled for N bases and tiles of P pixels.
+    """The tiles of one block of output channels and at most 64 pixels, compiled for N bases and tiles of P pixels.
 
-    rows receives float32 [pixel - first][16]; it may be written a little past `last`, up to a whole tile.
+    rows receives float32 [pixel - first][16]; it may be written a little past the block, up to a whole tile.
+    Returns the block's end.
     """
 
-    @numba.cfunc(types.void(JOB, *[types.int64] * 5), cache=True)
-    def convolve_block(jobs, words, block, first, last, rows):
+    @numba.cfunc(types.int64(JOB, *[types.int64] * 4), cache=True)
+    def convolve_block(jobs, words, block, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
         M, taps = job.weight_bases, job.tap_count
@@ -142,11 +140,13 @@ def block_kernel(N, P, masked, stamp=STAMP):
         scales = job.scales + block * M * N * 64
         constants = job.constants + block * 64
         words += load_word(job.block_words + 8 * block)
+        last = min(first + PIXEL_BLOCK, job.output_pixels)
         for pixel in range(first, last, P):
             convolve_tile(
                 words, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
                 job.pixel_offsets + 8 * pixel, job.pixel_classes + 8 * pixel, rows + 64 * (pixel - first), N, P, masked,
             )  # fmt: skip
+        return last
 
     return convolve_block
 
@@ -211,7 +211,7 @@ def pack_share(job, thread, begin, end):
     for task in range(begin, end):
         image = task // job.chunk_count
         first = load_word(job.chunks + 8 * (task % job.chunk_count))
-        nan |= pack_chunk(job, image, first, image_words(job, image, thread), scratch)
+        nan |= call_kernel(job.chunk_kernel, job.address, image, first, image_words(job, image, thread), scratch)
     return nan
 
 
@@ -224,8 +224,7 @@ def convolve_share(job, thread, begin, end):
         image = task // (job.blocks * pixel_blocks)
         block = task // pixel_blocks % job.blocks
         first = task % pixel_blocks * PIXEL_BLOCK
-        last = min(first + PIXEL_BLOCK, job.output_pixels)
-        call_block(job.block_kernel, job.address, image_words(job, image, thread), block, first, last, rows)
+        last = call_kernel(job.block_kernel, job.address, image_words(job, image, thread), block, first, rows)
         if job.output_kind == PLANAR:
             store_planes(job, image, block, first, last, rows)
         elif job.output_kind == INTERLEAVED:
