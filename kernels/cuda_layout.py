@@ -52,6 +52,7 @@ class Layer:
         self.betas_N = betas.to(torch.float32).contiguous()
         self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32).contiguous()
         self._bits = bits
+        self.no_flips = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._places = {}
         self._tiles = {}
 
@@ -130,8 +131,14 @@ class Place:
         self.geometry = Geometry.of((height, width), (layer.KH, layer.KW), layer.stride, layer.padding, layer.dilation)
         _, self.out_height, self.out_width = self.geometry.output
         _, self.padded_height, self.padded_width = self.geometry.padded
-        self._bands = {}
-        self._tables = {}
+        self.out_pixels = self.out_height * self.out_width
+        self._kept = {}
+
+    def keep(self, key, make):
+        """make(), computed once for each key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     @cached_property
     def classes(self) -> torch.Tensor:
@@ -165,10 +172,8 @@ class Place:
 
     def no_poison(self, batch: int) -> torch.Tensor:
         """float32 (B, H, W) zeros: what goes with words that come without poison (see cuda_pack.py)."""
-        key = "poison", batch
-        if key not in self._tables:
-            self._tables[key] = torch.zeros(batch, self.height, self.width, device=self.layer.device)
-        return self._tables[key]
+        shape = batch, self.height, self.width
+        return self.keep(("no poison", batch), lambda: torch.zeros(shape, device=self.layer.device))
 
     @cached_property
     def taps(self) -> torch.Tensor:
@@ -177,30 +182,28 @@ class Place:
 
     def band(self, batch: int, tile_height: int) -> int:
         """The most padded pixels, first to last in memory, that the windows of `tile_height` output pixels span."""
-        key = batch, tile_height
-        if key not in self._bands:
-            starts = self.geometry.output_pixels
-            per_image = self.padded_height * self.padded_width
-            count = batch * len(starts)
-            first = np.arange(0, count, tile_height)
-            last = np.minimum(first + tile_height, count) - 1
-            first, last = (p // len(starts) * per_image + starts[p % len(starts)] for p in (first, last))
-            self._bands[key] = int((last - first).max()) + int(self.geometry.taps.max()) + 1
-        return self._bands[key]
+        return self.keep(("band", batch, tile_height), lambda: self._band(batch, tile_height))
+
+    def _band(self, batch, tile_height):
+        starts = self.geometry.output_pixels
+        per_image = self.padded_height * self.padded_width
+        count = batch * len(starts)
+        first = np.arange(0, count, tile_height)
+        last = np.minimum(first + tile_height, count) - 1
+        first, last = (p // len(starts) * per_image + starts[p % len(starts)] for p in (first, last))
+        return int((last - first).max()) + int(self.geometry.taps.max()) + 1
 
     def granule_offsets(self, pixel_words: int) -> torch.Tensor:
         """int32 (2 steps + 2,): bytes from a window's first pixel to each granule, `pixel_words` words a pixel.
 
         Granules beyond the last one have zero weights: they may point anywhere, here at the window's first pixel.
         """
-        if pixel_words not in self._tables:
-            layer = self.layer
-            offsets = np.zeros(2 * layer.steps + 2, np.int32)
-            for k, (kh, kw, g) in enumerate(layer.granule_taps):
-                pixel = kh * layer.dilation[0] * self.padded_width + kw * layer.dilation[1]
-                offsets[k] = 4 * (pixel * pixel_words + 4 * g)
-            self._tables[pixel_words] = layer._upload(offsets)
-        return self._tables[pixel_words]
+        layer = self.layer
+        offsets = np.zeros(2 * layer.steps + 2, np.int32)
+        for k, (kh, kw, g) in enumerate(layer.granule_taps):
+            pixel = kh * layer.dilation[0] * self.padded_width + kw * layer.dilation[1]
+            offsets[k] = 4 * (pixel * pixel_words + 4 * g)
+        return layer._upload(offsets)
 
     def output(self, batch: int) -> torch.Tensor:
         """An empty float result, (B, O, H', W') in torch's default order.

@@ -172,7 +172,7 @@ else:
     from numba.cuda import cgutils
     from numba.cuda.extending import intrinsic
 
-    device = cuda.jit(device=True, forceinline=True)
+    device = cuda.jit(device=True, inline="always")
 
     _I32, _I64, _VOID = ir.IntType(32), ir.IntType(64), ir.VoidType()
 
