@@ -145,6 +145,30 @@ def describe_rows(
         floats[rows_at + 2 * rows + row] = total
 
 
+@device
+def add_scaled(y, counts, alpha, beta, down, across):
+    """y += alpha beta counts, where the counters' bits are those of the float 2^23 + count."""
+    for i in range(down):
+        for j in range(across):
+            for q in range(4):
+                at = (i * across + j) * 4 + q
+                y[at] += alpha[2 * j + q % 2] * beta * (float_bits(counts[at]) - float32(TWO_TO_23))
+
+
+@device
+def add_constants(y, shared, floats, constants, alpha_sums, rows_at, rows, channel, lane, down, across):
+    """y += constant[class] - 2 (sum_m alpha_m) S, with the row tables of the warp's pixels at rows_at."""
+    for i in range(down):
+        for half in range(2):
+            row = rows_at + i * 16 + half * 8 + lane // 4
+            constant = shared[row + rows] + channel
+            total = floats[row + 2 * rows]
+            for j in range(across):
+                for q in range(2):
+                    o = 8 * j + q
+                    y[(i * across + j) * 4 + half * 2 + q] += constants[constant + o] - alpha_sums[channel + o] * total
+
+
 @functools.cache
 def float_output(down, across):
     """The epilogue of a warp with `down` x `across` tiles of 16 x 8: y to memory, as torch lays it out."""
@@ -277,24 +301,10 @@ def conv_kernel(tile: Tile, output=float_output, out_type=float32) -> Kernel:
                     for i in range(DOWN):
                         for j in range(ACROSS):
                             mma_b1(counts, (i * ACROSS + j) * 4, a, 4 * i, w, 2 * j)
-                beta = betas[n]
-                for i in range(DOWN):
-                    for j in range(ACROSS):
-                        for q in range(4):
-                            at = (i * ACROSS + j) * 4 + q
-                            count = float_bits(counts[at]) - float32(TWO_TO_23)
-                            y[at] += alpha[2 * j + q % 2] * beta * count
+                add_scaled(y, counts, alpha, betas[n], DOWN, ACROSS)
 
-        for i in range(DOWN):
-            for half in range(2):
-                row = (warp_down * DOWN + i) * 16 + half * 8 + lane // 4
-                total = floats[rows_at + 2 * PIXELS + row]
-                constant = shared[rows_at + PIXELS + row] + channel
-                for j in range(ACROSS):
-                    for q in range(2):
-                        at = (i * ACROSS + j) * 4 + half * 2 + q
-                        o = 8 * j + q
-                        y[at] += constants[constant + o] - alpha_sums[channel + o] * total
+        rows_at += warp_down * (DOWN * 16)
+        add_constants(y, shared, floats, constants, alpha_sums, rows_at, PIXELS, channel, lane, DOWN, ACROSS)
         warp_pixel = first_pixel + warp_down * (DOWN * 16)
         finish(out, y, warp_pixel, channel, lane, pixels, O, out_image, thresholds, flips, out_bases, padded_O)
 
