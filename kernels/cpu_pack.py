@@ -4,9 +4,9 @@
 
 Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
 and the sixteen answers set that channel's bit in sixteen words: two instructions a channel and base, and one that
-looks for NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are
-compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen
-pixels lands in the padded image
+looks for NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one
+pixel are compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of
+sixteen pixels lands in the padded image
 
     words [padded pixel][P][N]
 

@@ -1,0 +1,451 @@
+"""The CPU engine against the plain torch implementation of the same operators."""
+
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import abcnets
+
+pytest.importorskip("numba")
+import kernels
+from kernels import cpu_engine, cpu_scalar, cpu_system, layout
+
+
+def examples(count):
+    return settings(
+        max_examples=count, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow]
+    )
+
+
+# --------------------------------------------------------------------------- random layers
+
+
+@dataclass
+class Case:
+    """One layer and one input, drawn at random; `arguments` are the operator's after x."""
+
+    x: torch.Tensor
+    tensors: tuple
+    channels: int
+    stride: list
+    padding: list
+    dilation: list
+    groups: int
+    out: tuple = field(default=(None, None))
+
+    @property
+    def arguments(self):
+        return *self.tensors, self.channels, self.stride, self.padding, self.dilation, self.groups, *self.out
+
+    @property
+    def bases(self):
+        return len(self.tensors[2])
+
+    def run(self, x=None):
+        return cpu_engine.packed_conv(self.x if x is None else x, *self.arguments)
+
+    def expect(self, x=None):
+        """In float64, which leaves no rounding to argue about."""
+        x = self.x if x is None else x
+        return abcnets._packed_conv_reference(x.double() if x.is_floating_point() else x, *self.arguments)
+
+
+def make_case(seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilation, bias=True) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    flags = torch.rand(M, O, *kernel, C // groups, generator=generator) > 0.5
+    thresholds = torch.randn(N, C, generator=generator)
+    thresholds[torch.rand(N, C, generator=generator) < 0.02] = float("-inf")
+    thresholds[torch.rand(N, C, generator=generator) < 0.02] = float("inf")
+    x = torch.randn(B, C, *size, generator=generator)
+    on_threshold = thresholds[0].reshape(-1, *[1] * len(size)).expand_as(x)
+    x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, on_threshold, x)  # infinities among them
+    tensors = (
+        abcnets._pack_bits(flags, torch.uint8),
+        torch.randn(M, O, generator=generator),
+        torch.rand(N, generator=generator) + 0.1,
+        thresholds,
+        torch.rand(C, generator=generator) < 0.3,
+        torch.randn(O, generator=generator) if bias else None,
+    )
+    return Case(x, tensors, C, list(stride), list(padding), list(dilation), groups)
+
+
+def small_case(N=2, M=2, B=2, O=40, C=70, size=(9, 7), groups=1, **changes) -> Case:
+    ones = (1,) * len(size)
+    given = dict(
+        seed=0, B=B, M=M, N=N, O=O, C=C, groups=groups, size=size,
+        kernel=(3,) * len(size), stride=ones, padding=(1, 1) * len(size), dilation=ones,
+    )  # fmt: skip
+    return make_case(**(given | changes))
+
+
+@st.composite
+def cases(draw, least_dimensions=0):
+    dimensions = draw(st.integers(least_dimensions, 3))
+    largest = (0, 40, 12, 6)[dimensions]
+
+    def per_dimension(low, high):
+        return draw(st.tuples(*[st.integers(low, high)] * dimensions))
+
+    kernel, dilation = per_dimension(1, (0, 9, 4, 3)[dimensions]), per_dimension(1, 3)
+    padding = draw(st.tuples(*[st.integers(0, 3)] * (2 * dimensions)))
+    reach = [d * (k - 1) + 1 for d, k in zip(dilation, kernel)]
+    size = [
+        draw(st.integers(max(1, r - low - high), max(largest, r)))
+        for r, low, high in zip(reach, padding[::2], padding[1::2])
+    ]
+    groups = draw(st.sampled_from([1, 1, 1, 2, 3, 7])) if dimensions else 1
+    per_group = draw(st.one_of(st.integers(1, 300 // groups), st.sampled_from([1, 64 // groups or 1, 128 // groups])))
+    return make_case(
+        seed=draw(st.integers(0, 2**31)),
+        B=draw(st.integers(1, 5)),
+        M=draw(st.integers(1, 8)),
+        N=draw(st.integers(1, 8)),
+        O=groups * draw(st.integers(1, 80 // groups)),
+        C=groups * per_group,
+        groups=groups,
+        size=size,
+        kernel=kernel,
+        stride=per_dimension(1, 3),
+        padding=padding,
+        dilation=dilation,
+        bias=draw(st.booleans()),
+    )
+
+
+@st.composite
+def in_memory(draw, case):
+    """The case's input in one of the orders that a tensor can have in memory."""
+    x = case.x
+    order = draw(st.sampled_from(["contiguous", "channels last", "slice of channels", "every other", "transposed"]))
+    if order == "channels last" and x.dim() > 2:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if order == "slice of channels":
+        return torch.cat([x, x], 1)[:, case.channels // 2 :][:, : case.channels] if case.channels > 1 else x
+    if order == "every other":
+        return torch.stack([x, x], -1)[..., 0]
+    if order == "transposed" and x.dim() > 2:
+        return x.transpose(-1, 1).contiguous().transpose(-1, 1)
+    return x
+
+
+def words_of(x, thresholds, flips):
+    """What a layer with these thresholds packs x into."""
+    flags = (x.movedim(1, -1)[None] >= thresholds.view(len(thresholds), *[1] * (x.dim() - 1), -1)) != flips
+    return abcnets._pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+
+
+def assert_right(case, x=None, result=None):
+    """Equal to float64 up to the rounding of the largest sum that there could be; one wrong bit is far more."""
+    result, expected = case.run(x) if result is None else result, case.expect(x)
+    bits, alphas, betas, _, _, bias = case.tensors
+    products = bits[0, 0, ..., 0].numel() * case.channels / case.groups
+    largest = alphas.abs().sum(0).max() * betas.sum() * products + (0 if bias is None else bias.abs().max())
+    assert result.shape == expected.shape
+    torch.testing.assert_close(result.double(), expected.double(), rtol=1e-5, atol=1e-6 * largest.item())
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------- the convolution
+
+
+@examples(180)
+@given(st.data(), cases(), st.integers(1, 2))
+def test_float_in_float_out(data, case, threads):
+    torch.set_num_threads(threads)
+    x = data.draw(in_memory(case))
+    assert_right(case, x)
+
+
+@examples(60)
+@given(cases(), st.integers(1, 3), st.integers(1, 2), st.integers(0, 2**31))
+def test_bits_out_are_the_float_result_compared(case, out_bases, threads, seed):
+    torch.set_num_threads(threads)
+    y = case.run()
+    generator = torch.Generator().manual_seed(seed)
+    flips = torch.rand(y.shape[1], generator=generator) < 0.5
+    thresholds = torch.randn(out_bases, y.shape[1], generator=generator) * y.std(correction=0)
+    thresholds[0] = y.movedim(1, 0).flatten(1)[:, 0]  # exactly reached
+    case.out = (thresholds, flips)
+    assert torch.equal(case.run(), words_of(y, thresholds, flips))
+
+
+@examples(60)
+@given(cases(), st.booleans(), st.integers(1, 2))
+def test_words_in(case, bits_out, threads):
+    torch.set_num_threads(threads)
+    words = words_of(case.x, case.tensors[3], case.tensors[4])
+    y = case.run()
+    assert torch.equal(case.run(words), y)  # the same sums in the same order
+    if bits_out:
+        case.out = (torch.zeros(2, y.shape[1]), torch.arange(y.shape[1]) % 3 == 0)
+        assert torch.equal(case.run(words), words_of(y, *case.out))
+
+
+@examples(12)
+@given(cases())
+def test_scalar_rung(case):
+    assert_right(case, result=cpu_scalar.packed_conv(case.x, *case.arguments))
+    words = words_of(case.x, case.tensors[3], case.tensors[4])
+    case.out = (torch.zeros(2, case.tensors[1].shape[1]), torch.arange(case.tensors[1].shape[1]) % 3 == 0)
+    result, vector = cpu_scalar.packed_conv(words, *case.arguments), case.run(words)
+    assert result.shape == vector.shape
+    differing = np.bitwise_count((result ^ vector).numpy()).sum()  # sums that rounding put beside 0
+    assert differing <= 2
+
+
+@pytest.mark.parametrize("groups", [4, 24, 72])
+def test_groups_and_depthwise(groups):
+    case = small_case(C=72, O=144, groups=groups)
+    assert_right(case)
+    case.out = (torch.zeros(1, 144), torch.zeros(144, dtype=torch.bool))
+    assert torch.equal(case.run(), words_of(small_case(C=72, O=144, groups=groups).run(), *case.out))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_other_floats(dtype):
+    case = small_case()
+    x = case.x.to(dtype)
+    result = case.run(x)
+    assert result.dtype == dtype
+    torch.testing.assert_close(result, abcnets._packed_conv_reference(x, *case.arguments))
+
+
+def test_more_bases_than_the_tiles_know():
+    case = small_case(N=11)
+    assert_right(case)
+
+
+def test_float_activations():
+    case = small_case(N=1)
+    bits, alphas, _, _, flips, bias = case.tensors
+    case.tensors = (bits, alphas, torch.empty(0), torch.empty(0, case.channels), flips, bias)
+    case.x = torch.randn_like(case.x)
+    assert torch.equal(case.run(), abcnets._packed_conv_reference(case.x, *case.arguments))
+
+
+def test_empty_batch():
+    case = small_case(B=0)
+    assert case.run().shape == (0, 40, 9, 7)
+    case.out = (torch.zeros(3, 40), torch.zeros(40, dtype=torch.bool))
+    assert case.run().shape == (0, 9, 7, 1, 3)
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("size", [(9, 7), (2, 3)])
+def test_nan(order, size):
+    case = small_case(size=size)
+    x = case.x.clone(memory_format=order)
+    x[1, -1, -1, 1] = float("nan")
+    result, expected = case.run(x), abcnets._packed_conv_reference(x, *case.arguments)
+    assert result.isnan().any()
+    torch.testing.assert_close(result, expected, equal_nan=True)
+    case.out = (torch.zeros(1, 40), torch.zeros(40, dtype=torch.bool))
+    with pytest.raises(ValueError, match="NaN"):
+        case.run(x)
+    assert_right(small_case(size=size))  # and nothing lingers
+
+
+def test_infinite_scales():
+    case = small_case()
+    case.tensors[1][0, 3] = float("inf")
+    torch.testing.assert_close(
+        case.run(), abcnets._packed_conv_reference(case.x, *case.arguments), equal_nan=True
+    )
+
+
+def test_a_kernel_larger_than_its_image():
+    case = small_case(size=(2, 2), kernel=(5, 5))
+    with pytest.raises((ValueError, RuntimeError), match=r"(?i)kernel"):
+        case.run()
+
+
+def test_wrong_channels():
+    case = small_case()
+    with pytest.raises((ValueError, RuntimeError)):
+        case.run(case.x[:, 1:])
+
+
+# --------------------------------------------------------------------------- threads, caches, processes
+
+
+@pytest.mark.parametrize("B", [1, 2, 3, 9])
+def test_the_number_of_threads_changes_nothing(B):
+    case = small_case(B=B, size=(23, 17))
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        results.append(case.run())
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_concurrent_calls(threads):
+    torch.set_num_threads(threads)
+    case = small_case(B=4, size=(20, 20))
+    inputs = [torch.randn_like(case.x) for _ in range(6)]
+    expected = [case.run(x) for x in inputs]
+    wrong = []
+
+    def work(x, y):
+        torch.set_num_threads(threads)
+        for _ in range(60):
+            if not torch.equal(case.run(x), y):
+                wrong.append(x)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+def test_changed_tensors_are_noticed():
+    case = small_case()
+    before = case.run()
+    case.tensors[1].mul_(2)
+    assert_right(case)
+    case.tensors[3].add_(0.25)
+    case.tensors[0].bitwise_not_()
+    spare = case.channels % 8
+    case.tensors[0][..., -1] &= (1 << spare) - 1
+    assert_right(case)
+    assert not torch.allclose(before, case.run())
+
+
+def test_caches_are_bounded_and_weak():
+    case = small_case()
+    for width in range(3, 3 + 2 * cpu_engine.PLANS_PER_LAYER):
+        case.run(case.x[:, :, :, :3].repeat(1, 1, 1, 20)[..., :width])
+    bits = case.tensors[0]
+    (layer,) = cpu_engine._layers[bits]
+    assert len(layer.plans) == cpu_engine.PLANS_PER_LAYER
+    count = len(cpu_engine._layers)
+    del bits, layer
+    case.tensors = None
+    assert len(cpu_engine._layers) < count
+
+
+IN_A_FORKED_CHILD = """
+import os, signal, torch
+import tests.test_kernels_cpu as t
+torch.set_num_threads(2)
+case = t.small_case(B=8)
+expected = case.run()
+child = os.fork()
+if child == 0:
+    signal.alarm(20)
+    os._exit(0 if torch.equal(case.run(), expected) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+WITHOUT_NUMBA = """
+import sys
+sys.modules["numba"] = None
+import kernels
+assert kernels.engines()["cpu"] == "reference"
+try:
+    kernels.require("cpu")
+except RuntimeError as error:
+    assert "numba" in str(error)
+else:
+    raise AssertionError("require said nothing")
+"""
+
+IMPORT_LOADS_NO_NUMBA = """
+import sys, kernels
+assert kernels.engines()["cpu"] == "numba" and "numba" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("script", [IN_A_FORKED_CHILD, WITHOUT_NUMBA, IMPORT_LOADS_NO_NUMBA])
+def test_in_a_fresh_process(script, pytestconfig):
+    if script is IN_A_FORKED_CHILD and sys.platform == "win32":
+        pytest.skip("no fork")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_registered_for_the_cpu():
+    assert kernels.engines()["cpu"] == "numba"
+    kernels.require("cpu")
+    case = small_case()
+    assert torch.equal(torch.ops.abcnets.packed_conv(case.x, *case.arguments), case.run())
+    assert cpu_system.thread_count() >= 1
+
+
+# --------------------------------------------------------------------------- max-pooling
+
+
+@examples(50)
+@given(st.data(), st.integers(1, 3), st.integers(1, 200), st.integers(1, 4), st.booleans(), st.integers(1, 2))
+def test_max_pool(data, dimensions, channels, bases, ceil_mode, threads):
+    torch.set_num_threads(threads)
+
+    def per_dimension(low, high):
+        return list(data.draw(st.tuples(*[st.integers(low, high)] * dimensions)))
+
+    kernel, stride = per_dimension(1, 3), per_dimension(1, 3)
+    padding = [data.draw(st.integers(0, k // 2)) for k in kernel]
+    size = per_dimension(3, (0, 30, 9, 5)[dimensions])
+    x = torch.randn(2, channels, *size)
+    thresholds, flips = torch.randn(bases, channels), torch.rand(channels) < 0.5
+    words = words_of(x, thresholds, flips)
+    arguments = (flips, channels, kernel, stride, padding, [1] * dimensions, ceil_mode)
+    pooled = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1](
+        x, kernel, stride, padding, 1, ceil_mode
+    )
+    result = cpu_engine.packed_max_pool(words, *arguments)
+    assert torch.equal(result, words_of(pooled, thresholds, flips))
+    assert torch.equal(result, abcnets._packed_max_pool_reference(words, *arguments))
+
+
+def test_max_pool_of_nothing():
+    words, flips = torch.zeros(0, 6, 6, 1, 2, dtype=torch.int64), torch.zeros(5, dtype=torch.bool)
+    arguments = (words, flips, 5, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    assert cpu_engine.packed_max_pool(*arguments).shape == (0, 3, 3, 1, 2)
+
+
+# --------------------------------------------------------------------------- layouts
+
+
+@examples(60)
+@given(st.lists(st.booleans(), min_size=1, max_size=90))
+def test_chunks_cover_what_is_read(read):
+    pixels, count = np.flatnonzero(read), len(read)
+    starts = layout.chunk_starts(pixels, count, 16)
+    covered = np.zeros(max(count, 16), bool)
+    for start in starts:
+        assert 0 <= start <= max(count - 16, 0)
+        covered[start : start + 16] = True
+    assert covered[pixels].all()
+
+
+def test_border_classes_of_a_padded_kernel():
+    geometry = layout.Geometry.of((5, 6), (3, 3), (1, 1), (1, 1, 1, 1), (1, 1))
+    outside, class_of_pixel = geometry.border_classes
+    assert outside.shape == (9, 9) and len(np.unique(class_of_pixel)) == 9
+    corner = outside[class_of_pixel[0]].reshape(3, 3)
+    assert corner[0].all() and corner[:, 0].all() and not corner[1:, 1:].any()
+
+
+def test_word_ranges_follow_groups():
+    masks = layout.channel_masks(256, 256, 256)  # depthwise
+    first, width = layout.word_ranges(masks)
+    assert width == 1 and first.tolist() == [block // 4 for block in range(16)]
