@@ -160,3 +160,28 @@ def copy_words(job, image, first, words):
         target = words + load_word(job.landing + 8 * pixel)
         for i in range(count):
             store_word(target + 8 * i, load_word(source + 8 * i))
+
+
+def main() -> None:
+    """A 1 x 1 kernel of one output channel is little but packing: check it, and print the bytes it reads a second."""
+    import torch
+
+    from . import bench
+    from .cpu_engine import packed_conv
+
+    torch.set_num_threads(1)
+    bench.check_rung("pack", packed_conv, [bench.Shape(C, 1, 1, 6, 0, B=2) for C in (1, 31, 33, 64, 200)])
+    shape = bench.Shape(64, 1, 1, 56, 0, B=8)
+    for order in (torch.contiguous_format, torch.channels_last):
+        x = torch.randn(shape.B, shape.C, shape.size, shape.size).to(memory_format=order)
+        layers = {}
+        for n in bench.BASES:
+            bits, alphas, *others = bench.packed_layer(shape, n)
+            layers[n] = (bits[:1], alphas[:1], *others)  # one weight base: as little convolution as there can be
+        contenders = {n: lambda x=x, layer=layer: packed_conv(x, *layer) for n, layer in layers.items()}
+        for n, seconds in bench.interleaved_medians(contenders, 1.0).items():
+            print(f"pack: {order}, N = {n}: {seconds * 1e6:6.1f} us, {x.nbytes / seconds / 1e9:5.1f} GB/s read")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,9 @@
 """The first rung: the packed convolution as plain loops, in Numba, one thread, one word at a time.
 
 The mathematics and the layouts are the vector engine's (layout.py), so the two can be read side by side; what is
-missing is everything that makes it fast. It reaches some 5 to 30 % of the processor's bound: each 64-bit xor and
-popcount does 64 products, but the counters live in memory and the compiler may not reorder what it cannot prove.
+missing is everything that makes it fast. Already this does 64 products with one xor and one popcount, and still it
+reaches only a few percent of the processor's bound: one word at a time instead of eight, each fetched anew for every
+output channel, and as much work on addresses as on bits.
 
     words    uint64 [B][padded pixel][P][N]
     weights  uint64 [M][O][tap][P]
@@ -87,3 +88,10 @@ def convolve(words_BXPN, weights_MOTP, masks_OP, pixels_Y, taps_T, class_of_Y, c
                                 count += popcount(np.int64(differ))
                         y += scales_MNO[m, n, o] * np.float32(count)
                 y_BOY[b, o, pixel] = y
+
+
+if __name__ == "__main__":
+    from . import bench
+
+    bench.check_rung("scalar", packed_conv, bench.RUNG_SHAPES)
+    bench.time_rung("scalar", packed_conv, bench.RESNET_18[1])

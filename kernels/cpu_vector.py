@@ -261,3 +261,11 @@ def run_kernel(stamp=STAMP):
             job.saw_nan = 1
 
     return run
+
+
+if __name__ == "__main__":
+    from . import bench
+    from .cpu_engine import packed_conv
+
+    bench.check_rung("vector", packed_conv, bench.RUNG_SHAPES)
+    bench.time_rung("vector", packed_conv, bench.RESNET_18[1], bench.BASES)

@@ -1,0 +1,90 @@
+"""The bound: how many bit products a second one core can count when nothing but counting is to be done.
+
+Two measurements, neither of which touches memory beyond the first-level cache:
+
+    clock()   a chain of xorshifts, six dependent instructions of one cycle each     -> cycles a second
+    peak()    xor + popcount + add on sixteen independent registers, in a loop       -> products a second
+
+Their quotient is the cost of one 512-bit step: 1.5 cycles on Zen 4, which starts two vector instructions a cycle and
+needs three. `python -m kernels.cpu_peak` prints it for this machine.
+"""
+
+import functools
+import time
+
+import numpy as np
+from numba import njit, types
+from numba.extending import intrinsic
+
+from .cpu_primitives import I64, WORDS_8, Emitter, ir
+
+REGISTERS = 16
+PRODUCTS = 512  # of one register
+
+
+@njit
+def xorshift_chain(count, x):
+    for _ in range(count):
+        x ^= x << np.uint64(13)
+        x ^= x >> np.uint64(7)
+        x ^= x << np.uint64(17)
+    return x
+
+
+@intrinsic
+def count_products(typing, words, count):
+    """count rounds of REGISTERS x (xor, popcount, add) on two of eight words in memory; returns some of the sum."""
+
+    def emit(context, builder, signature, args):
+        words, count = args
+        emitter = Emitter(builder)
+        weights = [emitter.const(0x9E3779B97F4A7C15 >> i, WORDS_8) for i in range(REGISTERS // 2)]
+
+        def once(i, counts):
+            at = emitter.offset(words, emitter.and_(i, emitter.const(3)), 8)
+            pair = [emitter.splat(emitter.load(I64, emitter.offset(at, j, 32), 8), WORDS_8) for j in range(2)]
+            pairs = [(word, weight) for word in pair for weight in weights]
+            return [
+                emitter.add(total, emitter.popcount(emitter.xor(word, weight)))
+                for total, (word, weight) in zip(counts, pairs)
+            ]
+
+        counts = emitter.loop(count, [emitter.const(0, WORDS_8)] * REGISTERS, once)
+        total = functools.reduce(emitter.add, counts)
+        return builder.extract_element(total, ir.Constant(ir.IntType(32), 0))
+
+    return types.int64(types.int64, types.int64), emit
+
+
+@njit
+def products_loop(words, count):
+    return count_products(words, count)
+
+
+def _best(function, *arguments) -> float:
+    function(*arguments)
+    times = []
+    for _ in range(9):
+        start = time.perf_counter()
+        function(*arguments)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+@functools.cache
+def clock() -> float:
+    """This core's cycles a second while it is busy."""
+    count = 2_000_000
+    return 6 * count / _best(xorshift_chain, count, np.uint64(88172645463325252))
+
+
+@functools.cache
+def peak() -> float:
+    """The bit products a second that one core counts at best."""
+    words, count = np.arange(8, dtype=np.uint64) * np.uint64(0x0123456789ABCDEF), 300_000
+    return count * REGISTERS * PRODUCTS / _best(products_loop, words.ctypes.data, count)
+
+
+if __name__ == "__main__":
+    print(f"clock {clock() / 1e9:.2f} GHz, at best {peak() / 1e12:.2f} T bit products/s on one core: "
+          f"{clock() * PRODUCTS / peak():.2f} cycles for {PRODUCTS}")  # fmt: skip
