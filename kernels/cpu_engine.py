@@ -14,18 +14,18 @@ Float64 input, more than eight activation bases, float activations (no bases) an
 import ctypes
 import functools
 import threading
+import weakref
 from math import prod
 
 import numpy as np
 import torch
-from torch.utils.weak import WeakTensorKeyDictionary
 
 import abcnets
 
 from . import cpu_system, layout
 from .cpu_job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
@@ -50,72 +50,56 @@ def packed_conv(
     out_thresholds=None, out_flips=None,
 ):  # fmt: skip
     """abcnets::packed_conv, as abcnets.py documents it."""
-    arguments = (x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
-    if not _runs_here(x, channels, betas, bits.dim() - 3):
-        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
-    layer = _find_layer((bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips), channels, groups)
-    if not layer.finite:
-        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
-    dtype = x.dtype
-    if dtype is torch.bfloat16 or dtype is torch.float16:
-        x = x.float()
-    x, kind = _readable(x)
-    threads = cpu_system.thread_count()
-    key = (x.shape, kind, threads, *stride, *padding, *dilation)
-    plan = layer.plans.get(key) or layer.add_plan(key, Plan(layer, x, kind, threads, stride, padding, dilation))
-    output, saw_nan = plan.run(x)
-    if saw_nan:  # the plain implementation says where it shows, or that bits cannot say it
-        return abcnets._packed_conv_reference(*arguments, out_thresholds, out_flips)
-    return output if output.dtype is torch.int64 or dtype is torch.int64 else output.to(dtype)
-
-
-def _runs_here(x, channels, betas, dimensions) -> bool:
-    """Whether the kernels compute this call; the plain implementation takes, or complains about, the rest."""
-    dtype, N = x.dtype, betas.shape[0]
-    if not 1 <= N <= MOST_BASES or x.numel() == 0:
-        return False
-    if dtype is torch.int64:
-        return x.dim() == dimensions + 3 and x.shape[-1] == N and x.shape[-2] == layout.words_of(channels)
-    return x.dim() == dimensions + 2 and x.shape[1] == channels and dtype in FLOATS
-
-
-def _readable(x) -> tuple:
-    """(x or a copy of it, the order that its pixels and channels lie in)."""
-    if x.dtype is torch.int64:
-        return x.contiguous(), WORDS
-    if x.dim() == 2:  # a linear layer's rows are the pixels of one image
-        return (x if x.stride(1) == 1 else x.contiguous()), INTERLEAVED
-    if x.is_contiguous():
-        return x, PLANAR
-    size, stride = x.shape, x.stride()
-    if all(stride[i] == stride[i + 1] * size[i + 1] for i in range(2, x.dim() - 1)):
-        if stride[-1] == 1:
-            return x, PLANAR
-        if stride[1] == 1:
-            return x, INTERLEAVED
-    return x.contiguous(), PLANAR
+    tensors = (bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
+    layer = find_layer(tensors, channels, groups)
+    readable, kind = layer.readable(x)
+    if kind is not None:
+        threads = cpu_system.thread_count()
+        key = (x.shape, kind, threads, *stride, *padding, *dilation)
+        plan = layer.plans.get(key)
+        if plan is None:
+            plan = layer.add_plan(key, Plan(layer, readable, kind, threads, stride, padding, dilation))
+        output, saw_nan = plan.run(readable)
+        if not saw_nan:
+            return output.to(x.dtype) if x.dtype in HALVES and not layer.out_bases else output
+    # what the kernels do not compute, or must complain about
+    return abcnets._packed_conv_reference(
+        x, *tensors[:6], channels, stride, padding, dilation, groups, out_thresholds, out_flips
+    )
 
 
 # --------------------------------------------------------------------------- what is kept
 
 
-_layers = WeakTensorKeyDictionary()  # bits -> [Layer]
+_layers = {}  # id(bits) -> (weak reference to bits, [Layer]); the reference's end removes the entry
 _lock = threading.Lock()
 
 
-def _version(tensor):
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
-def _find_layer(tensors, channels, groups) -> "Layer":
-    bits, *others = tensors
-    for layer in _layers.get(bits, ()):
-        if layer.made_from(bits, others, channels, groups):
-            return layer
+def find_layer(tensors, channels, groups) -> "Layer":
+    """The layer made from exactly these tensors, none of them changed since; made now if there is none."""
+    bits = tensors[0]
+    alive, layers = _layers.get(id(bits), (None, ()))
+    if alive is not None and alive() is bits:
+        for layer in layers:
+            if layer.is_made_from(tensors, channels, groups):
+                return layer
+    layer = Layer(*tensors, channels, groups)
     with _lock:
-        layer = Layer(*tensors, channels, groups)
-        _layers[bits] = [layer, *_layers.get(bits, ())][:LAYERS_PER_WEIGHT]
+        alive, layers = _layers.get(id(bits), (None, ()))
+        if alive is None or alive() is not bits:
+            alive, layers = weakref.ref(bits, functools.partial(_forget, id(bits))), ()
+        _layers[id(bits)] = alive, [layer, *layers][:LAYERS_PER_WEIGHT]
     return layer
+
+
+def _forget(key, alive) -> None:
+    if _layers.get(key, (None,))[0] is alive:
+        del _layers[key]
+
+
+def _version(tensor) -> int:
+    """Counts the changes in place; tensors made in inference mode do not count them."""
+    return 0 if tensor is None or tensor.is_inference() else tensor._version
 
 
 def _numpy(tensor):
@@ -128,37 +112,82 @@ class Layer:
     """The tables that depend on a layer's tensors alone."""
 
     def __init__(self, bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips, channels, groups):
-        self.others = (alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
-        self.versions = tuple(map(_version, (bits, *self.others)))
+        self.others = (alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)  # not bits: it must be free
+        self.versions = [_version(tensor) for tensor in (bits, *self.others)]
         self.channels, self.groups, self.kernel = channels, groups, tuple(bits.shape[2:-1])
         self.M, self.O = bits.shape[:2]
         self.N, self.P, self.blocks = betas.shape[0], layout.words_of(channels), layout.blocks_of(self.O)
-        self.alphas, self.betas, self.bias = _numpy(alphas), _numpy(betas), _numpy(bias)
-        self.finite = all(np.isfinite(v).all() for v in (self.alphas, self.betas, self.bias) if v is not None)
+        self.out_bases = 0 if out_thresholds is None else out_thresholds.shape[0]
         self.plans = {}
+        self._check_shapes(bits)
+        self.alphas, self.betas, self.bias = _numpy(alphas), _numpy(betas), _numpy(bias)
+        numbers = [self.alphas, self.betas] + ([] if bias is None else [self.bias])
+        self.runs = 1 <= self.N <= MOST_BASES and all(np.isfinite(array).all() for array in numbers)
+        if self.runs:
+            self._make_tables(bits, thresholds, flips, out_thresholds, out_flips)
 
-        self.words_MOTP = layout.weight_words(_numpy(bits), groups, channels)
-        masks_OP = layout.channel_masks(self.O, channels, groups)
+    def _check_shapes(self, bits) -> None:
+        """Kernels read by address, so a table that is too small must be found here."""
+        C, O, N = self.channels, self.O, self.N
+        right = ((self.M, O), (N,), (N, C), (C,), (O,), (self.out_bases, O), (O,))
+        names = ("alphas", "betas", "thresholds", "flips", "bias", "out_thresholds", "out_flips")
+        for name, tensor, shape in zip(names, self.others, right):
+            if tensor is not None and tensor.shape != shape:
+                raise ValueError(f"packed_conv: {name} should have the shape {shape}, got {tuple(tensor.shape)}")
+        if C % self.groups or O % self.groups or bits.shape[-1] != -(-C // self.groups // 8):
+            raise ValueError(f"packed_conv: bits of shape {tuple(bits.shape)} do not fit {C} channels "
+                             f"in {self.groups} groups")  # fmt: skip
+
+    def _make_tables(self, bits, thresholds, flips, out_thresholds, out_flips) -> None:
+        self.words_MOTP = layout.weight_words(_numpy(bits), self.groups, self.channels)
+        masks_OP = layout.channel_masks(self.O, self.channels, self.groups)
         first, self.width = layout.word_ranges(masks_OP)
         self.block_words = first * self.N * 8
         self.weights = layout.tile_weights(self.words_MOTP, first, self.width)
-        self.masks = layout.tile_masks(masks_OP, self.words_MOTP.shape[2], first, self.width) if groups > 1 else None
+        taps = self.words_MOTP.shape[2]
+        self.masks = layout.tile_masks(masks_OP, taps, first, self.width) if self.groups > 1 else None
         self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(self.alphas, self.betas), 2))
         self.thresholds = layout.threshold_table(_numpy(thresholds), 64)
         self.flips = layout.flip_words(_numpy(flips))
-        self.out_bases = 0
-        if out_thresholds is not None:
-            self.out_bases = out_thresholds.shape[0]
+        if self.out_bases:
             self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
             self.out_flips = layout.flip_words(_numpy(out_flips))
 
-    def made_from(self, bits, others, channels, groups) -> bool:
-        return (
-            all(mine is theirs for mine, theirs in zip(self.others, others))
-            and self.versions == (_version(bits), *map(_version, others))
-            and self.channels == channels
-            and self.groups == groups
-        )
+    def is_made_from(self, tensors, channels, groups) -> bool:
+        if self.channels != channels or self.groups != groups or _version(tensors[0]) != self.versions[0]:
+            return False
+        for mine, theirs, version in zip(self.others, tensors[1:], self.versions[1:]):
+            if mine is not theirs or _version(theirs) != version:
+                return False
+        return True
+
+    def readable(self, x) -> tuple:
+        """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
+        shape, dtype, dimensions = x.shape, x.dtype, len(self.kernel)
+        if not self.runs or x.numel() == 0:
+            return x, None
+        if dtype is torch.int64:
+            if len(shape) != dimensions + 3 or shape[-2:] != (self.P, self.N):
+                raise ValueError(f"packed_conv: words of {self.channels} channels and {self.N} bases should have the "
+                                 f"shape (B, *S, {self.P}, {self.N}), got {tuple(shape)}")  # fmt: skip
+            return x.contiguous(), WORDS
+        if len(shape) != dimensions + 2 or shape[1] != self.channels:
+            return x, None
+        if dtype is not torch.float32:
+            if dtype not in HALVES:
+                return x, None
+            x = x.float()
+        if dimensions == 0:  # rows are the pixels of one image
+            return (x if x.stride(1) == 1 else x.contiguous()), INTERLEAVED
+        if x.is_contiguous():
+            return x, PLANAR
+        stride = x.stride()
+        if all(stride[i] == stride[i + 1] * shape[i + 1] for i in range(2, len(shape) - 1)):
+            if stride[-1] == 1:
+                return x, PLANAR
+            if stride[1] == 1:
+                return x, INTERLEAVED
+        return x.contiguous(), PLANAR
 
     def add_plan(self, key, plan) -> "Plan":
         with _lock:

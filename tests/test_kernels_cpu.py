@@ -273,10 +273,16 @@ def test_a_kernel_larger_than_its_image():
         case.run()
 
 
-def test_wrong_channels():
+def test_wrong_shapes():
     case = small_case()
     with pytest.raises((ValueError, RuntimeError)):
         case.run(case.x[:, 1:])
+    with pytest.raises(ValueError, match="words"):
+        case.run(torch.zeros(2, 9, 7, 1, 2, dtype=torch.int64))
+    bits, alphas, betas, thresholds, flips, bias = case.tensors
+    case.tensors = (bits, alphas, betas, thresholds[:1], flips, bias)
+    with pytest.raises(ValueError, match="thresholds"):
+        case.run()
 
 
 # --------------------------------------------------------------------------- threads, caches, processes
@@ -332,7 +338,7 @@ def test_caches_are_bounded_and_weak():
     for width in range(3, 3 + 2 * cpu_engine.PLANS_PER_LAYER):
         case.run(case.x[:, :, :, :3].repeat(1, 1, 1, 20)[..., :width])
     bits = case.tensors[0]
-    (layer,) = cpu_engine._layers[bits]
+    (layer,) = cpu_engine._layers[id(bits)][1]
     assert len(layer.plans) == cpu_engine.PLANS_PER_LAYER
     count = len(cpu_engine._layers)
     del bits, layer
