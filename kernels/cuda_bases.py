@@ -8,9 +8,10 @@ A word of activation base n meets the M weight words, a word of weight base m th
 
     y = constants[class, o] - 2 sum_m alpha_m sum_n beta_n count_mn
 
-M + N loads for M * N popcounts (rung 4: 2 M N), the windows gathered once and not M times, two floating-point operations
-an output and base pair instead of one conversion a chunk. The bound is still the popcount unit's 512 multiply-adds
-a clock and SM; what this rung adds is coming near it for M, N > 1. It is the fallback on GPUs without a binary tensor core.
+M + N loads for M * N popcounts (rung 4: 2 M N), the windows gathered once and not M times, two floating-point
+operations an output and base pair instead of one conversion a chunk. The bound is still the popcount unit's 512
+multiply-adds a clock and SM; what this rung adds is coming near it for M, N > 1. It is the fallback on GPUs without a
+binary tensor core.
 """
 
 import functools
@@ -108,7 +109,7 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .cuda_bench import demonstrate
+    from .cuda_check import demonstrate
 
     demonstrate("cuda_bases", conv)
 

@@ -4,10 +4,10 @@
 
     x_BCHW, w_OCKK, y_BOHW    float32, as torch lays them out
 
-Neighbouring threads own neighbouring pixels of one output channel: loads of x are coalesced, those of w are one address for
-the whole warp. Every multiply-add loads both its operands: 8 bytes for 2 operations. The L1 cache delivers 128 bytes a
-clock and SM, so at most 32 multiply-adds (w is one broadcast) of the 128 that the float units could do: a quarter
-of 67 TFLOP/s, before index arithmetic takes its share.
+Neighbouring threads own neighbouring pixels of one output channel: loads of x are coalesced, those of w are one
+address for the whole warp. Every multiply-add loads both its operands: 8 bytes for 2 operations. The L1 cache
+delivers 128 bytes a clock and SM, so at most 32 multiply-adds (w is one broadcast) of the 128 that the float units
+could do: a quarter of 67 TFLOP/s, before index arithmetic takes its share.
 
 Quantized operands give what the packed layer computes: conv(Aq, Wq), by linearity (see abcnets.py).
 """
@@ -61,9 +61,9 @@ def conv(layer, Aq_BCHW, Wq_OCKK) -> torch.Tensor:
 
 
 def main():
-    from .cuda_bench import demonstrate_float
+    from .cuda_check import demonstrate_float
 
-    demonstrate_float(conv)
+    demonstrate_float("cuda_float", conv)
 
 
 if __name__ == "__main__":

@@ -1,19 +1,22 @@
-"""Rung 8. Bits in, bits out: BatchNorm, ReLU and the next layer's thresholds in the epilogue. The original's future work.
+"""Rung 8. Bits in, bits out: BatchNorm, ReLU and the next layer's thresholds in the epilogue. The original's future
+work.
 
 What a packed layer hands on is not y but which of N' thresholds y reaches, and BatchNorm and ReLU in between only move
 those thresholds (abcnets.fuse folds them, a threshold a channel and a direction):
 
     bit = (y[o] >= out_thresholds[n, o]) != out_flips[o]
 
-So the main loop is that of rung 6 (or 7), and only the epilogue differs: a thread holds two neighbouring channels of each
-8 x 16 tile, so four threads hold 8 bits and four tiles 32. They are shifted into place and joined by two shuffles.
+So the main loop is that of rung 6 (or 7), and only the epilogue differs: a thread holds two neighbouring channels of
+each 8 x 16 tile, so four threads hold 8 bits and four tiles 32. They are shifted into place and joined by two
+shuffles.
 
     out_BHWPN    uint64    the contract's words, P = ceil(O / 64): what the next layer takes. Spare bits are 0: their
                            thresholds are +infinity.
 
-Traffic. The float result of a 128 x 128 tile is 65 536 bytes to write, as many for the next layer to read, and with an
-unfused BatchNorm and ReLU four times that again; the bits are 2048 N'. At 21 bytes a clock and SM, writing floats takes 3100
-clocks and the arithmetic, for 3 x 3 x 128 at M = N = 1, 1185 (at the reported rate): fused it is the arithmetic that counts.
+Traffic. The float result of a 128 x 128 tile is 65 536 bytes to write, as many for the next layer to read, and with
+an unfused BatchNorm and ReLU four times that again; the bits are 2048 N'. At 21 bytes a clock and SM, writing floats
+takes 3100 clocks and the arithmetic, for 3 x 3 x 128 at M = N = 1, 1185 (at the reported rate): fused it is the
+arithmetic that counts.
 """
 
 import functools
@@ -22,9 +25,9 @@ import torch
 from torch.nn import functional
 
 from .cuda_launch import uint32
+from .cuda_layout import PADDED_TO
 from .cuda_primitives import device, shuffle_xor, split
 from .cuda_tensorcore import (
-    PADDED_TO,
     arguments,
     choose_tile,
     conv_kernel,
@@ -52,7 +55,8 @@ def bits_output(down, across):
                         for j in range(4):
                             for q in range(2):
                                 o = channel + word * 32 + j * 8 + q
-                                above = y[(i * across + word * 4 + j) * 4 + half * 2 + q] >= thresholds[n * padded_O + o]
+                                at = (i * across + word * 4 + j) * 4 + half * 2 + q
+                                above = y[at] >= thresholds[n * padded_O + o]
                                 if above != (flips[o] != 0):
                                     bits = uint32(bits | uint32(1 << (8 * j + q)))
                         bits = uint32(bits << uint32(quarter))
@@ -80,7 +84,7 @@ def conv(layer, words_BHWPN, poison_BHW, out_thresholds_NO, out_flips_O, tile=No
     tensors, numbers = arguments(layer, place, B)
     grid = -(-place.out_pixels * B // tile.pixels), -(-64 * out.shape[3] // tile.channels)
     conv_kernel(tile, bits_output, uint32)(
-        grid, out, words_BHWPN, poison_BHW, layer.tiles(PADDED_TO), *tensors, out_thresholds_NO, out_flips_O, *numbers,
+        grid, out, words_BHWPN, poison_BHW, layer.rows, *tensors, out_thresholds_NO, out_flips_O, *numbers,
         place.band(B, tile.pixels), pixel_words(layer), row_words(layer), int(layer.pairs), bases,
         shared=shared_bytes(layer, place, B, tile),
     )  # fmt: skip
@@ -90,14 +94,14 @@ def conv(layer, words_BHWPN, poison_BHW, out_thresholds_NO, out_flips_O, tile=No
 def pad_outputs(out_thresholds, out_flips) -> tuple:
     """Thresholds (N', O') and flips (O',) as the kernel reads them; the added channels are never set."""
     spare = -out_thresholds.shape[1] % PADDED_TO
-    thresholds = functional.pad(out_thresholds.to(torch.float32), (0, spare), value=float("inf"))
+    thresholds = functional.pad(out_thresholds.to(torch.float32, copy=True), (0, spare), value=float("inf"))
     return thresholds.contiguous(), functional.pad(out_flips.to(torch.uint8), (0, spare)).contiguous()
 
 
 def main():
-    from .cuda_bench import demonstrate_fused
+    from .cuda_check import demonstrate_fused
 
-    demonstrate_fused(conv)
+    demonstrate_fused("cuda_fused", conv)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
     kernel = Kernel(function, signature, threads=256)
     kernel(grid, tensor, ..., 5, shared=bytes)
 
-On the device: Numba compiles the function to PTX, the driver to machine code (and keeps it in its own cache on disk), and
-the launch goes straight to the driver on torch's current stream. So tensors are not copied, a launch can be captured in
-a CUDA graph, more than 48 KB of shared memory is asked for where needed, and it costs a few microseconds instead of
-Numba's own 6.6 + 4 an array (read, not measured). The same PTX is what the tests disassemble without a GPU.
+On the device: Numba compiles the function to PTX, the driver to machine code (and keeps it in its own cache on disk),
+and the launch goes straight to the driver on torch's current stream. So tensors are not copied, a launch can be
+captured in a CUDA graph, more than 48 KB of shared memory is asked for where needed, and it costs a few microseconds
+instead of Numba's own 6.6 + 4 an array (read, not measured). The same PTX is what the tests disassemble without a
+GPU.
 
 In the simulator (NUMBA_ENABLE_CUDASIM=1) the same call runs the function on CPU tensors, in place.
 
@@ -72,8 +73,8 @@ class Kernel:
         buffer, packer, addresses = self._arguments()
         packer.pack_into(buffer, 0, *values)
         function = self._function(shared)
-        stream = torch.cuda.current_stream().cuda_stream
-        _check(_driver().cuLaunchKernel(function, *grid, *self.threads, 1, shared, ctypes.c_void_p(stream), addresses, None))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        _check(_driver().cuLaunchKernel(function, *grid, *self.threads, 1, shared, stream, addresses, None))
 
     def _arguments(self):
         """This thread's buffer of 8-byte slots for the arguments, and the addresses of the slots."""

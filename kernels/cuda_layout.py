@@ -6,10 +6,10 @@ wants. Everything is brought to two spatial dimensions first: a linear layer is 
 
     words_BHWPN     int64    the contract's activation words, with height and width
     weights_MOTP    int64    weight words, one 64-channel word p of tap t = kh * KW + kw
-    tiles           int32    [M][O / BN][BN][K / 32]: rows of K bits in granules of 128, for the tensor cores
+    weight_rows     uint32   (M, O', steps, 2, 4): K bits of a channel in granules of 128, for the tensor cores
 
-The tensor cores count popcount(a & w), so that a padded tap, all zeros, counts nothing (and AND is what they have). With
-V the number of a pixel's taps that lie inside the image, C channels, and sums over those taps and channels:
+The tensor cores count popcount(a & w), so that a padded tap, all zeros, counts nothing (and AND is what they have).
+With V the number of a pixel's taps that lie inside the image, C channels, and sums over those taps and channels:
 
     sum (2a - 1)(2w - 1) = 4 popc(a & w) - 2 popc(a) - 2 popc(w) + C V
     y = sum_mn 4 alpha_m beta_n popc(a_n & w_m)  -  2 (sum_m alpha_m) S  +  constant[border class]
@@ -17,8 +17,8 @@ V the number of a pixel's taps that lie inside the image, C channels, and sums o
     constant = bias + (sum_n beta_n) sum_m alpha_m (C V - 2 popc(w_m))     once a border class and output channel
 
 Granules. A granule is what one row of `ldmatrix` takes: 128 channels of one tap. A layer of at most 64 channels would
-leave half of it empty, so where its kernel is wider than 1 each granule holds two taps: a pixel and its right neighbour.
-For 3 x 3 that is 6 granules instead of 9.
+leave half of it empty, so where its kernel is wider than 1 each granule holds two taps: a pixel and its right
+neighbour. For 3 x 3 that is 6 granules instead of 9.
 """
 
 from functools import cached_property
@@ -27,6 +27,8 @@ import numpy as np
 import torch
 
 from .layout import Geometry, weight_words, words_of
+
+PADDED_TO = 128  # output channels, for the tensor cores: every tile of theirs divides it
 
 
 class Layer:
@@ -48,17 +50,14 @@ class Layer:
         self.dilation = (*ones, *dilation)
         self.padding = (0, 0) * len(ones) + tuple(padding)  # top, bottom, left, right
         self.device = bits.device
-        self.alphas_MO = alphas.to(torch.float32).contiguous()
-        self.betas_N = betas.to(torch.float32).contiguous()
-        self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32).contiguous()
-        self._bits = bits
+        # Copies: what is kept beside a tensor must not keep it alive.
+        self.alphas_MO = alphas.to(torch.float32, copy=True).contiguous()
+        self.betas_N = betas.to(torch.float32, copy=True).contiguous()
+        self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32, copy=True)
+        self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
         self.no_flips = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._places = {}
         self._tiles = {}
-
-    @cached_property
-    def _words_MOTP(self) -> np.ndarray:
-        return weight_words(self._bits.cpu().numpy(), 1, self.C)
 
     @cached_property
     def weights_MOTP(self) -> torch.Tensor:
@@ -95,10 +94,15 @@ class Layer:
         """How many steps of 256 bits, two granules, K takes."""
         return -(-len(self.granule_taps) // 2)
 
-    def weight_rows(self, tile_width: int) -> np.ndarray:
-        """uint32 (M, O rounded up to the tile's width, steps, 2 granules, 4): rows of K bits, zeros where there is none."""
-        padded_O = -(-self.O // tile_width) * tile_width
-        rows = np.zeros((self.M, padded_O, 2 * self.steps, 2), np.uint64)
+    @cached_property
+    def padded_O(self) -> int:
+        """O as the tensor cores see it: rounded up so that every tile divides it; the added channels are zeros."""
+        return -(-self.O // PADDED_TO) * PADDED_TO
+
+    @cached_property
+    def weight_rows(self) -> np.ndarray:
+        """uint32 (M, O', steps, 2 granules, 4): rows of K bits, zeros in the gaps."""
+        rows = np.zeros((self.M, self.padded_O, 2 * self.steps, 2), np.uint64)
         words = self._words_MOTP.reshape(self.M, self.O, self.KH, self.KW, self.P)
         for k, (kh, kw, g) in enumerate(self.granule_taps):
             if self.pairs:
@@ -106,20 +110,25 @@ class Layer:
             else:
                 granule = words[:, :, kh, kw, 2 * g : 2 * g + 2]
             rows[:, : self.O, k, : granule.shape[-1]] = granule
-        return rows.view(np.uint32).reshape(self.M, padded_O, self.steps, 2, 4)
+        return rows.view(np.uint32).reshape(self.M, self.padded_O, self.steps, 2, 4)
 
-    def tiles(self, tile_width: int, arrange=None) -> torch.Tensor:
-        """The weight rows on the device; `arrange` reorders each tile, (M, tiles, width, steps, 2, 4) -> any shape."""
-        key = tile_width, arrange
+    @cached_property
+    def rows(self) -> torch.Tensor:
+        """The weight rows on the device, int32."""
+        return self._upload(self.weight_rows.view(np.int32))
+
+    def tiles(self, width: int, arrange) -> torch.Tensor:
+        """The weight rows in tiles of `width` channels, reordered: arrange(M, tiles, width, steps, 2, 4) -> any order."""
+        key = width, arrange
         if key not in self._tiles:
-            rows = self.weight_rows(tile_width)
-            rows = rows.reshape(self.M, -1, tile_width, *rows.shape[2:])
-            self._tiles[key] = self._upload((rows if arrange is None else arrange(rows)).view(np.int32))
+            rows = self.weight_rows.reshape(self.M, -1, width, self.steps, 2, 4)
+            self._tiles[key] = self._upload(arrange(rows).view(np.int32))
         return self._tiles[key]
 
-    def scales(self, tile_width: int) -> tuple:
-        """(4 alpha (M, O'), 2 sum_m alpha (O',)), O' = O rounded up to the tile's width; zeros in the added channels."""
-        alphas = torch.nn.functional.pad(self.alphas_MO, (0, -self.O % tile_width))
+    @cached_property
+    def scales(self) -> tuple:
+        """(4 alpha (M, O'), 2 sum_m alpha (O',))."""
+        alphas = torch.nn.functional.pad(self.alphas_MO, (0, self.padded_O - self.O))
         return (4 * alphas).contiguous(), 2 * alphas.sum(0)
 
 
@@ -156,12 +165,13 @@ class Place:
         products = layer.C * (~outside_GT).sum(1)
         return layer._upload(self._constants(products + 2 * ones_MOT @ outside_GT.T.astype(np.int64)))
 
-    def constants_and(self, tile_width: int) -> torch.Tensor:
+    @cached_property
+    def constants_and(self) -> torch.Tensor:
         """float32 (classes, O'), bias included: the last line of the algebra above."""
         layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
         ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
         constants = self._constants((layer.C - 2 * ones_MOT) @ inside_GT.T.astype(np.int64))
-        return layer._upload(np.pad(constants, ((0, 0), (0, -layer.O % tile_width))))
+        return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
 
     def _constants(self, products_MOG) -> np.ndarray:
         """bias + (sum_n beta_n) sum_m alpha_m products, float32 (classes, O)."""

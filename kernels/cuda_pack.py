@@ -9,13 +9,15 @@
 Two ways, one for each memory order, so that neighbouring threads always read neighbouring floats:
 
 - `pack`: a thread owns a pixel and 32 channels and shifts one comparison after the other into a register per base.
-- `pack_channels_last`: a warp owns a pixel, a thread a channel; a comparison of 32 threads is one word at once: `ballot`.
+- `pack_channels_last`: a warp owns a pixel, a thread a channel; a comparison of 32 threads is one word at once:
+  `ballot`.
 
 NaN. Bits can't say it, and asking the host would cost a synchronization a layer. So it travels as `poison`: the
 convolutions add the poison of all pixels under a window to its output, which is what the float simulation gives.
 
-Traffic: 4 bytes read and N / 8 written a value. At 4.3 TB/s that is 0.9 ps + 0.03 N ps each: memory-bound up to N of about 5,
-and as much traffic as one elementwise float operation. Fusion (rung 8) leaves out both the write and this read.
+Traffic: 4 bytes read and N / 8 written a value. At 4.3 TB/s that is 0.9 ps + 0.03 N ps each: memory-bound up to N of
+about 5, and as much traffic as one elementwise float operation. Fusion (rung 8) leaves out both the write and this
+read.
 """
 
 import functools
@@ -98,19 +100,18 @@ def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
     pixels = B * H * W
     constants = thresholds_NC.contiguous(), flips_C.contiguous().view(torch.uint8)
     if not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last):
-        x_BHWC = x_BCHW.permute(0, 2, 3, 1)
-        pack_channels_last_kernel(N)(-(-pixels // (THREADS // 32)), words, poison, x_BHWC, *constants, pixels, C, H * W, P)
+        kernel, grid, x = pack_channels_last_kernel(N), -(-pixels // (THREADS // 32)), x_BCHW.permute(0, 2, 3, 1)
     else:
-        grid = -(-pixels // THREADS), 2 * P
-        pack_kernel(N)(grid, words, poison, x_BCHW.contiguous(), *constants, pixels, C, H * W, P)
+        kernel, grid, x = pack_kernel(N), (-(-pixels // THREADS), 2 * P), x_BCHW.contiguous()
+    kernel(grid, words, poison, x, *constants, pixels, C, H * W, P)
     return words, poison
 
 
 def main():
     """Check both orders against the words' definition, then time them."""
-    from .cuda_bench import demonstrate_pack
+    from .cuda_check import demonstrate_pack
 
-    demonstrate_pack(pack)
+    demonstrate_pack("cuda_pack", pack)
 
 
 if __name__ == "__main__":

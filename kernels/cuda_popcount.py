@@ -10,9 +10,9 @@ XOR, one popcount and one addition instead of 64 fused multiply-adds.
     y_BOHW          float32
 
 What limits it. Hopper counts 16 32-bit words a clock and SM: 16 * 32 = 512 binary multiply-adds, four times the float
-units' 128 but half of the TF32 tensor core's 1024. So no kernel built on popcount beats cuDNN with TF32 at any M, N: that is
-why the original lost. And this one does not even reach that bound: each of the M * N convolutions loads its window
-again, 16 bytes for one 64-bit popcount.
+units' 128 but half of the TF32 tensor core's 1024. So no kernel built on popcount beats cuDNN with TF32 at any M, N:
+that is why the original lost. And this one does not even reach that bound: each of the M * N convolutions loads its
+window again, 16 bytes for one 64-bit popcount.
 """
 
 import functools
@@ -82,7 +82,7 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .cuda_bench import demonstrate
+    from .cuda_check import demonstrate
 
     demonstrate("cuda_popcount", conv)
 

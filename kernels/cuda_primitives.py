@@ -8,16 +8,17 @@ Operands are (array, index) pairs rather than pointers, since that is what both 
 memory (uint32 words), global memory, or `cuda.local.array`s of constant size, which the compiler keeps in registers as
 long as every index into them is a constant after unrolling.
 
-    word                  PTX (SASS)                                            what it does
-    mma_b1                mma.sync.m16n8k256.b1.and.popc (BMMA)                 16 x 8 popcounts of 256 bits, by one warp
-    wgmma_b1_chain        wgmma.m64nNk256.b1.and.popc (BGMMA), sm_90a           64 x N of them, by four warps
-    ldmatrix_x4           ldmatrix.x4 (LDSM)                                    four 8 x 16-byte tiles from shared memory
-    cp_async8, cp_async16 cp.async (LDGSTS)                                     global -> shared, past the registers
-    ballot                vote.ballot (VOTE)                                    one bit of each of 32 threads
-    shuffle_xor           shfl.bfly (SHFL)                                      a value of the thread lane ^ mask
-    float_bits            mov                                                   the float with these bits
-    split                 div.u32                                               quotient and remainder, in 32 bits
-    popcount              popc (POPC)                                           set bits of a word
+    word                  PTX (SASS)                                       what it does
+    mma_b1                mma.sync.m16n8k256.b1.and.popc (BMMA)            16 x 8 popcounts of 256 bits, by a warp
+    wgmma_b1_chain        wgmma.m64nNk256.b1.and.popc (BGMMA), sm_90a      64 x N of them, by four warps
+    ldmatrix_x4           ldmatrix.x4 (LDSM)                               four 8 x 16-byte tiles from shared memory
+    cp_async8, cp_async16 cp.async (LDGSTS)                                global -> shared, past the registers
+    ballot                vote.ballot (VOTE)                               one bit of each of 32 threads
+    shuffle_xor           shfl.bfly (SHFL)                                 a value of the thread lane ^ mask
+    float_bits            mov                                              the float with these bits
+    split                 div.u32                                          quotient and remainder, in 32 bits
+    popcount              popc (POPC)                                      set bits of a word
+    clock                 mov %clock64                                     cycles of this multiprocessor
 
 AND and not XOR: on sm_90 the tensor core's `xor.popc` is emulated by a call, `and.popc` is one instruction.
 """
@@ -30,11 +31,12 @@ SIMULATED = bool(config.ENABLE_CUDASIM)
 
 if SIMULATED:
     import threading
+    import time
 
     import numpy as np
 
     def device(function):
-        """A function to be called from kernels. It may not name `cuda`: pass it thread numbers, keep barriers outside."""
+        """A function for kernels to call. It may not name `cuda`: pass it thread numbers, keep barriers outside."""
         return function
 
     class _Warp:
@@ -53,7 +55,7 @@ if SIMULATED:
     _lock = threading.Lock()
 
     def _together(instruction, operands, width=32):
-        """Run instruction([operands of each thread]) -> [result of each thread] once for `width` neighbouring threads."""
+        """Run instruction([operands of each thread]) -> [result of each thread] once for `width` threads."""
         thread = threading.current_thread()
         group, lane = divmod(thread.thread_id, width)
         with _lock:
@@ -131,6 +133,9 @@ if SIMULATED:
 
     def fence_async_proxy():
         pass
+
+    def clock():
+        return np.int64(time.perf_counter_ns())
 
     def make_wgmma_b1_chain(n, steps):
         """The simulator's form is the same sum, by the 128 threads of a warpgroup."""
@@ -332,11 +337,20 @@ else:
 
         return types.int32(word), codegen
 
+    @intrinsic
+    def clock(typing):
+        """The multiprocessor's cycle counter."""
+
+        def codegen(context, builder, signature, args):
+            return _ptx(builder, _I64, [], "mov.u64 $0, %clock64;", "=l,~{memory}")
+
+        return types.int64(), codegen
+
     def make_wgmma_b1_chain(n, steps):
         """The word chain(acc, fragments, shared, descriptor, step, keep) for a 64 x n tile and `steps` times 256 bits.
 
-        acc[: n / 2] = (acc if keep else 0) + sum_s popcounts of A_s & B_s. A_s = fragments[4 s : +4] of the 128 threads,
-        laid out as mma_b1's; B_s lies in shared memory at descriptor + s * step (in units of 16 bytes).
+        acc[: n / 2] = (acc if keep else 0) + sum_s popcounts of A_s & B_s. A_s = fragments[4 s : +4] of the 128
+        threads, laid out as mma_b1's; B_s lies in shared memory at descriptor + s * step (in units of 16 bytes).
 
         The chain is one block of PTX with its own fence, commit and wait. In separate statements the compiler has to
         move registers between one wgmma and the next, and runs them one by one (ptxas warning C7515).

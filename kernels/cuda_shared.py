@@ -1,19 +1,21 @@
-"""Rung 4. The same with shared memory: a block loads what its threads have in common once. The original's unfinished idea.
+"""Rung 4. The same with shared memory: a block loads what its threads have in common once. The original's unfinished
+idea.
 
-A block computes 32 pixels x 8 output channels, a thread one output. In shared memory it keeps a chunk of 16 words of K of
-the 32 windows (gathered: no index arithmetic is left in the inner loop) and of the 8 channels' weights:
+A block computes 32 pixels x 8 output channels, a thread one output. In shared memory it keeps a chunk of 16 words of
+K of the 32 windows (gathered: no index arithmetic is left in the inner loop) and of the 8 channels' weights:
 
     a_KX    uint64 [16][32]    word k of each pixel's window; 0 where the tap is padded
     w_OK    uint64 [8][16]     the same words of each channel's weights
 
     words_BHWPN, weights_MOTP, y_BOHW    as in rung 3;    K = T P words a window
 
-Padding. The gathered word of a padded tap is 0 and counts popcount(w): too much, but by a constant of the border class and
-the output channel, so `constants` (with the bias in them) take it back and the inner loop knows nothing of borders.
+Padding. The gathered word of a padded tap is 0 and counts popcount(w): too much, but by a constant of the border
+class and the output channel, so `constants` (with the bias in them) take it back and the inner loop knows nothing of
+borders.
 
-Traffic of a chunk: (32 + 8) * 16 * 8 bytes from the caches for 256 * 16 popcounts, 1.25 bytes each instead of 16. From shared
-memory a warp reads 256 bytes (2 clocks) plus a broadcast (1) for a popcount of 64 bits (4 clocks at 16 a clock):
-the popcount unit is the bound now, if the rest overlaps.
+Traffic of a chunk: (32 + 8) * 16 * 8 bytes from the caches for 256 * 16 popcounts, 1.25 bytes each instead of 16.
+From shared memory a warp reads 256 bytes (2 clocks) plus a broadcast (1) for a popcount of 64 bits (4 clocks at 16 a
+clock): the popcount unit is the bound now, if the rest overlaps.
 """
 
 import functools
@@ -100,7 +102,7 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .cuda_bench import demonstrate
+    from .cuda_check import demonstrate
 
     demonstrate("cuda_shared", conv)
 

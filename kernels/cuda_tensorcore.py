@@ -9,21 +9,21 @@ for each row it loads, finds each pixel's row for each tap in there: any stride,
 
     global    words_BHWPN as the operator takes them, poison_BHW, weight rows [M][O'][K bits], constants (classes, O')
     shared    band planes   [N][band pixels][granules]      16 bytes a granule; the zero padding is written here
-              weights       [2][channels][K granules]       of one base m; the next one arrives during the work (cp.async)
+              weights       [2][channels][K granules]       of one base m; the next arrives meanwhile (cp.async)
               sums          [band pixels]                   sum_n beta_n popc(a_n), plus the pixel's poison
               row tables    [3][pixels of the tile]         where its window begins, its border constants, its sum S
     registers counts, y     a warp: 64 pixels x 32 channels
 
-Rows of shared memory are an odd number of 16-byte units long, so that the 8 rows of an ldmatrix tile fall into different
-banks. Integer counters start at the bits of 2^23 as a float: read as a float they are 2^23 + count, so no conversion
-instruction (16 a clock) is needed to scale them.
+Rows of shared memory are an odd number of 16-byte units long, so that the 8 rows of an ldmatrix tile fall into
+different banks. Integer counters start at the bits of 2^23 as a float: read as a float they are 2^23 + count, so no
+conversion instruction (16 a clock) is needed to scale them.
 
 Arithmetic. Reported rate on Hopper: 17 700 binary multiply-adds a clock and SM (a public microbenchmark; `cuda_bench`
-measures it), 35 times the popcount unit and 8.6 times fp16. A step of a warp, 64 x 32 x 256, is 16 BMMA (119 clocks of
-the warp's tensor core at that rate) fed by 6 ldmatrix (24 clocks of the SM's shared memory for each warp, 96 a step of
-four): close to balance, the tensor core ahead. Scaling costs 128 float operations a warp, m and n; for 3 x 3 x 128
-channels (5 steps) 128 issue slots beside 595 clocks. Bytes: at M = N = 1 writing the float result, 64 KB a tile, takes three
-times as long as computing it at 21 bytes a clock and SM: hence rung 8.
+measures it), 35 times the popcount unit and 8.6 times fp16. A step of a warp, 64 x 32 x 256, is 16 BMMA (119 clocks
+of the warp's tensor core at that rate) fed by 6 ldmatrix (24 clocks of the SM's shared memory for each warp, 96 a
+step of four): close to balance, the tensor core ahead. Scaling costs 128 float operations a warp, m and n; for 3 x 3
+x 128 channels (5 steps) 128 issue slots beside 595 clocks. Bytes: at M = N = 1 writing the float result, 64 KB a
+tile, takes three times as long as computing it at 21 bytes a clock and SM: hence rung 8.
 """
 
 import functools
@@ -49,7 +49,6 @@ from .cuda_primitives import (
 )
 
 TWO_TO_23, TWO_TO_23_BITS = 8388608.0, 0x4B000000
-PADDED_TO = 128  # output channels: weights and constants are laid out for every tile at once
 
 
 class Tile(NamedTuple):
@@ -78,8 +77,8 @@ def stage_band(
 ):  # fmt: skip
     """Start copying the band into its planes, zeros where it is padding; put each pixel's poison into `sums`.
 
-    A pixel's P N words lie together in memory: as many threads take one pixel. With `pairs` a word is copied twice, to its
-    own pixel's granule and to the second half of its left neighbour's.
+    A pixel's P N words lie together in memory: as many threads take one pixel. With `pairs` a word is copied twice, to
+    its own pixel's granule and to the second half of its left neighbour's.
     """
     abreast = min(P * N, threads)
     group, part = split(thread, abreast)
@@ -260,8 +259,9 @@ def conv_kernel(tile: Tile, output=float_output, out_type=float32) -> Kernel:
         for i in range(COUNTS):
             y[i] = float32(0)
         channel = first_channel + warp_across * (ACROSS * 8) + lane % 4 * 2
-        # ldmatrix loads tile t from the rows that threads 8 t .. 8 t + 7 point at. Activations: tiles 0, 1 are the upper
-        # and lower 8 pixels of the first granule, 2, 3 of the second. Weights: two granules of 8 channels, then of 8 more.
+        # ldmatrix loads tile t from the rows that threads 8 t .. 8 t + 7 point at. Activations: tiles 0 and 1 are the
+        # upper and lower 8 pixels of the first granule, 2 and 3 of the second. Weights: two granules of 8 channels,
+        # then of 8 more.
         which = lane // 16
         row = warp_across * (ACROSS * 8) + lane // 16 * 8 + lane % 8
         for j in range(HALF_ACROSS):
@@ -354,14 +354,14 @@ def arguments(layer, place, batch):
 
 
 def _arguments(layer, place, batch):
-    alphas, alpha_sums = layer.scales(PADDED_TO)
-    tensors = [place.granule_offsets(pixel_words(layer)), alphas, alpha_sums, place.constants_and(PADDED_TO)]
+    alphas, alpha_sums = layer.scales
+    tensors = [place.granule_offsets(pixel_words(layer)), alphas, alpha_sums, place.constants_and]
     tensors += [layer.betas_N, place.classes, place.taps]
     top, _, left, _ = layer.padding
     numbers = [
         batch, place.height, place.width, layer.P, layer.N, layer.M, layer.O, layer.KH * layer.KW, top, left,
         *layer.stride, place.padded_width, place.padded_height * place.padded_width, place.out_width,
-        place.out_pixels, batch * place.out_pixels, len(alpha_sums), layer.steps,
+        place.out_pixels, batch * place.out_pixels, layer.padded_O, layer.steps,
     ]  # fmt: skip
     return tensors, numbers
 
@@ -377,7 +377,7 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None):
     tensors, numbers = arguments(layer, place, B)
     grid = -(-place.out_pixels * B // tile.pixels), -(-layer.O // tile.channels)
     conv_kernel(tile)(
-        grid, y, words_BHWPN, poison_BHW, layer.tiles(PADDED_TO), *tensors, poison_BHW, layer.no_flips, *numbers,
+        grid, y, words_BHWPN, poison_BHW, layer.rows, *tensors, poison_BHW, layer.no_flips, *numbers,
         place.band(B, tile.pixels), pixel_words(layer), row_words(layer), int(layer.pairs), 0,
         shared=shared_bytes(layer, place, B, tile),
     )  # fmt: skip
@@ -385,7 +385,7 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None):
 
 
 def main():
-    from .cuda_bench import demonstrate
+    from .cuda_check import demonstrate
 
     demonstrate("cuda_tensorcore", conv)
 

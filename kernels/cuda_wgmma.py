@@ -1,9 +1,10 @@
 """Rung 7. Hopper's own form of it: wgmma m64nNk256 (sm_90a), four warps and 64 x 128 x 256 AND-multiply-adds at once.
 
-The convolution of rung 6 with another inner loop. Activations still come by `ldmatrix`, since each pixel's row lies where
-its window does, and go into registers; the weights are read by the tensor core itself, straight from shared memory,
-which takes a third of rung 6's ldmatrix traffic away and, if the b1 rate follows int8's as fp16's does, doubles the
-rate: 32 000 a clock and SM would be 8 times int8. Nobody has published it; `cuda_bench` measures it first.
+The convolution of rung 6 with another inner loop. Activations still come by `ldmatrix`, since each pixel's row lies
+where its window does, and go into registers; the weights are read by the tensor core itself, straight from shared
+memory, which takes a third of rung 6's ldmatrix traffic away and, if the b1 rate follows int8's as fp16's does,
+doubles the rate: 32 000 a clock and SM would be 8 times int8. Nobody has published it; `cuda_bench` measures it
+first.
 
     shared    weights    [2][K granule][channel] of 16 bytes: 8 channels of one granule are a core matrix, 128 bytes
 
@@ -121,7 +122,7 @@ def conv_kernel(tile: Tile, chain_steps: int, output=float_output, out_type=floa
             if m == 0:
                 a_row = shared_address(shared, planes_at + shared[rows_at + warp * 16 + lane % 16])
             if m + 1 < M:
-                tile_at = int64((m + 1) * cuda.gridDim.y + cuda.blockIdx.y) * buffer
+                tile_at = int64((m + 1) * (padded_O // CHANNELS) + cuda.blockIdx.y) * buffer
                 for unit in range(thread, steps * 2 * CHANNELS, THREADS):
                     cp_async16(shared, (m + 1) % 2 * buffer + 4 * unit, weights, tile_at + 4 * unit, True)
                 cp_async_commit()
@@ -173,12 +174,12 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thr
     tensors, numbers = arguments(layer, place, B)
     steps = chain_length(layer.steps)
     if out_thresholds_NO is None:
-        out, out_type, bases = place.output(B), float32, 0
+        out, out_type, bases, channels = place.output(B), float32, 0, layer.O
         out_thresholds_NO, out_flips_O = poison_BHW, layer.no_flips
     else:
-        bases = len(out_thresholds_NO)
+        bases, channels = len(out_thresholds_NO), 64 * -(-layer.O // 64)
         out, out_type = place.output_words(B, bases), uint32
-    grid = -(-place.out_pixels * B // tile.pixels), -(-layer.O // tile.channels)
+    grid = -(-place.out_pixels * B // tile.pixels), -(-channels // tile.channels)
     conv_kernel(tile, steps, output, out_type)(
         grid, out, words_BHWPN, poison_BHW, layer.tiles(tile.channels, core_matrices), *tensors, out_thresholds_NO,
         out_flips_O, *numbers, place.band(B, tile.pixels), pixel_words(layer), layer.steps // steps, int(layer.pairs),
@@ -188,7 +189,7 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thr
 
 
 def main():
-    from .cuda_bench import demonstrate
+    from .cuda_check import demonstrate
 
     demonstrate("cuda_wgmma", conv)
 

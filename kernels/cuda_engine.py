@@ -1,0 +1,190 @@
+"""The CUDA ladder as the operators abcnets::packed_conv and abcnets::packed_max_pool for torch tensors on a GPU.
+
+    import kernels          registers it where there is a GPU
+
+A call packs (rung 1) unless bits come in, and convolves on the best rung that applies, else on the next lower one:
+
+    bits out     rung 8 on the tensor core            else rung 5, then rung 1 on its result
+    floats out   rung 6 on the tensor core            else rung 5
+
+Rung 5 runs on GPUs without a binary tensor core (before Ampere, after Hopper) and for layers too large for shared
+memory. Groups, three dimensions, float64, float activations and more than 16 bases go to the plain torch
+implementation. Rung 7 is chosen by `prefer("wgmma")`; it becomes the default when it has measured faster.
+
+Weights are laid out at a layer's first call, the tables of an image size at its first, and both kept for as long as
+the bits tensor lives; changing one of the layer's tensors in place is noticed. So run a layer once, outside, before
+capturing it in a CUDA graph. After that a call reads nothing back from the device, with one exception: floats to bits
+in one call asks whether there was a NaN, as the operator promises a ValueError (not while capturing).
+"""
+
+import functools
+import warnings
+import weakref
+from contextlib import nullcontext
+
+import torch
+
+import abcnets
+
+from . import cuda_bases, cuda_fused, cuda_pack, cuda_pool, cuda_tensorcore, cuda_wgmma
+from .cuda_launch import Kernel, int32
+from .cuda_layout import Layer
+from .cuda_primitives import SIMULATED
+
+_matrix_rung = "mma"
+_library = None
+
+
+def register() -> None:
+    """Make the ladder the operators' implementation on CUDA tensors."""
+    global _library
+    if _library is None:
+        _library = torch.library.Library("abcnets", "IMPL")
+        _library.impl("packed_conv", packed_conv, "CUDA")
+        _library.impl("packed_max_pool", packed_max_pool, "CUDA")
+
+
+def prefer(instruction: str) -> None:
+    """Choose the tensor-core instruction: "mma" (sm_80 to sm_90) or "wgmma" (sm_90 only)."""
+    global _matrix_rung
+    if instruction not in ("mma", "wgmma"):
+        raise ValueError(f'the instruction is "mma" or "wgmma", got {instruction!r}')
+    _matrix_rung = instruction
+
+
+def packed_conv(
+    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
+    out_thresholds, out_flips,
+):  # fmt: skip
+    """abcnets::packed_conv; the arguments are described at abcnets._packed_conv_reference."""
+    arguments = (
+        x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
+        out_thresholds, out_flips,
+    )  # fmt: skip
+    N, dims = len(betas), bits.ndim - 3
+    result = abcnets._packed_conv_fake(*arguments)  # for its shape: an empty tensor
+    applies = groups == 1 and dims <= 2 and 0 < N <= 16 and x.dtype != torch.float64
+    if not applies or result.numel() == 0 or x.numel() == 0 or not _compiles():
+        return abcnets._packed_conv_reference(*arguments)
+    with _on(x.device):
+        tensors = bits, alphas, betas, bias, out_thresholds, out_flips
+        geometry = channels, tuple(stride), tuple(padding), tuple(dilation)
+        layer, outputs = _beside(tensors, geometry, lambda: _lay_out(tensors, geometry))
+        if layer is None:
+            return abcnets._packed_conv_reference(*arguments)
+        if x.dtype == torch.int64:
+            words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
+            poison_BHW = layer.place(*words_BHWPN.shape[1:3]).no_poison(len(x))
+        else:
+            x_BCHW = x.float().view(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
+            words_BHWPN, poison_BHW = cuda_pack.pack(x_BCHW, thresholds, flips)
+            if out_thresholds is not None and not _capturing() and bool(poison_BHW.isnan().any()):
+                raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
+        if out_thresholds is None:
+            y = _convolve(layer, words_BHWPN, poison_BHW).view(result.shape)
+            return y.to(result.dtype)
+        return _convolve_to_bits(layer, words_BHWPN, poison_BHW, *outputs, out_thresholds, out_flips).view(result.shape)
+
+
+def _convolve(layer, words_BHWPN, poison_BHW):
+    y = None
+    if _has_wgmma(layer.device):
+        y = cuda_wgmma.conv(layer, words_BHWPN, poison_BHW)
+    if y is None and _has_mma(layer.device):
+        y = cuda_tensorcore.conv(layer, words_BHWPN, poison_BHW)
+    return cuda_bases.conv(layer, words_BHWPN, poison_BHW) if y is None else y
+
+
+def _convolve_to_bits(layer, words_BHWPN, poison_BHW, padded_thresholds, padded_flips, out_thresholds, out_flips):
+    out = None
+    outputs = padded_thresholds, padded_flips
+    if _has_wgmma(layer.device):
+        out = cuda_wgmma.conv(layer, words_BHWPN, poison_BHW, None, cuda_fused.bits_output, *outputs)
+    if out is None and _has_mma(layer.device):
+        out = cuda_fused.conv(layer, words_BHWPN, poison_BHW, *outputs)
+    if out is None:
+        y = cuda_bases.conv(layer, words_BHWPN, poison_BHW)
+        out, _ = cuda_pack.pack(y, out_thresholds.float(), out_flips)
+    return out
+
+
+def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+    """abcnets::packed_max_pool; the arguments are described at abcnets._packed_max_pool_reference."""
+    arguments = words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
+    dims = len(kernel_size)
+    out = abcnets._packed_max_pool_fake(*arguments)
+    if dims > 2 or out.numel() == 0 or not _compiles():
+        return abcnets._packed_max_pool_reference(*arguments)
+    with _on(words.device):
+        flips_P = _beside((flips,), (), lambda: abcnets._pack_bits(flips, torch.int64))
+        ones = (1,) * (2 - dims)
+        images = [t.view(len(t), *ones, *t.shape[1:]) for t in (out, words.contiguous())]
+        pairs = [(*ones, *kernel_size), (*ones, *stride), (*(0,) * len(ones), *padding), (*ones, *dilation)]
+        cuda_pool.max_pool(*images, flips_P, *pairs)
+    return out
+
+
+# ------------------------------------------------------------------ what is kept, and what the machine can do
+
+
+def _lay_out(tensors, geometry):
+    """(Layer, padded thresholds and flips or None); no layer where a constant is NaN, which only floats can follow."""
+    bits, alphas, betas, bias, out_thresholds, out_flips = tensors
+    if any(bool(t.isnan().any()) for t in (alphas, betas, bias) if t is not None):
+        return None, None
+    outputs = None if out_thresholds is None else cuda_fused.pad_outputs(out_thresholds, out_flips)
+    return Layer(bits, alphas, betas, bias, *geometry), outputs
+
+
+_kept = {}
+
+
+def _beside(tensors, key, make):
+    """make(), kept until one of the tensors (each may be None) dies or is changed in place."""
+    key = (*map(id, tensors), key)
+    versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
+    if key in _kept and _kept[key][0] == versions:
+        return _kept[key][1]
+    value = make()
+
+    def forget(_, key=key):
+        _kept.pop(key, None)
+
+    references = [weakref.ref(t, forget) for t in tensors if t is not None]
+    _kept[key] = versions, value, references
+    return value
+
+
+def _capturing() -> bool:
+    return not SIMULATED and torch.cuda.is_current_stream_capturing()
+
+
+def _on(device):
+    return nullcontext() if SIMULATED else torch.cuda.device(device)
+
+
+@functools.cache
+def _has_mma(device) -> bool:
+    """Whether b1 mma.sync is an instruction here: from Ampere to Hopper."""
+    return SIMULATED or (8, 0) <= torch.cuda.get_device_capability(device) < (10, 0)
+
+
+def _has_wgmma(device) -> bool:
+    return _matrix_rung == "wgmma" and (SIMULATED or torch.cuda.get_device_capability(device) == (9, 0))
+
+
+@functools.cache
+def _compiles() -> bool:
+    """Whether Numba finds its compiler; says once why not."""
+
+    def nothing(x):
+        pass
+
+    try:
+        if not SIMULATED:
+            Kernel(nothing, (int32,), 1).ptx((8, 0))
+    except Exception as error:  # whatever is missing, layers must still compute
+        reason = str(error).strip().splitlines()[0]
+        warnings.warn(f"packed layers run on plain torch: Numba can't compile for CUDA here ({reason})", stacklevel=3)
+        return False
+    return True
