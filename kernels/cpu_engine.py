@@ -13,7 +13,9 @@ Float64 input, more than eight activation bases, float activations (no bases) an
 
 import ctypes
 import functools
+import logging
 import threading
+import time
 import weakref
 from math import prod
 
@@ -24,6 +26,8 @@ import abcnets
 
 from . import cpu_system, layout
 from .cpu_job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
+
+logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels took to compile
 
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
@@ -268,15 +272,12 @@ class Workspace:
     """What one running call owns."""
 
     def __init__(self, plan):
-        from . import cpu_pack, cpu_vector  # here Numba is loaded, at the first packed call
-
         layer, geometry = plan.layer, plan.geometry
         image_words = prod(geometry.padded) * layer.P * layer.N
         images = plan.threads if plan.words_by_thread else plan.images
         self.words = None if plan.in_place else layout.aligned_zeros((images, image_words), np.uint64)
         self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES), np.uint8)
-        self.entry = cpu_vector.run_kernel().address
-        kernel = cpu_vector.block_kernel(layer.N, cpu_vector.TILE_PIXELS[layer.N], int(layer.groups > 1))
+        self.entry, chunk_kernel, block_kernel = _kernels(layer.N, layer.groups > 1)
         self.job = job = Job(
             input_kind=plan.kind,
             images=plan.images,
@@ -292,8 +293,8 @@ class Workspace:
             words=0 if plan.in_place else _address(self.words),
             words_stride=image_words * 8,
             words_by_thread=plan.words_by_thread,
-            chunk_kernel=cpu_pack.chunk_kernel(layer.N).address,
-            block_kernel=kernel.address,
+            chunk_kernel=chunk_kernel,
+            block_kernel=block_kernel,
             weights=_address(layer.weights),
             masks=0 if layer.masks is None else _address(layer.masks),
             block_words=_address(layer.block_words),
@@ -320,6 +321,21 @@ class Workspace:
             pool = cpu_system.pool()
             job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
         job.address = ctypes.addressof(job)
+
+
+@functools.cache
+def _kernels(N: int, masked: bool) -> tuple:
+    """Addresses of the functions that run a layer of N bases; here Numba is loaded, and compiles or reads its cache."""
+    start = time.perf_counter()
+    from . import cpu_pack, cpu_vector
+
+    functions = (
+        cpu_vector.run_kernel(),
+        cpu_pack.chunk_kernel(N),
+        cpu_vector.block_kernel(N, cpu_vector.TILE_PIXELS[N], int(masked)),
+    )
+    logger.info("kernels for N = %d ready after %.2f s", N, time.perf_counter() - start)
+    return tuple(function.address for function in functions)
 
 
 def _address(array) -> int:

@@ -30,6 +30,7 @@ from .cpu_primitives import (
     STAMP,
     Emitter,
     any_nan_64,
+    c_function,
     ir,
     load_float,
     load_word,
@@ -88,7 +89,7 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, base_stride,
 def chunk_kernel(N, stamp=STAMP):
     """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
 
-    @numba.cfunc(types.int64(JOB, *[types.int64] * 4), cache=True)
+    @c_function(types.int64(JOB, *[types.int64] * 4))
     def pack_chunk(jobs, image, first, words, scratch):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key

@@ -15,7 +15,7 @@ import numba
 from numba import carray, types
 
 from .cpu_job import POOL_JOB_DTYPE
-from .cpu_primitives import STAMP, call_int, load_word, store_word
+from .cpu_primitives import STAMP, c_function, call_int, load_word, store_word
 
 POOL_JOB = types.CPointer(numba.from_dtype(POOL_JOB_DTYPE))
 
@@ -24,7 +24,7 @@ POOL_JOB = types.CPointer(numba.from_dtype(POOL_JOB_DTYPE))
 def pool_kernel(stamp=STAMP):
     """The function that every thread runs: a share of all output pixels."""
 
-    @numba.cfunc(types.void(POOL_JOB), cache=True)
+    @c_function(types.void(POOL_JOB))
     def pool(jobs):
         job = carray(jobs, 1)[0]
         _ = stamp

@@ -19,7 +19,7 @@ from pathlib import Path
 from zlib import crc32
 
 from llvmlite import ir
-from numba import types
+from numba import cfunc, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -33,6 +33,20 @@ BITS_16 = ir.VectorType(I1, 16)
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files that kernel imports. Kernels
 # therefore close over this number: an edit here gives them a new cache entry.
 STAMP = crc32(Path(__file__).read_bytes())
+
+
+def c_function(signature):
+    """Compile a function for C to call; Numba keeps it on disk for later processes, where it may write."""
+
+    def compile(function):
+        try:
+            return cfunc(signature, cache=True)(function)
+        except RuntimeError as error:
+            if "locator" not in str(error):  # Numba's word for a place to keep it
+                raise
+            return cfunc(signature)(function)
+
+    return compile
 
 
 class Emitter:

@@ -27,7 +27,6 @@ Run this file to check and time it: `python -m kernels.cpu_vector`.
 
 import functools
 
-import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
@@ -40,6 +39,7 @@ from .cpu_primitives import (
     WORDS_8,
     Emitter,
     bits_at_least,
+    c_function,
     call,
     call_int,
     call_kernel,
@@ -130,7 +130,7 @@ def block_kernel(N, P, masked, stamp=STAMP):
     Returns the block's end.
     """
 
-    @numba.cfunc(types.int64(JOB, *[types.int64] * 4), cache=True)
+    @c_function(types.int64(JOB, *[types.int64] * 4))
     def convolve_block(jobs, words, block, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
@@ -237,7 +237,7 @@ def convolve_share(job, thread, begin, end):
 def run_kernel(stamp=STAMP):
     """The function that every thread of the pool runs, once a call."""
 
-    @numba.cfunc(types.void(JOB), cache=True)
+    @c_function(types.void(JOB))
     def run(jobs):
         job = carray(jobs, 1)[0]
         _ = stamp
