@@ -116,22 +116,23 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
     return thresholds, levels
 
 
-def _fit_activations(samples: Tensor, N: int) -> tuple[Tensor, Tensor] | None:
-    """(vs, betas), float32 on the CPU, with the least squared error on `samples`; None where these are all one value.
+def _fit_activations(samples: Tensor, N: int, constant: bool) -> tuple[Tensor, Tensor] | None:
+    """(vs, betas), float32 on the CPU, of the least squared error on `samples`; None where these are all one value.
 
-    For N > 1 the first base is the constant +1 on the samples: c_0 = -c_N ties the outer levels, and without a base to
-    absorb that a non-negative R would be fitted by levels symmetric about zero. A single base has no such freedom; its
-    beta is half the distance of the two levels, and the missing constant is left to the BatchNorm or bias that follows.
+    N bases have N + 1 levels, but these are tied, c_0 = -c_N: they are fitted up to one constant. That is all one needs
+    where something behind the layer takes up constants, a BatchNorm or a bias. Where nothing does, the first of N > 1
+    bases can be spent on it (`constant`): +1 on all samples, which leaves N - 1 thresholds.
     """
-    thresholds, levels = _lloyd_max(samples, max(N - 1, 1))
+    constant = constant and N > 1
+    thresholds, levels = _lloyd_max(samples, N - constant)
     if levels[0] == levels[-1]:
         return None
     betas = levels.diff() / 2
-    if N > 1:
+    if constant:
         low, high = samples.min().item(), samples.max().item()
         # Far below signed samples, since a stray value under this threshold would fall to -c_N; rectified ones cannot.
-        constant = 0.0 if low >= 0 else low - (high - low)
-        thresholds = torch.cat([thresholds.new_tensor([constant]), thresholds])
+        always = 0.0 if low >= 0 else low - (high - low)
+        thresholds = torch.cat([thresholds.new_tensor([always]), thresholds])
         betas = torch.cat([(levels[:1] + levels[-1:]) / 2, betas])
     return (0.5 - thresholds).float(), betas.float()
 
@@ -141,7 +142,7 @@ def _start_activations(N: int) -> tuple[Tensor, Tensor]:
     """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, as BatchNorm and ReLU put it out."""
     _check_bases("activation_bases", N)
     quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    return _fit_activations(torch.special.ndtri(quantiles).relu(), N)
+    return _fit_activations(torch.special.ndtri(quantiles).relu(), N, constant=True)
 
 
 def _check_bases(name: str, count: int) -> None:
@@ -759,7 +760,7 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
+def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: bool = True) -> nn.Module:
     """Fit a freshly binarized model to some data, without training; in place, returns the model.
 
     What makes a freshly binarized network fall apart is not so much the quantizers as the BatchNorm statistics, which
@@ -767,7 +768,8 @@ def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
     before it, already calibrated, really put out:
 
     - a BatchNorm behind a binarized layer gets the mean and variance of what now reaches it;
-    - a binarized layer gets Lloyd-Max thresholds of its input (vs; one base constant for N > 1), least-squares betas;
+    - a binarized layer gets Lloyd-Max thresholds of its input (vs) and least-squares betas, then weights that make up
+      for what binarization loses: least squares for the binarized input, rounded to the bases with error feedback;
     - a binarized layer with a bias has it moved so that each channel's mean is what the float layer put out.
 
     Works on any model: modules are met where they run, by hooks, whatever the code between them. A module that runs
@@ -777,6 +779,8 @@ def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
     Args:
         model: a model with active ABC layers.
         batches: an iterable of input tensors, or of (input, ...) tuples such as a DataLoader yields; or one tensor.
+        compensate: move the weights. False leaves them, and spends one of N > 1 activation bases on the constant that
+            a symmetric staircase lacks, which moved weights and the bias or BatchNorm behind the layer make up for.
         progress: show a bar, where tqdm is installed.
 
     Raises: ValueError where the model has no active ABC layer or there are no images.
@@ -797,7 +801,7 @@ def calibrate(model: nn.Module, batches, *, progress: bool = True) -> nn.Module:
             if module in done:
                 return
             if isinstance(module, _ABCLayer):
-                _calibrate_thresholds(module, inputs[0])
+                _calibrate_layer(module, inputs[0], compensate)
                 done.add(module)
             elif done:  # a BatchNorm ahead of every binarized layer fits as it is
                 _calibrate_statistics(module, inputs[0])
@@ -872,14 +876,110 @@ def _along_channels(layer: _ABCLayer, values: Tensor) -> Tensor:
     return values.view(-1, *[1] * layer.spatial_dims)
 
 
-def _calibrate_thresholds(layer: _ABCLayer, input: Tensor) -> None:
-    if layer.vs is None:
-        return
-    values = input.flatten()
-    fit = _fit_activations(values[:: max(1, len(values) // 2_000_000)], layer.activation_bases)
-    if fit is not None:  # an input that is one value everywhere says nothing: the start values stay
-        layer.vs.copy_(fit[0])
-        layer.betas.copy_(fit[1])
+def _calibrate_layer(layer: _ABCLayer, R: Tensor, compensate: bool) -> None:
+    values = R.flatten()
+    values = values[:: max(1, len(values) // 2_000_000)]
+    fits = [None]
+    if layer.vs is not None:
+        # Without compensation the constant counts; with it, what zero padding (0, not the constant) makes of it at the
+        # borders has to be weighed against the threshold it takes: both are tried.
+        choices = [True] if not compensate else [False, True][: layer.activation_bases]
+        fits = [_fit_activations(values, layer.activation_bases, constant) for constant in choices]
+    best, W = math.inf, layer.weight.clone()
+    for fit in fits:
+        if fit is not None:  # an input that is one value everywhere says nothing: the start values stay
+            vs, betas = (value.to(layer.vs) for value in fit)
+            layer.vs.copy_(vs)
+            layer.betas.copy_(betas)
+        if compensate:
+            weight, error = _compensated(layer, W, R)
+            if error < best:
+                best, kept = error, (weight, layer.vs, layer.betas)
+                kept = [None if value is None else value.clone() for value in kept]
+    if compensate:
+        for parameter, value in zip((layer.weight, layer.vs, layer.betas), kept):
+            if parameter is not None:
+                parameter.copy_(value)
+
+
+def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor) -> tuple[Tensor, float]:
+    """Weights with which the layer puts out what W puts out, as nearly as its bases allow; and the squared error left.
+
+    The target is W R, what there is to multiply is Aq. With a and r the patches of Aq and R, less their means (which
+    are the business of the bias or BatchNorm behind the layer), H = E[a a'] and C = E[r a'],
+
+        W* = argmin E |W r - W* a|^2 = W C H^-1
+
+    and among weights made of levels, column by column, those nearest to W* in the metric H: each column in turn is
+    rounded to its channel's levels, and what that costs is made up for by the columns not yet rounded (Frantar et al.
+    2023, "GPTQ", arXiv:2210.17323). A channel for which that is no gain keeps its weights.
+    """
+    us, per_channel = layer.us, layer.per_channel
+    groups = getattr(layer, "groups", 1)
+    W_GOK = W.float().reshape(groups, len(W) // groups, -1)
+    count = max(16_384, 4 * W_GOK.shape[2])
+    with torch.autocast(W.device.type, enabled=False):
+        a_GPK, r_GPK = (_patches(layer, x.float(), count) for x in (layer.quantized_input(R), R))
+        a_GPK, r_GPK = a_GPK - a_GPK.mean(1, keepdim=True), r_GPK - r_GPK.mean(1, keepdim=True)
+        wanted_GPO = r_GPK @ W_GOK.mT
+
+        def errors(weight):  # of each channel
+            weight = weight if us is None else quantize_weight(weight, us.float(), per_channel)
+            return (wanted_GPO - a_GPK @ weight.reshape(W_GOK.shape).mT).square().mean(1).flatten()
+
+        H_GKK, C_GKK = a_GPK.mT @ a_GPK, r_GPK.mT @ a_GPK
+        damping_G = 0.01 * H_GKK.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
+        H_GKK.diagonal(dim1=1, dim2=2).add_(damping_G[:, None])
+        moved = torch.linalg.solve(H_GKK, (W_GOK @ C_GKK + damping_G[:, None, None] * W_GOK).mT).mT.reshape(W.shape)
+        if us is not None:
+            x, thresholds = _standardize(moved, us.float(), per_channel)
+            above = [x >= t for t in thresholds[:, us.argsort(descending=True)].unbind(1)]
+            levels = _levels(_grouped(moved, per_channel), above).expand(len(W), -1)
+            levels_GOL = levels.reshape(*W_GOK.shape[:2], -1)
+            rounded = [_round_columns(*group) for group in zip(moved.view_as(W_GOK), levels_GOL, H_GKK)]
+            moved = torch.stack(rounded).reshape(W.shape)
+        before, after = errors(W.float()), errors(moved)
+        better = after < before
+        if not per_channel:  # one mean and std for all: the weights move together or not at all
+            better = (after.sum() < before.sum()).expand_as(better)
+        error = torch.where(better, after, before).sum().item()
+        return torch.where(better.view(-1, *[1] * (W.ndim - 1)), moved.to(W.dtype), W), error
+
+
+def _patches(layer: _ABCLayer, x: Tensor, count: int) -> Tensor:
+    """A random choice of the input patches that the layer's weights meet: (groups, count, C / groups * kernel size)."""
+    dims = layer.spatial_dims
+    groups = getattr(layer, "groups", 1)
+    if dims == 0:
+        places = x.reshape(1, -1, x.shape[-1])[0]
+    else:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x = F.pad(x, [p for pair in reversed(_pairs(_padding_pairs(layer))) for p in pair], mode)
+        for i, (k, s, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
+            x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
+        places = x.movedim(1, 1 + dims)  # a view (B, *S', C, *K)
+    shape = places.shape[: max(1, 1 + dims)]
+    generator = torch.Generator().manual_seed(0)  # the same places in R and in Aq
+    chosen = torch.randint(math.prod(shape), (min(count, math.prod(shape)),), generator=generator).to(x.device)
+    return places[torch.unravel_index(chosen, shape)].reshape(len(chosen), groups, -1).transpose(0, 1)
+
+
+def _round_columns(W: Tensor, levels: Tensor, H: Tensor, block: int = 128) -> Tensor:
+    """W (O, K) rounded to each row's levels (O, L), columns of large H_kk first, errors passed on to later columns."""
+    order = H.diagonal().argsort(descending=True)
+    W = W[:, order].clone()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(H[order][:, order]))
+    U = torch.linalg.cholesky(inverse, upper=True)
+    for start in range(0, len(U), block):
+        end = min(start + block, len(U))
+        errors = W.new_empty(len(W), end - start)
+        for k in range(start, end):
+            w = W[:, k : k + 1].clone()
+            W[:, k : k + 1] = levels.gather(1, (w - levels).abs().argmin(1, keepdim=True))
+            errors[:, k - start : k - start + 1] = error = (w - W[:, k : k + 1]) / U[k, k]
+            W[:, k + 1 : end] -= error * U[k, k + 1 : end]
+        W[:, end:] -= errors @ U[start:end, end:]
+    return W[:, order.argsort()]
 
 
 def _calibrate_statistics(norm: nn.Module, input: Tensor) -> None:
