@@ -6,7 +6,7 @@ A word of activation base n meets the M weight words, a word of weight base m th
     a_KNX   uint64 [8][N][32]      words of the 32 windows, all activation bases
     w_MOK   uint64 [M][8][8]       words of the 8 channels, all weight bases
 
-    y = constants[class, o] - 2 sum_m alpha_m sum_n beta_n count_mn
+    y = constants[class, o] - 2 sum_m alpha_m sum_n beta_n (count_mn - C T / 2)
 
 M + N loads for M * N popcounts (rung 4: 2 M N), the windows gathered once and not M times, two floating-point
 operations an output and base pair instead of one conversion a chunk. The bound is still the popcount unit's 512
@@ -31,7 +31,7 @@ def conv_kernel(M, N) -> Kernel:
 
     def conv_bases(
         y_BOHW, words_BHWPN, poison_BHW, weights_MOTP, alphas_MO, betas_N, constants_GO, classes,
-        KW, stride_h, stride_w, top, left, dilation_h, dilation_w,
+        center, KW, stride_h, stride_w, top, left, dilation_h, dilation_w,
     ):  # fmt: skip
         B, O, OH, OW = y_BOHW.shape
         _, H, W, P, _ = words_BHWPN.shape
@@ -50,7 +50,7 @@ def conv_kernel(M, N) -> Kernel:
         if row == 0:
             poison_X[x] = float32(0)
         for i in range(PAIRS):
-            counts[i] = 0
+            counts[i] = -center
         for start in range(0, T * P, CHUNK):
             cuda.syncthreads()
             t, p = split(start + row, P)  # CHUNK = CHANNELS: a thread gathers one word of its window, for every base
@@ -90,7 +90,7 @@ def conv_kernel(M, N) -> Kernel:
 
     signature = (
         float32[:, :, :, ::1], uint64[:, :, :, :, ::1], float32[:, :, ::1], uint64[:, :, :, ::1], float32[:, ::1],
-        float32[::1], float32[:, ::1], int32[::1], *[int32] * 7,
+        float32[::1], float32[:, ::1], int32[::1], *[int32] * 8,
     )  # fmt: skip
     return Kernel(conv_bases, signature, (PIXELS, CHANNELS))
 
@@ -103,7 +103,7 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
     top, _, left, _ = layer.padding
     conv_kernel(layer.M, layer.N)(
         grid, y, words_BHWPN, poison_BHW, layer.weights_MOTP, layer.alphas_MO, layer.betas_N, place.constants_xor,
-        place.classes, layer.KW, *layer.stride, top, left, *layer.dilation,
+        place.classes, layer.center_xor, layer.KW, *layer.stride, top, left, *layer.dilation,
     )  # fmt: skip
     return y
 

@@ -28,6 +28,7 @@ from .cuda_launch import uint32
 from .cuda_layout import PADDED_TO
 from .cuda_primitives import device, shuffle_xor, split
 from .cuda_tensorcore import (
+    ZERO_BITS,
     arguments,
     choose_tile,
     conv_kernel,
@@ -85,8 +86,8 @@ def conv(layer, words_BHWPN, poison_BHW, out_thresholds_NO, out_flips_O, tile=No
     grid = -(-place.out_pixels * B // tile.pixels), -(-64 * out.shape[3] // tile.channels)
     conv_kernel(tile, bits_output, uint32)(
         grid, out, words_BHWPN, poison_BHW, layer.rows, *tensors, out_thresholds_NO, out_flips_O, *numbers,
-        place.band(B, tile.pixels), pixel_words(layer), row_words(layer), int(layer.pairs), bases,
-        shared=shared_bytes(layer, place, B, tile),
+        place.band(B, tile.pixels), pixel_words(layer), row_words(layer), ZERO_BITS - layer.center_and,
+        int(layer.pairs), bases, shared=shared_bytes(layer, place, B, tile),
     )  # fmt: skip
     return out
 

@@ -12,9 +12,11 @@ The tensor cores count popcount(a & w), so that a padded tap, all zeros, counts 
 With V the number of a pixel's taps that lie inside the image, C channels, and sums over those taps and channels:
 
     sum (2a - 1)(2w - 1) = 4 popc(a & w) - 2 popc(a) - 2 popc(w) + C V
-    y = sum_mn 4 alpha_m beta_n popc(a_n & w_m)  -  2 (sum_m alpha_m) S  +  constant[border class]
-    S = sum_n beta_n popc(a_n)                    once a pixel, whatever the output channel
-    constant = bias + (sum_n beta_n) sum_m alpha_m (C V - 2 popc(w_m))     once a border class and output channel
+    y = sum_mn 4 alpha_m beta_n (popc(a_n & w_m) - k)  -  (sum_m alpha_m) S  +  constant[border class]
+    S = sum_n beta_n (2 popc(a_n) - C V)                        once a pixel, whatever the output channel
+    constant = bias + (sum_n beta_n) sum_m alpha_m (4 k - 2 popc(w_m))      once a border class and output channel
+
+k = C T / 4, about what is counted, cancels again: it spares float32 the difference of two large numbers.
 
 Granules. A granule is what one row of `ldmatrix` takes: 128 channels of one tap. A layer of at most 64 channels would
 leave half of it empty, so where its kernel is wider than 1 each granule holds two taps: a pixel and its right
@@ -55,6 +57,8 @@ class Layer:
         self.betas_N = betas.to(torch.float32, copy=True).contiguous()
         self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32, copy=True)
         self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
+        self.center_xor = self.C * self.KH * self.KW // 2
+        self.center_and = self.C * self.KH * self.KW // 4
         self.no_flips = torch.zeros(1, dtype=torch.uint8, device=self.device)
         self._places = {}
         self._tiles = {}
@@ -118,7 +122,7 @@ class Layer:
         return self._upload(self.weight_rows.view(np.int32))
 
     def tiles(self, width: int, arrange) -> torch.Tensor:
-        """The weight rows in tiles of `width` channels, reordered: arrange(M, tiles, width, steps, 2, 4) -> any order."""
+        """The weight rows in tiles of `width` channels, each reordered by `arrange` (M, tiles, width, steps, 2, 4)."""
         key = width, arrange
         if key not in self._tiles:
             rows = self.weight_rows.reshape(self.M, -1, width, self.steps, 2, 4)
@@ -127,9 +131,9 @@ class Layer:
 
     @cached_property
     def scales(self) -> tuple:
-        """(4 alpha (M, O'), 2 sum_m alpha (O',))."""
+        """(4 alpha (M, O'), sum_m alpha (O',))."""
         alphas = torch.nn.functional.pad(self.alphas_MO, (0, self.padded_O - self.O))
-        return (4 * alphas).contiguous(), 2 * alphas.sum(0)
+        return (4 * alphas).contiguous(), alphas.sum(0)
 
 
 class Place:
@@ -158,11 +162,12 @@ class Place:
     def constants_xor(self) -> torch.Tensor:
         """float32 (classes, O), bias included, for kernels that count popc(a ^ w) over all taps, padded ones as a = 0.
 
-        y = constant - 2 sum_mn alpha_m beta_n popc(a_n ^ w_m). A padded tap counts popc(w) too much: it is taken back.
+        y = constant - 2 sum_mn alpha_m beta_n (popc(a_n ^ w_m) - k), k = C T / 2. A padded tap counts popc(w) too much:
+        it is taken back.
         """
         layer, outside_GT = self.layer, self.geometry.border_classes[0]
         ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
-        products = layer.C * (~outside_GT).sum(1)
+        products = layer.C * (~outside_GT).sum(1) - 2 * layer.center_xor
         return layer._upload(self._constants(products + 2 * ones_MOT @ outside_GT.T.astype(np.int64)))
 
     @cached_property
@@ -170,7 +175,7 @@ class Place:
         """float32 (classes, O'), bias included: the last line of the algebra above."""
         layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
         ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
-        constants = self._constants((layer.C - 2 * ones_MOT) @ inside_GT.T.astype(np.int64))
+        constants = self._constants(4 * layer.center_and - 2 * ones_MOT @ inside_GT.T.astype(np.int64))
         return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
 
     def _constants(self, products_MOG) -> np.ndarray:

@@ -33,7 +33,7 @@ PIXELS, CHANNELS, CHUNK = 32, 8, 16
 def conv_kernel() -> Kernel:
     def conv_shared(
         y_BOHW, words_BHWPN, poison_BHW, weights_MOTP, alphas_MO, betas_N, constants_GO, classes,
-        KW, stride_h, stride_w, top, left, dilation_h, dilation_w,
+        center, KW, stride_h, stride_w, top, left, dilation_h, dilation_w,
     ):  # fmt: skip
         B, O, OH, OW = y_BOHW.shape
         _, H, W, P, N = words_BHWPN.shape
@@ -52,7 +52,7 @@ def conv_kernel() -> Kernel:
         y = float32(0)
         for m in range(M):
             for n in range(N):
-                count = int32(0)
+                count = int32(-center)
                 for start in range(0, T * P, CHUNK):
                     cuda.syncthreads()
                     for k in range(row, CHUNK, CHANNELS):
@@ -83,7 +83,7 @@ def conv_kernel() -> Kernel:
 
     signature = (
         float32[:, :, :, ::1], uint64[:, :, :, :, ::1], float32[:, :, ::1], uint64[:, :, :, ::1], float32[:, ::1],
-        float32[::1], float32[:, ::1], int32[::1], *[int32] * 7,
+        float32[::1], float32[:, ::1], int32[::1], *[int32] * 8,
     )  # fmt: skip
     return Kernel(conv_shared, signature, (PIXELS, CHANNELS))
 
@@ -96,7 +96,7 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
     top, _, left, _ = layer.padding
     conv_kernel()(
         grid, y, words_BHWPN, poison_BHW, layer.weights_MOTP, layer.alphas_MO, layer.betas_N, place.constants_xor,
-        place.classes, layer.KW, *layer.stride, top, left, *layer.dilation,
+        place.classes, layer.center_xor, layer.KW, *layer.stride, top, left, *layer.dilation,
     )  # fmt: skip
     return y
 

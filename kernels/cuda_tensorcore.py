@@ -5,18 +5,18 @@ output pixels x 128 output channels (smaller tiles where there are few). What th
 contiguous run of padded pixels, the band. It is loaded into shared memory once, and `ldmatrix`, which takes an address
 for each row it loads, finds each pixel's row for each tap in there: any stride, dilation and width.
 
-    y = 4 sum_mn alpha_m beta_n popc(a_n & w_m) - 2 (sum_m alpha_m) S + constant[class]        see cuda_layout.py
+    y = 4 sum_mn alpha_m beta_n (popc(a_n & w_m) - k) - (sum_m alpha_m) S + constant[class]    see cuda_layout.py
 
     global    words_BHWPN as the operator takes them, poison_BHW, weight rows [M][O'][K bits], constants (classes, O')
     shared    band planes   [N][band pixels][granules]      16 bytes a granule; the zero padding is written here
               weights       [2][channels][K granules]       of one base m; the next arrives meanwhile (cp.async)
-              sums          [band pixels]                   sum_n beta_n popc(a_n), plus the pixel's poison
+              sums          [band pixels]                   sum_n beta_n (2 popc(a_n) - C), plus the pixel's poison
               row tables    [3][pixels of the tile]         where its window begins, its border constants, its sum S
     registers counts, y     a warp: 64 pixels x 32 channels
 
 Rows of shared memory are an odd number of 16-byte units long, so that the 8 rows of an ldmatrix tile fall into
-different banks. Integer counters start at the bits of 2^23 as a float: read as a float they are 2^23 + count, so no
-conversion instruction (16 a clock) is needed to scale them.
+different banks. Integer counters start at the bits of the float 1.5 * 2^23: read as a float they are 1.5 * 2^23 +
+count, so that scaling them needs no conversion instruction (16 a clock).
 
 Arithmetic. Reported rate on Hopper: 17 700 binary multiply-adds a clock and SM (a public microbenchmark; `cuda_bench`
 measures it), 35 times the popcount unit and 8.6 times fp16. A step of a warp, 64 x 32 x 256, is 16 BMMA (119 clocks
@@ -48,7 +48,8 @@ from .cuda_primitives import (
     split,
 )
 
-TWO_TO_23, TWO_TO_23_BITS = 8388608.0, 0x4B000000
+ZERO, ZERO_BITS = 1.5 * 2**23, 0x4B400000  # a float whose last bit is worth 1, with room for +-2^22, and its bits
+PADDING = -1.0  # stands where a pixel of the image has its poison, which is 0 or NaN
 
 
 class Tile(NamedTuple):
@@ -75,7 +76,7 @@ def stage_band(
     shared, floats, words, poison, thread, threads, first, band, plane, pixel_words, sums_at,
     B, H, W, P, N, padded_width, padded_image, top, left, pairs,
 ):  # fmt: skip
-    """Start copying the band into its planes, zeros where it is padding; put each pixel's poison into `sums`.
+    """Start copying the band into its planes, zeros where it is padding, and each pixel's poison.
 
     A pixel's P N words lie together in memory: as many threads take one pixel. With `pairs` a word is copied twice, to
     its own pixel's granule and to the second half of its left neighbour's.
@@ -92,7 +93,7 @@ def stage_band(
         inside = b < B and 0 <= h < H and 0 <= w < W
         pixel = (int64(b) * H + h) * W + w if inside else int64(0)
         if part == 0:
-            floats[sums_at + i] = poison[pixel] if inside else float32(0)
+            floats[sums_at + i] = poison[pixel] if inside else float32(PADDING)
         k = int64(part)
         while k < P * N:
             p, n = split(k, N)
@@ -113,16 +114,19 @@ def stage_weights(shared, at, row_words, weights, source, channels, steps, threa
 
 
 @device
-def sum_pixels(shared, floats, betas, thread, threads, band, plane, pixel_words, sums_at, P, N):
-    """sums[i] += sum_n beta_n popc(a_n) of each pixel of the band."""
+def sum_pixels(shared, floats, betas, thread, threads, band, plane, pixel_words, sums_at, C, P, N):
+    """sums[i] = poison + sum_n beta_n (2 popc(a_n) - C) of each pixel of the band, 0 where it is padding."""
     for i in range(thread, band, threads):
         total = floats[sums_at + i]
-        for n in range(N):
-            at = n * plane + i * pixel_words
-            count = int32(0)
-            for k in range(2 * P):
-                count += popcount(shared[at + k])
-            total += betas[n] * float32(count)
+        if total == float32(PADDING):
+            total = float32(0)
+        else:
+            for n in range(N):
+                at = n * plane + i * pixel_words
+                count = int32(0)
+                for k in range(2 * P):
+                    count += popcount(shared[at + k])
+                total += betas[n] * float32(2 * count - C)
         floats[sums_at + i] = total
 
 
@@ -146,17 +150,17 @@ def describe_rows(
 
 @device
 def add_scaled(y, counts, alpha, beta, down, across):
-    """y += alpha beta counts, where the counters' bits are those of the float 2^23 + count."""
+    """y += alpha beta counts, where a counter's bits are those of the float ZERO + count."""
     for i in range(down):
         for j in range(across):
             for q in range(4):
                 at = (i * across + j) * 4 + q
-                y[at] += alpha[2 * j + q % 2] * beta * (float_bits(counts[at]) - float32(TWO_TO_23))
+                y[at] += alpha[2 * j + q % 2] * beta * (float_bits(counts[at]) - float32(ZERO))
 
 
 @device
 def add_constants(y, shared, floats, constants, alpha_sums, rows_at, rows, channel, lane, down, across):
-    """y += constant[class] - 2 (sum_m alpha_m) S, with the row tables of the warp's pixels at rows_at."""
+    """y += constant[class] - (sum_m alpha_m) S, with the row tables of the warp's pixels at rows_at."""
     for i in range(down):
         for half in range(2):
             row = rows_at + i * 16 + half * 8 + lane // 4
@@ -194,7 +198,7 @@ def signature(out):
     words, floats, ints = pointer(uint32), pointer(float32), pointer(int32)
     return (
         pointer(out), words, floats, words, ints, floats, floats, floats, floats, ints, ints, floats, pointer(uint8),
-        *[int32] * 24,
+        *[int32] * 26,
     )  # fmt: skip
 
 
@@ -211,8 +215,8 @@ def conv_kernel(tile: Tile, output=float_output, out_type=float32) -> Kernel:
 
     def conv_tensorcore(
         out, words, poison, weights, granules, alphas, alpha_sums, constants, betas, classes, taps, thresholds, flips,
-        B, H, W, P, N, M, O, T, top, left, stride_h, stride_w, padded_width, padded_image, out_width, out_image,
-        pixels, padded_O, steps, band, pixel_words, row_words, pairs, out_bases,
+        B, H, W, C, P, N, M, O, T, top, left, stride_h, stride_w, padded_width, padded_image, out_width, out_image,
+        pixels, padded_O, steps, band, pixel_words, row_words, zero, pairs, out_bases,
     ):  # fmt: skip
         shared = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
@@ -242,7 +246,7 @@ def conv_kernel(tile: Tile, output=float_output, out_type=float32) -> Kernel:
         cp_async_commit()
         cp_async_wait_but_one()
         cuda.syncthreads()
-        sum_pixels(shared, floats, betas, thread, THREADS, band, plane, pixel_words, sums_at, P, N)
+        sum_pixels(shared, floats, betas, thread, THREADS, band, plane, pixel_words, sums_at, C, P, N)
         cuda.syncthreads()
         describe_rows(
             shared, floats, classes, taps, thread, THREADS, PIXELS, first_pixel, pixels, first, pixel_words, sums_at,
@@ -286,7 +290,7 @@ def conv_kernel(tile: Tile, output=float_output, out_type=float32) -> Kernel:
                     alpha[2 * j + q] = alphas[m * padded_O + channel + 8 * j + q]
             for n in range(N):
                 for i in range(COUNTS):
-                    counts[i] = int32(TWO_TO_23_BITS)
+                    counts[i] = int32(zero)
                 a_offset = uint32(n * plane * 4)
                 w_offset = uint32(m % 2 * buffer * 4)
                 tap = uint32(granules[which])
@@ -359,7 +363,7 @@ def _arguments(layer, place, batch):
     tensors += [layer.betas_N, place.classes, place.taps]
     top, _, left, _ = layer.padding
     numbers = [
-        batch, place.height, place.width, layer.P, layer.N, layer.M, layer.O, layer.KH * layer.KW, top, left,
+        batch, place.height, place.width, layer.C, layer.P, layer.N, layer.M, layer.O, layer.KH * layer.KW, top, left,
         *layer.stride, place.padded_width, place.padded_height * place.padded_width, place.out_width,
         place.out_pixels, batch * place.out_pixels, layer.padded_O, layer.steps,
     ]  # fmt: skip
@@ -378,8 +382,8 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None):
     grid = -(-place.out_pixels * B // tile.pixels), -(-layer.O // tile.channels)
     conv_kernel(tile)(
         grid, y, words_BHWPN, poison_BHW, layer.rows, *tensors, poison_BHW, layer.no_flips, *numbers,
-        place.band(B, tile.pixels), pixel_words(layer), row_words(layer), int(layer.pairs), 0,
-        shared=shared_bytes(layer, place, B, tile),
+        place.band(B, tile.pixels), pixel_words(layer), row_words(layer), ZERO_BITS - layer.center_and,
+        int(layer.pairs), 0, shared=shared_bytes(layer, place, B, tile),
     )  # fmt: skip
     return y
 

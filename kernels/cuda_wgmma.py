@@ -36,7 +36,7 @@ from .cuda_primitives import (
     split,
 )
 from .cuda_tensorcore import (
-    TWO_TO_23_BITS,
+    ZERO_BITS,
     Tile,
     add_constants,
     add_scaled,
@@ -67,8 +67,8 @@ def conv_kernel(tile: Tile, chain_steps: int, output=float_output, out_type=floa
 
     def conv_wgmma(
         out, words, poison, weights, granules, alphas, alpha_sums, constants, betas, classes, taps, thresholds, flips,
-        B, H, W, P, N, M, O, T, top, left, stride_h, stride_w, padded_width, padded_image, out_width, out_image,
-        pixels, padded_O, steps, band, pixel_words, chains, pairs, out_bases,
+        B, H, W, C, P, N, M, O, T, top, left, stride_h, stride_w, padded_width, padded_image, out_width, out_image,
+        pixels, padded_O, steps, band, pixel_words, chains, zero, pairs, out_bases,
     ):  # fmt: skip
         shared = cuda.shared.array(0, uint32)
         floats = cuda.shared.array(0, float32)
@@ -97,7 +97,7 @@ def conv_kernel(tile: Tile, chain_steps: int, output=float_output, out_type=floa
         cp_async_wait_but_one()
         cuda.syncthreads()
         sum_pixels(
-            shared[planes_at:], floats[planes_at:], betas, thread, THREADS, band, plane, pixel_words, N * plane, P, N
+            shared[planes_at:], floats[planes_at:], betas, thread, THREADS, band, plane, pixel_words, N * plane, C, P, N
         )
         cuda.syncthreads()
         describe_rows(
@@ -131,7 +131,7 @@ def conv_kernel(tile: Tile, chain_steps: int, output=float_output, out_type=floa
                     alpha[2 * j + q] = alphas[m * padded_O + channel + 8 * j + q]
             for n in range(N):
                 for i in range(COUNTS):
-                    counts[i] = int32(TWO_TO_23_BITS)
+                    counts[i] = int32(zero)
                 descriptor = uint64(shared_address(shared, m % 2 * buffer) // 16) + uint64(DESCRIPTOR)
                 for chain in range(chains):
                     for step in range(chain_steps):
@@ -182,8 +182,8 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thr
     grid = -(-place.out_pixels * B // tile.pixels), -(-channels // tile.channels)
     conv_kernel(tile, steps, output, out_type)(
         grid, out, words_BHWPN, poison_BHW, layer.tiles(tile.channels, core_matrices), *tensors, out_thresholds_NO,
-        out_flips_O, *numbers, place.band(B, tile.pixels), pixel_words(layer), layer.steps // steps, int(layer.pairs),
-        bases, shared=shared_bytes(layer, place, B, tile),
+        out_flips_O, *numbers, place.band(B, tile.pixels), pixel_words(layer), layer.steps // steps,
+        ZERO_BITS - layer.center_and, int(layer.pairs), bases, shared=shared_bytes(layer, place, B, tile),
     )  # fmt: skip
     return out
 

@@ -1,0 +1,304 @@
+"""The CUDA ladder without a GPU: simulated against the reference, and compiled to machine code that is then read.
+
+Numba's simulator is chosen when Numba is imported, so it gets a process of its own: `test_in_the_simulator` runs this
+file once more with NUMBA_ENABLE_CUDASIM=1, and there it consists of the tests of the first half.
+
+    NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/test_kernels_cuda.py       runs them directly
+"""
+
+import functools
+import gc
+import math
+import os
+import re
+import subprocess
+import sys
+import threading
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import abcnets
+
+pytest.importorskip("numba")
+pytest.importorskip("numba_cuda")
+
+SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
+
+
+if SIMULATED:
+    from numba.cuda.simulator import kernel as simulator
+
+    from kernels import (
+        cuda_bench,
+        cuda_check,
+        cuda_engine,
+        cuda_float,
+        cuda_fused,
+        cuda_pack,
+        cuda_report,
+        cuda_tensorcore,
+        cuda_wgmma,
+    )
+    from kernels.cuda_check import error_of, layer_of, random_layer, reference, wrong_bits
+
+    # A simulated thread is a Python thread, and Numba's simulator polls them. Here they meet at a barrier instead,
+    # which is several times faster, and enough for kernels whose threads all reach every syncthreads.
+    def run_block(manager, grid_point, *args):
+        places = list(np.ndindex(*manager._block_dim))
+        manager.meeting = threading.Barrier(len(places))
+        target = functools.partial(manager._f, *args)
+        threads = [simulator.BlockThread(target, manager, grid_point, place, False) for place in places]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for thread in threads:
+            if thread.exception and thread.exception[0] is not threading.BrokenBarrierError:
+                raise thread.exception[0].with_traceback(thread.exception[1])
+
+    simulator.BlockManager.run = run_block
+    simulator.BlockThread.syncthreads = lambda thread: thread._manager.meeting.wait(60)
+    torch.set_num_threads(1)
+    SMALL_TILE, SMALL_GROUP = cuda_tensorcore.Tile(16, 32, 1, 1), cuda_tensorcore.Tile(64, 32, 4, 1)
+
+    # H != W; channels that don't fill a word (33), fill one (64), spill into a third (130); ragged tiles, all borders.
+    SHAPES = {
+        "33 channels": dict(B=2, C=33, sizes=(4, 3), O=5, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), M=2, N=2),
+        "64 channels, stride 2": dict(
+            B=1, C=64, sizes=(5, 4), O=9, kernel=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1), M=1, N=3
+        ),
+        "130 channels, uneven": dict(
+            B=1,
+            C=130,
+            sizes=(3, 6),
+            O=35,
+            kernel=(2, 3),
+            stride=(1, 2),
+            padding=(1, 0, 2, 1),
+            M=2,
+            N=1,
+            dilation=(1, 2),
+        ),
+        "64 channels, 1 x 1": dict(
+            B=2, C=64, sizes=(2, 3), O=3, kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), M=3, N=1
+        ),
+    }
+
+    @pytest.fixture(autouse=True)
+    def small_tiles(monkeypatch):
+        monkeypatch.setattr(cuda_tensorcore, "TILES", (SMALL_TILE,))
+        monkeypatch.setattr(cuda_wgmma, "TILES", (SMALL_GROUP,))
+        monkeypatch.setattr(cuda_engine, "_matrix_rung", "mma")
+
+    def packed(arguments):
+        return cuda_pack.pack(arguments[0], arguments[4], arguments[5])
+
+    @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+    def test_pack(order):
+        x, _, _, _, thresholds, flips = random_layer(**SHAPES["33 channels"])[:6]
+        x[1, 30, 2, 1], x[0, 0, 0, 0] = math.nan, math.inf
+        thresholds[0, 3], thresholds[1, 4] = -math.inf, math.inf
+        words, poison = cuda_pack.pack(x.contiguous(memory_format=order), thresholds, flips)
+        bits = (x.movedim(1, -1)[None] >= thresholds[:, None, None, None]) != flips
+        assert torch.equal(words, abcnets._pack_bits(bits, torch.int64).movedim(0, -1))
+        assert torch.equal(poison.isnan(), x.isnan().any(1))
+        assert not poison.nan_to_num().any()
+
+    def test_float():
+        arguments = random_layer(**SHAPES["64 channels, stride 2"])
+        layer = layer_of(arguments)
+        w = torch.randn(layer.O, layer.C, 3, 3)
+        expected = torch.conv2d(arguments[0].double(), w.double(), layer.bias_O.double(), 2, 1)
+        assert error_of(cuda_float.conv(layer, arguments[0], w), expected) < 3e-6
+
+    COMMON = list(SHAPES)[:2]
+
+    @pytest.mark.parametrize(
+        "rung, shape",
+        [(rung, shape) for rung in cuda_check.RUNGS for shape in (SHAPES if rung in ("popcount", "mma") else COMMON)],
+    )
+    def test_rung_is_the_reference(rung, shape):
+        arguments = random_layer(**SHAPES[shape])
+        arguments[0][0, 1, 1, 2] = math.nan
+        y = cuda_check.RUNGS[rung](layer_of(arguments), *packed(arguments))
+        assert error_of(y, reference(arguments)) < 3e-6
+
+    @pytest.mark.parametrize("tile, shape", [((32, 16, 2, 1), "130 channels, uneven"), ((16, 64, 1, 2), "33 channels")])
+    def test_tiles_of_several_warps(tile, shape):
+        arguments = random_layer(**SHAPES[shape])
+        y = cuda_tensorcore.conv(layer_of(arguments), *packed(arguments), tile=cuda_tensorcore.Tile(*tile))
+        assert error_of(y, reference(arguments)) < 3e-6
+
+    @pytest.mark.parametrize("conv", [cuda_fused.conv, cuda_check.wgmma_fused], ids=["mma", "wgmma"])
+    def test_bits_out(conv):
+        arguments = random_layer(**SHAPES["33 channels"], out_bases=3)
+        arguments[-2][0, 1], arguments[-2][1, 2] = -math.inf, math.inf
+        words = conv(layer_of(arguments), *packed(arguments), *cuda_fused.pad_outputs(*arguments[-2:]))
+        assert wrong_bits(words, arguments) == 0
+
+    @pytest.mark.parametrize(
+        "shape",
+        [
+            dict(B=3, C=70, sizes=(), O=10, kernel=(), stride=(), padding=()),
+            dict(B=2, C=20, sizes=(7,), O=40, kernel=(3,), stride=(2,), padding=(1, 0)),
+            dict(B=1, C=20, sizes=(2, 3, 2), O=4, kernel=(2, 2, 2), stride=(1,) * 3, padding=(1,) * 6),
+        ],
+        ids=["linear", "1-D", "3-D"],
+    )
+    def test_operator_in_other_dimensions(shape):
+        arguments = random_layer(**shape, M=2, N=1, dtype=torch.bfloat16)
+        y = cuda_engine.packed_conv(*arguments)
+        assert y.dtype == torch.bfloat16
+        assert error_of(y, reference(arguments)) < 1e-2
+        arguments = random_layer(**shape, M=1, N=2, out_bases=2)
+        assert wrong_bits(cuda_engine.packed_conv(*arguments), arguments) == 0
+
+    def test_operator_takes_words_and_falls_to_a_lower_rung(monkeypatch):
+        arguments = random_layer(**SHAPES["33 channels"], out_bases=2)
+        words, _ = packed(arguments)
+        assert wrong_bits(cuda_engine.packed_conv(words, *arguments[1:]), arguments) == 0
+        monkeypatch.setattr(cuda_engine, "_has_mma", lambda device: False)
+        assert wrong_bits(cuda_engine.packed_conv(words, *arguments[1:]), arguments) == 0
+        y = cuda_engine.packed_conv(words, *arguments[1:-2], None, None)
+        assert error_of(y, reference((*arguments[:-2], None, None))) < 3e-6
+
+    def test_operator_refuses_to_say_nan_in_bits():
+        arguments = random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=1)
+        arguments[0][0, 5, 0, 0] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            cuda_engine.packed_conv(*arguments)
+
+    def test_what_is_kept_follows_the_tensors():
+        arguments = random_layer(**SHAPES["64 channels, 1 x 1"])
+        before = len(cuda_engine._kept)
+        for change in (lambda: None, lambda: arguments[2].mul_(2), lambda: arguments[1].bitwise_not_()):
+            change()
+            assert error_of(cuda_engine.packed_conv(*arguments), reference(arguments)) < 3e-6
+        assert len(cuda_engine._kept) == before + 1
+        del arguments, change
+        gc.collect()
+        assert len(cuda_engine._kept) == before
+
+    @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)])
+    def test_max_pool(sizes):
+        words = torch.randint(-(2**63), 2**63 - 1, (2, 5, 3, 2, 1))
+        flips = torch.rand(128) < 0.5
+        expected = abcnets._packed_max_pool_reference(words, flips, 128, *sizes)
+        assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected)
+
+    def test_bench_rehearsal(tmp_path, capsys):
+        """One layer through the bench and its report; the times mean nothing here."""
+        bench = cuda_bench.Bench(limit=600)
+        bench.right = {"pack", "popcount", "mma", "fused", "operator"}
+        bench.ceilings = {
+            "bmma": {"rate": 1e15, "per_clock_sm": 1.0},
+            "bandwidth": {"rate": 1e12, "per_clock_sm": None},
+        }
+        bench.add(section="ceilings", method="bmma", ops_per_s="1e15", note="multiply-adds a second")
+        for section in ("ladder", "resnet18"):
+            bench.layer(section, (1, 64, 2, 3, 8, 1, 1), (1,), ("popcount", "mma"))
+        for row in bench.rows:
+            row["B"], row["K"] = 256, 3
+        (tmp_path / "README.md").write_text(f"before\n{cuda_report.BEGIN}\nold\n{cuda_report.END}\nafter\n")
+        cuda_report.report(bench.rows, tmp_path)
+        text = (tmp_path / "README.md").read_text()
+        assert text.startswith("before") and text.endswith("after\n") and "\nold\n" not in text
+        assert "cuda_popcount.py" in text and "nan" not in text
+        assert {"cuda.csv", "cuda.svg"} == {path.name for path in (tmp_path / "results").iterdir()}
+        assert "Not measured yet" in cuda_report.table([])
+
+else:
+    from kernels import (
+        cuda_bases,
+        cuda_bench,
+        cuda_fused,
+        cuda_pack,
+        cuda_popcount,
+        cuda_rates,
+        cuda_shared,
+        cuda_tensorcore,
+        cuda_wgmma,
+    )
+    from kernels.cuda_launch import uint32
+
+    def test_in_the_simulator():
+        environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+        done = subprocess.run(
+            command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+    def test_without_a_gpu_the_bench_says_so(capsys):
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+        assert cuda_bench.main([]) == 2
+        assert "No GPU here" in capsys.readouterr().out
+
+    def tool(package, name):
+        """A program out of one of NVIDIA's wheels."""
+        try:
+            files = metadata.files(package) or []
+        except metadata.PackageNotFoundError:
+            pytest.skip(f"the wheel {package} is not installed")
+        for file in files:
+            if file.name == name and Path(file.locate()).exists():
+                return str(file.locate())
+        pytest.skip(f"the wheel {package} has no {name} for this machine")
+
+    def compiled(kernel, capability, folder):
+        """(how often each opcode occurs, registers, bytes of stack and spills) of a kernel's machine code."""
+        ptxas, nvdisasm = tool("nvidia-cuda-nvcc", "ptxas"), tool("nvidia-cuda-nvdisasm", "nvdisasm")
+        tool("nvidia-nvvm", "libnvvm.so.4"), tool("nvidia-cuda-nvrtc", "libnvrtc.so.13")
+        source, binary = folder / "kernel.ptx", folder / "kernel.cubin"
+        source.write_text(kernel.ptx(capability))
+        architecture = "sm_" + "".join(map(str, capability))
+        report = subprocess.run(
+            [ptxas, "-v", "-arch", architecture, source, "-o", binary], capture_output=True, text=True, check=True
+        ).stderr
+        assembly = subprocess.run([nvdisasm, binary], capture_output=True, text=True, check=True).stdout
+        opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", assembly, re.M)
+        counts = {opcode: opcodes.count(opcode) for opcode in set(opcodes)}
+        registers = int(re.search(r"Used (\d+) registers", report).group(1))
+        spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)))
+        assert "serialized" not in report  # ptxas says so where wgmma instructions wait for each other
+        return counts, registers, spilled
+
+    AMPERE, HOPPER = (8, 0), (9, 0, "a")
+    LARGEST = cuda_tensorcore.TILES[0]
+
+    @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm_80", "sm_90a"])
+    def test_rung_6_is_made_of_tensor_core_instructions(capability, tmp_path):
+        counts, registers, spilled = compiled(cuda_tensorcore.conv_kernel(LARGEST), capability, tmp_path)
+        assert counts["BMMA"] >= 16 and counts["LDSM"] >= 6 and counts["LDGSTS"] >= 2
+        assert spilled == 0 and registers <= 255
+
+    def test_rung_7_is_made_of_wgmma(tmp_path):
+        counts, registers, spilled = compiled(cuda_wgmma.conv_kernel(cuda_wgmma.TILES[0], 5), HOPPER, tmp_path)
+        assert counts["BGMMA"] >= 5 and counts["LDSM"] >= 5 and "BMMA" not in counts
+        assert spilled == 0 and registers <= 255
+
+    def test_rung_8_writes_words(tmp_path):
+        kernel = cuda_tensorcore.conv_kernel(LARGEST, cuda_fused.bits_output, uint32)
+        counts, _, spilled = compiled(kernel, HOPPER, tmp_path)
+        assert counts["BMMA"] >= 16 and counts["SHFL"] >= 2 and counts["STG"] <= 16
+        assert spilled == 0
+
+    @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm_80", "sm_90a"])
+    def test_lower_rungs_compile(capability, tmp_path):
+        kernels = {
+            "VOTE": cuda_pack.pack_channels_last_kernel(2),
+            "POPC": cuda_popcount.conv_kernel(),
+            "LDS": cuda_shared.conv_kernel(),
+            "BAR": cuda_bases.conv_kernel(3, 3),
+            "BMMA": cuda_rates.bmma_kernel(256),
+        }
+        if capability == HOPPER:
+            kernels["BGMMA"] = cuda_rates.bgmma_kernel(128, 256)
+        for opcode, kernel in kernels.items():
+            counts, _, spilled = compiled(kernel, capability, tmp_path)
+            assert counts[opcode] and spilled == 0, kernel.function.__name__
