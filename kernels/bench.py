@@ -450,7 +450,7 @@ def write_readme() -> None:
 
 def parse_arguments(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="cuda has options of its own")
     parser.add_argument("--shape", help="C,O,K,size,padding[,stride]: one convolution instead of all")
     parser.add_argument("--batch", type=int, default=1, help="images, with --shape")
     parser.add_argument("--bases", type=int, nargs="+", default=list(BASES), help="M = N to time")
@@ -459,17 +459,18 @@ def parse_arguments(arguments=None):
     parser.add_argument("--compile", action="store_true", help="time torch.compile's float32 convolution too")
     parser.add_argument("--quick", action="store_true", help="three sizes, two seconds each, nothing written")
     parser.add_argument("--readme", action="store_true", help="only write table and figure from the results")
-    return parser.parse_known_args(arguments)
+    return parser.parse_args(arguments)
 
 
 def main() -> None:
-    options, others = parse_arguments()
-    if options.device == "cuda":
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--device", default="cpu")
+    chosen, others = device.parse_known_args()
+    if chosen.device == "cuda":
         from . import cuda_bench
 
         return cuda_bench.main(others)
-    if others:
-        raise SystemExit(f"unknown options: {' '.join(others)}")
+    options = parse_arguments()
     if options.readme:
         return write_readme()
     import kernels
@@ -485,7 +486,7 @@ def main() -> None:
     about = machine() | {"clock_ghz": round(cpu_peak.clock() / 1e9, 3), "bound_tops": round(cpu_peak.peak() / 1e12, 3)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
-    for shape in shapes:
+    for shape in shapes:  # a whole network is one more set of contenders for interleaved_medians
         for threads in options.threads:
             times = time_shape(shape, threads, options.bases, seconds, options.compile)
             new = rows_of(shape, threads, times, cpu_peak.peak())

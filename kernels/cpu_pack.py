@@ -92,7 +92,7 @@ def chunk_kernel(N, stamp=STAMP):
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def pack_chunk(jobs, image, first, words, scratch):
         job = carray(jobs, 1)[0]
-        _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
+        _ = stamp  # makes the edit stamp part of the cache entry's key
         if job.input_kind == WORDS:
             copy_words(job, image, first, words)
             return 0

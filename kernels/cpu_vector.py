@@ -51,7 +51,7 @@ from .cpu_primitives import (
 )
 
 # Pixels in a tile, by N: 2 * P * N counters must leave registers (of 32) for two weights and a few temporaries.
-TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 3, 5: 2, 6: 2, 7: 1, 8: 1}
+TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}
 
 # --------------------------------------------------------------------------- the tile
 
@@ -133,7 +133,7 @@ def block_kernel(N, P, masked, stamp=STAMP):
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def convolve_block(jobs, words, block, first, rows):
         job = carray(jobs, 1)[0]
-        _ = stamp  # makes the edit stamp of cpu_primitives part of the cache entry's key
+        _ = stamp  # makes the edit stamp part of the cache entry's key
         M, taps = job.weight_bases, job.tap_count
         weights = job.weights + block * M * taps * 128
         masks = job.masks + block * taps * 128
@@ -219,18 +219,24 @@ def pack_share(job, thread, begin, end):
 def convolve_share(job, thread, begin, end):
     """Compute tasks begin..end; a task is one block of channels at 64 pixels of one image."""
     rows = job.scratch + thread * SCRATCH_BYTES
-    pixel_blocks = (job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK
-    for task in range(begin, end):
-        image = task // (job.blocks * pixel_blocks)
-        block = task // pixel_blocks % job.blocks
-        first = task % pixel_blocks * PIXEL_BLOCK
+    output_pixels, blocks, kind = job.output_pixels, job.blocks, job.output_kind
+    pixel_blocks = (output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK
+    image = begin // (blocks * pixel_blocks)
+    block = begin // pixel_blocks % blocks
+    first = begin % pixel_blocks * PIXEL_BLOCK
+    for _ in range(begin, end):
         last = call_kernel(job.block_kernel, job.address, image_words(job, image, thread), block, first, rows)
-        if job.output_kind == PLANAR:
+        if kind == PLANAR:
             store_planes(job, image, block, first, last, rows)
-        elif job.output_kind == INTERLEAVED:
+        elif kind == INTERLEAVED:
             store_interleaved(job, image, block, first, last, rows)
         else:
             store_bits(job, image, block, first, last, rows)
+        first = last
+        if first == output_pixels:
+            first, block = 0, block + 1
+        if block == blocks:
+            block, image = 0, image + 1
 
 
 @functools.cache
