@@ -1,0 +1,123 @@
+"""How fast whole networks run, packed against float: `python notebooks/speed.py`.
+
+The nine-layer network on 28x28 images and ResNet-18 on 224x224, every layer but the first and last binarized, with bits
+kept between layers where they can be (`abcnets.fuse`). Beside them the float network in the best form that torch has:
+both memory layouts, each also with BatchNorm folded into the convolutions where it follows one, and with --compile
+what torch.compile makes of it. All contenders run in one process, in turn; the median round counts.
+
+Writes notebooks/results/speed.csv and the table of networks in kernels/README.md.
+"""
+
+import argparse
+import copy
+import os
+from pathlib import Path
+
+import experiment
+import pandas as pd
+import torch
+from torch.fx.experimental.optimization import fuse as fold_batch_norm
+
+import abcnets
+import kernels
+from kernels import bench
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def nine_layer():
+    return experiment.nine_layer().eval(), (1, 28, 28)
+
+
+def resnet18():
+    experiment._import_torchvision()
+    from torchvision.models import resnet18
+
+    return resnet18().eval(), (3, 224, 224)
+
+
+NETWORKS = {"nine-layer": nine_layer, "ResNet-18": resnet18}
+CASES = [("nine-layer", 1), ("nine-layer", 32), ("ResNet-18", 1), ("ResNet-18", 8)]
+
+
+def contenders(name: str, batch: int, bases, compiled: bool) -> dict:
+    """{(form, M = N or 0): a function that runs the network once}"""
+    torch.manual_seed(0)
+    network, shape = NETWORKS[name]()
+    x = torch.randn(batch, *shape)
+    forms = {"float32": network, "float32, BatchNorm folded": fold_batch_norm(network)}
+    runs = {}
+    for form, model in forms.items():
+        for layout, order in (("", torch.contiguous_format), (", channels last", torch.channels_last)):
+            there, inputs = copy.deepcopy(model).to(memory_format=order), x.to(memory_format=order)
+            runs[form + layout, 0] = lambda there=there, inputs=inputs: there(inputs)
+            if compiled:
+                faster = torch.compile(there)
+                runs[f"{form}{layout}, compiled", 0] = lambda faster=faster, inputs=inputs: faster(inputs)
+    for n in bases:
+        binarized = abcnets.convert(network, n, n)
+        abcnets.calibrate(binarized, x[:4] if batch > 4 else x, compensate=False, progress=False)
+        packed = abcnets.pack(binarized)
+        runs["packed", n] = lambda packed=packed: packed(x)
+        fused = abcnets.fuse(packed)
+        runs["packed, bits between layers", n] = lambda fused=fused: fused(x)
+    return runs
+
+
+def measure(name: str, batch: int, threads: int, bases, seconds: float, compiled: bool) -> pd.DataFrame:
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        times = bench.interleaved_medians(contenders(name, batch, bases, compiled), seconds)
+    best = min(t for (_, n), t in times.items() if n == 0)
+    rows = [
+        {"network": name, "batch": batch, "threads": threads, "form": form, "bases": n or "",
+         "milliseconds": round(1e3 * t, 4), "times_float32": round(best / t, 3)}
+        for (form, n), t in times.items()
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def table(rows: pd.DataFrame) -> str:
+    """Markdown: milliseconds of the best float form, and how many times as fast each packed network is."""
+    packed = rows[rows["form"] == "packed, bits between layers"]
+    counts = sorted(packed["bases"].unique())
+    lines = [
+        "Times as fast as the fastest float32 form, bits kept between layers where they can be:",
+        "",
+        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n}" for n in counts) + " |",
+        "|---|---|---|---|" + "---|" * len(counts),
+    ]
+    for key, group in packed.groupby(["network", "batch", "threads"], sort=False):
+        same = rows[(rows[["network", "batch", "threads"]] == key).all(axis=1)]
+        best = same[same["form"].str.startswith("float32")].nsmallest(1, "milliseconds").iloc[0]
+        speeds = group.set_index("bases")["times_float32"]
+        cells = [
+            *map(str, key),
+            f"{best['milliseconds']:.2f} ms ({best['form'].removeprefix('float32').strip(', ') or 'as it is'})",
+        ]
+        lines.append("| " + " | ".join([*cells, *(f"**{speeds[n]:.2f}**" for n in counts)]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--bases", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--seconds", type=float, default=15.0, help="for the rounds of one case")
+    parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
+    options = parser.parse_args()
+    kernels.require("cpu")
+    tables = []
+    for name, batch in CASES:
+        for threads in options.threads if name in options.networks else []:
+            tables.append(measure(name, batch, threads, options.bases, options.seconds, options.compile))
+            print(tables[-1].to_string(index=False), "\n", flush=True)
+    rows = pd.concat(tables).assign(**bench.machine())
+    if options.networks == list(NETWORKS):
+        rows.to_csv(RESULTS / "speed.csv", index=False)
+        bench.write_between(bench.HERE / "README.md", "network results", table(rows))
+
+
+if __name__ == "__main__":
+    main()
