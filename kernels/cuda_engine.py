@@ -27,7 +27,7 @@ import torch
 import abcnets
 
 from . import cuda_bases, cuda_fused, cuda_pack, cuda_pool, cuda_tensorcore, cuda_wgmma
-from .cuda_launch import Kernel, int32
+from .cuda_launch import Kernel, capability_of, int32
 from .cuda_layout import Layer
 from .cuda_primitives import SIMULATED
 
@@ -62,9 +62,8 @@ def packed_conv(
         out_thresholds, out_flips,
     )  # fmt: skip
     N, dims = len(betas), bits.ndim - 3
-    result = abcnets._packed_conv_fake(*arguments)  # for its shape: an empty tensor
     applies = groups == 1 and dims <= 2 and 0 < N <= 16 and x.dtype != torch.float64
-    if not applies or result.numel() == 0 or x.numel() == 0 or not _compiles():
+    if not applies or x.numel() == 0 or not _compiles():
         return abcnets._packed_conv_reference(*arguments)
     with _on(x.device):
         tensors = bits, alphas, betas, bias, out_thresholds, out_flips
@@ -81,9 +80,11 @@ def packed_conv(
             if out_thresholds is not None and not _capturing() and bool(poison_BHW.isnan().any()):
                 raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
         if out_thresholds is None:
-            y = _convolve(layer, words_BHWPN, poison_BHW).view(result.shape)
-            return y.to(result.dtype)
-        return _convolve_to_bits(layer, words_BHWPN, poison_BHW, *outputs, out_thresholds, out_flips).view(result.shape)
+            y = _convolve(layer, words_BHWPN, poison_BHW)
+            y = y.view(*y.shape[:2], *y.shape[4 - dims :])
+            return y if x.dtype == torch.int64 else y.to(x.dtype)
+        out = _convolve_to_bits(layer, words_BHWPN, poison_BHW, *outputs, out_thresholds, out_flips)
+        return out.view(len(out), *out.shape[3 - dims :])
 
 
 def _convolve(layer, words_BHWPN, poison_BHW):
@@ -182,7 +183,7 @@ def _compiles() -> bool:
 
     try:
         if not SIMULATED:
-            Kernel(nothing, (int32,), 1).ptx((8, 0))
+            Kernel(nothing, (int32,), 1).ptx(capability_of(torch.cuda.current_device()))
     except Exception as error:  # whatever is missing, layers must still compute
         reason = str(error).strip().splitlines()[0]
         warnings.warn(f"packed layers run on plain torch: Numba can't compile for CUDA here ({reason})", stacklevel=3)

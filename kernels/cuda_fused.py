@@ -13,9 +13,9 @@ shuffles.
     out_BHWPN    uint64    the contract's words, P = ceil(O / 64): what the next layer takes. Spare bits are 0: their
                            thresholds are +infinity.
 
-Traffic. The float result of a 128 x 128 tile is 65 536 bytes to write, as many for the next layer to read, and with
-an unfused BatchNorm and ReLU four times that again; the bits are 2048 N'. At 21 bytes a clock and SM, writing floats
-takes 3100 clocks and the arithmetic, for 3 x 3 x 128 at M = N = 1, 1185 (at the reported rate): fused it is the
+Traffic. The float result of a 128 x 128 tile is 65 536 bytes to write, as many for the next layer to read, and an
+unfused BatchNorm and ReLU read and write it again; the bits are 2048 N'. At 19 bytes a clock and SM, writing floats
+takes 3400 clocks, and the arithmetic, for 3 x 3 x 128 at M = N = 1, 1185 (at the reported rate): fused it is the
 arithmetic that counts.
 """
 

@@ -79,6 +79,7 @@ class Kernel:
     def _arguments(self):
         """This thread's buffer of 8-byte slots for the arguments, and the addresses of the slots."""
         if not hasattr(self._local, "arguments"):
+            _use_torchs_context()
             slots = "".join("q" * (5 + 2 * t.ndim) if isinstance(t, types.Array) else _slot(t) for t in self.signature)
             packer = struct.Struct("=" + slots.replace("i", "i4x").replace("f", "f4x"))
             buffer = ctypes.create_string_buffer(packer.size)
@@ -112,7 +113,9 @@ def capability_of(index: int) -> tuple:
 
 def shared_memory_limit(device: torch.device) -> int:
     """How many bytes of shared memory one block may have."""
-    return 227 * 1024 if SIMULATED else torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if SIMULATED:
+        return 227 * 1024
+    return getattr(torch.cuda.get_device_properties(device), "shared_memory_per_block_optin", 48 * 1024)
 
 
 def _slot(kind) -> str:
@@ -136,10 +139,16 @@ _libcuda = None
 def _driver():
     global _libcuda
     if _libcuda is None:
-        _libcuda = ctypes.CDLL("libcuda.so.1")
         torch.cuda.init()
-        torch.empty(1, device="cuda")  # so that the device's primary context, torch's, is current
+        _libcuda = ctypes.CDLL("libcuda.so.1")
     return _libcuda
+
+
+def _use_torchs_context() -> None:
+    """Make the device's primary context, which is torch's, this thread's: a new thread has none until torch sets it."""
+    context = ctypes.c_void_p()
+    _check(_driver().cuDevicePrimaryCtxRetain(ctypes.byref(context), torch.cuda.current_device()))
+    _check(_driver().cuCtxSetCurrent(context))
 
 
 def _check(code: int) -> None:

@@ -23,7 +23,7 @@ measures it), 35 times the popcount unit and 8.6 times fp16. A step of a warp, 6
 of the warp's tensor core at that rate) fed by 6 ldmatrix (24 clocks of the SM's shared memory for each warp, 96 a
 step of four): close to balance, the tensor core ahead. Scaling costs 128 float operations a warp, m and n; for 3 x 3
 x 128 channels (5 steps) 128 issue slots beside 595 clocks. Bytes: at M = N = 1 writing the float result, 64 KB a
-tile, takes three times as long as computing it at 21 bytes a clock and SM: hence rung 8.
+tile, takes three times as long as computing it, at 19 bytes a clock and SM (4.3 TB/s): hence rung 8.
 """
 
 import functools
