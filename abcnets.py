@@ -1153,8 +1153,9 @@ def _packed_conv_reference(
         bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C); flips (C,) bool;
         bias (O,) or None. N = 0: x enters as it is.
         padding: (low, high) per spatial dimension; padded taps are 0, neither +1 nor -1.
-        returns (B, O, *S') in x's dtype (float32 for words); or, given out_thresholds (N', O) and out_flips (O,),
-        words (B, *S', ceil(O / 64), N') with bit (y >= out_thresholds[n]) != out_flips.
+        returns (B, O, *S') in x's dtype (float32 for words), contiguous whatever the order of x; or, given
+        out_thresholds (N', O) and out_flips (O,), words (B, *S', ceil(O / 64), N') with bit
+        (y >= out_thresholds[n]) != out_flips.
 
     A NaN in x gives NaN where the float simulation has it. Bits cannot be NaN: then it raises ValueError.
     """
@@ -1196,7 +1197,7 @@ def _packed_max_pool_reference(
     """abcnets::packed_max_pool: words (B, *S, P, N) of a thresholded tensor -> those of the max-pooled tensor.
 
     Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
-    OR, and padding is 0.
+    OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides).
     """
     raw = _unpack_bits(words.movedim(-1, 0), channels) != flips  # (N, B, *S, C)
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
