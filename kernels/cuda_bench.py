@@ -81,6 +81,7 @@ class Bench:
         late = time.monotonic() > self.deadline
         if late and what not in self.skipped:
             self.skipped.append(what)
+            self.add(section="skipped", method=what, note="skipped: the time was used up")
             self.say(f"  {what}: skipped, the time is used up")
         return late
 

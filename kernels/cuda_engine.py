@@ -27,7 +27,7 @@ import torch
 import abcnets
 
 from . import cuda_bases, cuda_fused, cuda_pack, cuda_pool, cuda_tensorcore, cuda_wgmma
-from .cuda_launch import Kernel, capability_of, int32
+from .cuda_launch import Kernel, int32
 from .cuda_layout import Layer
 from .cuda_primitives import SIMULATED
 
@@ -62,7 +62,7 @@ def packed_conv(
         out_thresholds, out_flips,
     )  # fmt: skip
     N, dims = len(betas), bits.ndim - 3
-    applies = groups == 1 and dims <= 2 and 0 < N <= 16 and x.dtype != torch.float64
+    applies = groups == 1 and dims <= 2 and 0 < N <= 16 and len(bits) <= 16 and x.dtype != torch.float64
     if not applies or x.numel() == 0 or not _compiles():
         return abcnets._packed_conv_reference(*arguments)
     with _on(x.device):
@@ -75,7 +75,8 @@ def packed_conv(
             words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
             poison_BHW = layer.place(*words_BHWPN.shape[1:3]).no_poison(len(x))
         else:
-            x_BCHW = x.float().view(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
+            x_BCHW = x.float()
+            x_BCHW = x_BCHW if dims == 2 else x_BCHW.reshape(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
             words_BHWPN, poison_BHW = cuda_pack.pack(x_BCHW, thresholds, flips)
             if out_thresholds is not None and not _capturing() and bool(poison_BHW.isnan().any()):
                 raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
@@ -176,16 +177,16 @@ def _has_wgmma(device) -> bool:
 
 @functools.cache
 def _compiles() -> bool:
-    """Whether Numba finds its compiler; says once why not."""
+    """Whether Numba finds its compiler and the driver takes what it makes; says once why not."""
 
     def nothing(x):
         pass
 
     try:
         if not SIMULATED:
-            Kernel(nothing, (int32,), 1).ptx(capability_of(torch.cuda.current_device()))
+            Kernel(nothing, (int32,), 1)(1, 0)
     except Exception as error:  # whatever is missing, layers must still compute
         reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"packed layers run on plain torch: Numba can't compile for CUDA here ({reason})", stacklevel=3)
+        warnings.warn(f"packed layers run on plain torch: Numba's CUDA kernels can't run here ({reason})", stacklevel=3)
         return False
     return True

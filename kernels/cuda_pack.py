@@ -98,7 +98,7 @@ def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
     words = torch.empty(B, H, W, P, N, dtype=torch.int64, device=x_BCHW.device)
     poison = torch.zeros(B, H, W, device=x_BCHW.device)
     pixels = B * H * W
-    constants = thresholds_NC.contiguous(), flips_C.contiguous().view(torch.uint8)
+    constants = thresholds_NC.float().contiguous(), flips_C.contiguous().view(torch.uint8)
     if not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last):
         kernel, grid, x = pack_channels_last_kernel(N), -(-pixels // (THREADS // 32)), x_BCHW.permute(0, 2, 3, 1)
     else:

@@ -39,6 +39,8 @@ if SIMULATED:
         """A function for kernels to call. It may not name `cuda`: pass it thread numbers, keep barriers outside."""
         return function
 
+    PATIENCE = 60  # seconds until a warp whose other threads failed gives up
+
     class _Warp:
         """Where the simulated threads of one warp meet; whoever comes last computes for all of them."""
 
@@ -66,9 +68,9 @@ if SIMULATED:
         warp = groups[width, group]
         warp.operands[lane] = operands
         warp.instruction = instruction
-        warp.arrived.wait()
+        warp.arrived.wait(PATIENCE)
         result = warp.results[lane]
-        warp.left.wait()
+        warp.left.wait(PATIENCE)
         return result
 
     def _mma(operands):

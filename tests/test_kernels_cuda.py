@@ -6,7 +6,7 @@ file once more with NUMBA_ENABLE_CUDASIM=1, and there it consists of the tests o
     NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/test_kernels_cuda.py       runs them directly
 """
 
-import functools
+import ctypes
 import gc
 import math
 import os
@@ -16,6 +16,7 @@ import sys
 import threading
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -50,14 +51,21 @@ if SIMULATED:
     def run_block(manager, grid_point, *args):
         places = list(np.ndindex(*manager._block_dim))
         manager.meeting = threading.Barrier(len(places))
-        target = functools.partial(manager._f, *args)
+
+        def target():
+            try:
+                manager._f(*args)
+            except Exception:
+                manager.meeting.abort()
+                raise
+
         threads = [simulator.BlockThread(target, manager, grid_point, place, False) for place in places]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
         for thread in threads:
-            if thread.exception and thread.exception[0] is not threading.BrokenBarrierError:
+            if thread.exception and not isinstance(thread.exception[0], threading.BrokenBarrierError):
                 raise thread.exception[0].with_traceback(thread.exception[1])
 
     simulator.BlockManager.run = run_block
@@ -216,7 +224,9 @@ else:
         cuda_bases,
         cuda_bench,
         cuda_fused,
+        cuda_launch,
         cuda_pack,
+        cuda_pool,
         cuda_popcount,
         cuda_rates,
         cuda_shared,
@@ -267,6 +277,31 @@ else:
         spilled = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads)", report)))
         assert "serialized" not in report  # ptxas says so where wgmma instructions wait for each other
         return counts, registers, spilled
+
+    def test_arguments_reach_the_driver_as_the_machine_code_reads_them(monkeypatch):
+        """A launch up to the driver, which is a stand-in here: what lies in the slots is what the PTX declares."""
+        seen = {}
+
+        class Driver:
+            def cuLaunchKernel(self, function, *rest):
+                *sizes, shared, _, addresses, _ = rest
+                seen.update(sizes=sizes, shared=shared, addresses=list(addresses))
+                return 0
+
+        kernel = cuda_pool.pool_kernel()
+        monkeypatch.setattr(cuda_launch, "_driver", Driver)
+        monkeypatch.setattr(cuda_launch, "_use_torchs_context", lambda: None)
+        monkeypatch.setattr(kernel, "_function", lambda shared: None)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=7))
+        out, words, flips = (torch.zeros(s, dtype=torch.int64) for s in ((1, 2, 3, 1, 2), (1, 4, 6, 1, 2), (1,)))
+        kernel((5, 2), out, words, flips, *range(-4, 4), shared=64)
+        declared = re.findall(r"\.param \.(\w+)", kernel.ptx((8, 0)).split(".entry")[1].split(")")[0])
+        read = {"u64": ctypes.c_int64, "u32": ctypes.c_int32}
+        values = [read[kind].from_address(at).value for kind, at in zip(declared, seen["addresses"], strict=True)]
+        array = [0, 0, 12, 8, out.data_ptr(), *out.shape, *(8 * s for s in out.stride())]
+        assert values[: len(array)] == array
+        assert values[-8:] == list(range(-4, 4))
+        assert seen["sizes"] == [5, 2, 1, 256, 1, 1] and seen["shared"] == 64
 
     AMPERE, HOPPER = (8, 0), (9, 0, "a")
     LARGEST = cuda_tensorcore.TILES[0]
