@@ -94,7 +94,7 @@ class Data:
         for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size)):
             yield self.normalize(images.permute(0, 2, 3, 1)), labels
 
-    def calibration_batches(self, count: int = 1024, batch_size: int = 128, seed: int = 0):
+    def calibration_batches(self, count: int = 2048, batch_size: int = 128, seed: int = 0):
         """Training images as they are, for `abcnets.calibrate`."""
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randperm(len(self.train_images), generator=generator)[:count].to(self.train_images.device)
@@ -317,8 +317,8 @@ def finetune(
     teacher: nn.Module | None = None,
     *,
     epochs: int | None = None,
-    lr: float = 2e-3,
-    lr_activation: float = 2e-3,
+    lr: float = 1e-3,
+    lr_activation: float = 1e-3,
     weight_decay: float = 0.0,
     **options,
 ) -> list[dict]:
@@ -639,7 +639,7 @@ def run_finetune(options) -> None:
     model = _convert(options, teacher)
     percent = {"float": accuracy(teacher, data), "binarized": accuracy(model, data)}
     if options.calibrate != 0:
-        abcnets.calibrate(model, data.calibration_batches(options.calibrate or 1024))
+        abcnets.calibrate(model, data.calibration_batches(options.calibrate or 2048))
         percent["calibrated"] = accuracy(model, data)
     print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
     recipe = _given(options, "epochs", "lr", "lr_activation", "weight_decay", "distill", "batch_size")
@@ -750,7 +750,7 @@ def main(arguments: list[str] | None = None) -> None:
     variations.add_argument("--per-layer", action="store_true", help="alphas per layer, not per output channel")
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
-    variations.add_argument("--calibrate", type=int, metavar="IMAGES", help="0: do not (default: 1024)")
+    variations.add_argument("--calibrate", type=int, metavar="IMAGES", help="0: do not (default: 2048)")
     variations.add_argument("--distill", type=float, help="the teacher's part of the loss; 0: none (default: 0.5)")
 
     commands = parser.add_subparsers(title="commands", required=True)
