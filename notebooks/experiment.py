@@ -25,8 +25,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import tqdm.auto
 from torch import Tensor, nn
-from tqdm.auto import tqdm
+
+if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
+    tqdm.auto.tqdm = tqdm.std.tqdm
+tqdm = tqdm.auto.tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
