@@ -40,9 +40,14 @@ lab: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(BIN)/python -m kernels.bench
+	$(BIN)/python notebooks/speed.py
 
 results: $(INSTALLED)
-	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --run-missing
+	$(BIN)/python notebooks/experiment.py pretrain --dataset fashion-mnist
+	for bases in "1 1" "2 2" "3 3" "5 5" "1 none" "2 none" "3 none" "1 3" "3 1"; do set -- $$bases; \
+		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$1 --activation-bases $$2 \
+		|| exit 1; done
+	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --readme
 
 writeup: $(INSTALLED)
 	$(BIN)/python writeup/build.py

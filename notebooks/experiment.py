@@ -675,6 +675,28 @@ def run_table(options) -> None:
             print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
 
 
+    if options.readme:
+        path = ROOT / "README.md"
+        before, rest = path.read_text().split("<!-- results -->")
+        table = results_table(read_csv(options.results / "runs.csv"), options.dataset or "fashion-mnist")
+        path.write_text(f"{before}<!-- results -->\n{table}\n<!-- /results -->{rest.split('<!-- /results -->')[1]}")
+
+
+def results_table(rows: list[dict], dataset: str) -> str:
+    """The recorded runs of a data set with default options, as Markdown: accuracies in percent, bytes, epochs."""
+    lines = [
+        "| M | N | after binarizing | calibrated, not trained | fine-tuned (epochs) | packed |",
+        "|---|---|---|---|---|---|",
+    ]
+    rows = [row for row in rows if row["dataset"] == dataset and not row["options"] and row["seed"] == "0"]
+    for row in sorted(rows, key=lambda row: (row["M"] == row["N"] == "", row["M"] != row["N"], row["N"], row["M"])):
+        cells = [row[name] or "float" for name in ("M", "N")]
+        cells += [f"{float(row[name]):.2f} %" if row[name] else "" for name in ("binarized", "calibrated")]
+        cells += [f"**{float(row['accuracy']):.2f} %** ({row['epochs']})", f"{int(row['packed_bytes']) / 1000:.0f} kB"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def run_step(options) -> None:
     kinds = [(None, None), (options.weight_bases, options.activation_bases)]
     common = {"batch_size": options.batch_size or 128, "device": options.device}
@@ -772,6 +794,7 @@ def main(arguments: list[str] | None = None) -> None:
     command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
+    table.add_argument("--readme", action="store_true", help="write the README's table too")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--batch-size", type=int, default=128)
     step.add_argument("--rounds", type=int, default=25)
