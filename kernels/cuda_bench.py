@@ -45,8 +45,11 @@ RESNET18 = (  # C, H = W, O, K, stride
     (64, 56, 64, 3, 1), (64, 56, 128, 3, 2), (128, 28, 128, 3, 1), (128, 28, 256, 3, 2), (256, 14, 256, 3, 1),
     (256, 14, 512, 3, 2), (512, 7, 512, 3, 1), (64, 56, 128, 1, 2), (128, 28, 256, 1, 2), (256, 14, 512, 1, 2),
 )  # fmt: skip
-ORIGINAL_WIDTHS = (3, 8, 16, 24, 32, 40, 50)
+LADDER = (32, 128, 28, 28, 128, 3, 1)  # B, C, H, W, O, K, stride
+TUNED = ((256, 128, 28, 28, 128, 3, 1), (256, 512, 7, 7, 512, 3, 1), (1, 256, 14, 14, 256, 3, 1))
+ORIGINAL_BATCH, ORIGINAL_WIDTHS = 32, (3, 8, 16, 24, 32, 40, 50)
 BASES = (1, 2, 3, 5)
+BATCHES = (256, 32, 1)
 
 
 # ------------------------------------------------------------------ measuring
@@ -191,7 +194,7 @@ class Bench:
 
     def tiles(self):
         """Every tile on two layers, for choosing among them."""
-        for shape in ((256, 128, 28, 28, 128, 3, 1), (256, 512, 7, 7, 512, 3, 1), (1, 256, 14, 14, 256, 3, 1)):
+        for shape in TUNED:
             for count in (1, 3):
                 layer = layer_of(self._arguments(shape, count, count))
                 B, C, H, W, O, K, _ = shape
@@ -224,15 +227,15 @@ class Bench:
         for name in ("pack", "float", *RUNGS, "fused", "wgmma fused", "operator", "max pool", "CUDA graph"):
             self.add(section="correctness", method=name, note="right" if name in self.right else "wrong or missing")
         self.say("Times")
-        self.layer("ladder", (32, 128, 28, 28, 128, 3, 1), (1, 3), tuple(RUNGS), original=True)
-        for batch in (256, 32, 1):
+        self.layer("ladder", LADDER, (1, 3), tuple(RUNGS), original=True)
+        for batch in BATCHES:
             for C, H, O, K, stride in RESNET18:
                 if not self.out_of_time(f"resnet18 batch {batch}"):
                     self.layer("resnet18", (batch, C, H, H, O, K, stride))
             torch.cuda.empty_cache()
         for width in ORIGINAL_WIDTHS:
             if not self.out_of_time("original"):
-                self.layer("original", (32, 128, width, width, 128, 3, 1))
+                self.layer("original", (ORIGINAL_BATCH, 128, width, width, 128, 3, 1))
         self.tiles()
 
 

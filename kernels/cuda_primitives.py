@@ -39,7 +39,7 @@ if SIMULATED:
         """A function for kernels to call. It may not name `cuda`: pass it thread numbers, keep barriers outside."""
         return function
 
-    PATIENCE = 60  # seconds until a warp whose other threads failed gives up
+    PATIENCE = 300  # seconds until a warp whose other threads failed gives up
 
     class _Warp:
         """Where the simulated threads of one warp meet; whoever comes last computes for all of them."""

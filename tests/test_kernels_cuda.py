@@ -69,7 +69,7 @@ if SIMULATED:
                 raise thread.exception[0].with_traceback(thread.exception[1])
 
     simulator.BlockManager.run = run_block
-    simulator.BlockThread.syncthreads = lambda thread: thread._manager.meeting.wait(60)
+    simulator.BlockThread.syncthreads = lambda thread: thread._manager.meeting.wait(300)
     torch.set_num_threads(1)
     SMALL_TILE, SMALL_GROUP = cuda_tensorcore.Tile(16, 32, 1, 1), cuda_tensorcore.Tile(64, 32, 4, 1)
 
