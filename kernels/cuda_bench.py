@@ -15,8 +15,8 @@ least 7 replays after a warm-up, with the 10th and 90th percentile. cuDNN search
 and gets the better of both memory orders. int8: torch has no int8 convolution on CUDA; what is timed is
 `torch._int_mm` on the matrix product of the same size, which spares it the im2col.
 
-Operations are 2 x multiply-adds (x M N for bits). `bound_us` is the larger of operations over the measured BMMA rate
-and bytes (inputs and weights read once, the result written once) over the measured bandwidth.
+Operations are 2 x multiply-adds (x M N for bits). `bound_us` is the larger of operations over the measured rate of the
+unit that does them and bytes (inputs and weights read once, the result written once) over the measured bandwidth.
 
 Writes results/cuda.csv, results/cuda.svg and the table in README.md between its markers. Without a GPU it says so and
 returns 2, and changes nothing.
@@ -50,6 +50,10 @@ TUNED = ((256, 128, 28, 28, 128, 3, 1), (256, 512, 7, 7, 512, 3, 1), (1, 256, 14
 ORIGINAL_BATCH, ORIGINAL_WIDTHS = 32, (3, 8, 16, 24, 32, 40, 50)
 BASES = (1, 2, 3, 5)
 BATCHES = (256, 32, 1)
+UNITS = {  # which ceiling bounds a method, where it is not BMMA
+    "float": "float32", "cudnn float32": "float32", "cudnn tf32": "tf32", "cudnn fp16": "fp16", "int8 product": "int8",
+    "popcount": "popcount", "shared": "popcount", "bases": "popcount", "wgmma": "bgmma", "wgmma fused": "bgmma",
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------ measuring
@@ -99,17 +103,17 @@ class Bench:
             self.say(f"    {method} {shape} M={M} N={N}: skipped, {reason}")
             self.add(**row, note=f"skipped: {reason}")
             return
-        bound = self.bound(ops if M != "" else 0, moved)
+        bound = self.bound(method, ops, moved)
         self.add(
             **row, us=f"{us:.2f}", us_p10=f"{low:.2f}", us_p90=f"{high:.2f}", ops_per_s=f"{ops / us * 1e6:.4g}",
             bytes=moved, bound_us=f"{bound:.2f}", note=note,
         )  # fmt: skip
 
-    def bound(self, ops, moved) -> float:
-        """Microseconds that the measured ceilings allow."""
-        bits = max((self.ceilings[k]["rate"] for k in ("bmma", "bgmma") if k in self.ceilings), default=math.inf)
-        bandwidth = self.ceilings.get("bandwidth", {}).get("rate", math.inf)
-        return 1e6 * max(ops / 2 / bits, moved / bandwidth)
+    def bound(self, method, ops, moved) -> float:
+        """Microseconds that the measured ceilings of this method's unit and of the memory allow."""
+        ceiling = {name: value["rate"] for name, value in self.ceilings.items()}
+        rate, bandwidth = ceiling.get(UNITS.get(method, "bmma"), math.inf), ceiling.get("bandwidth", math.inf)
+        return 1e6 * max(ops / 2 / rate, moved / bandwidth)
 
     # -------------------------------------------------------------- one layer
 
