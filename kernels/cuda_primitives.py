@@ -197,9 +197,9 @@ else:
         pointer = _pointer(context, builder, *element)
         return builder.ptrtoint(builder.addrspacecast(pointer, pointer.type.pointee.as_pointer(3)), _I32)
 
-    def _ptx(builder, result, arguments, text, constraints, side_effect=True):
+    def _ptx(builder, result, arguments, text, constraints):
         function = ir.FunctionType(result, [a.type for a in arguments])
-        return builder.call(ir.InlineAsm(function, text, constraints, side_effect=side_effect), arguments)
+        return builder.call(ir.InlineAsm(function, text, constraints, side_effect=True), arguments)
 
     def _store_all(builder, struct, pointers):
         for k, pointer in enumerate(pointers):
@@ -224,7 +224,7 @@ else:
             )
             result = _ptx(
                 builder, ir.LiteralStructType([_I32] * 4), [builder.load(p) for p in left + right + accumulators],
-                text, "=r,=r,=r,=r,r,r,r,r,r,r,0,1,2,3", side_effect=False,
+                text, "=r,=r,=r,=r,r,r,r,r,r,r,0,1,2,3",
             )  # fmt: skip
             _store_all(builder, result, accumulators)
             return context.get_dummy_value()
