@@ -18,6 +18,7 @@ import argparse
 import csv
 import os
 import platform
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
@@ -469,7 +470,7 @@ def main() -> None:
     if chosen.device == "cuda":
         from . import cuda_bench
 
-        return cuda_bench.main(others)
+        sys.exit(cuda_bench.main(others))
     options = parse_arguments()
     if options.readme:
         return write_readme()
