@@ -99,7 +99,8 @@ def bit_example() -> dict:
     zeroed = a & ~((1 << PADDED) - 1)
     return {
         "K": K, "a": a, "w": w, "xor": a ^ w, "and": a & w,
-        "count": (a ^ w).bit_count(), "count_and": (a & w).bit_count(), "count_a": a.bit_count(), "count_w": w.bit_count(),
+        "count": (a ^ w).bit_count(), "count_and": (a & w).bit_count(),
+        "count_a": a.bit_count(), "count_w": w.bit_count(),
         "dot": K - 2 * (a ^ w).bit_count(),
         "dot_and": 4 * (a & w).bit_count() - 2 * a.bit_count() - 2 * w.bit_count() + K,
         "padded": zeroed, "count_padded": (zeroed ^ w).bit_count(),
@@ -174,7 +175,7 @@ TILE_PIXELS, TILE_CHANNELS, TILE_K = 128, 128, 9 * 128
 def tile(bases: int, bits_out: bool) -> dict:
     """A tile of a packed 3 x 3 convolution on one multiprocessor: clocks to count and to write its result."""
     outputs = TILE_PIXELS * TILE_CHANNELS
-    products = outputs * TILE_K * bases**2
+    products = outputs * -(-TILE_K // 256) * 256 * bases**2  # an instruction takes 256 at a time
     written = outputs * bases // 8 if bits_out else 4 * outputs
     return {"products": products, "written": written, "counting": products / GPU_UNITS["binary tensor core, `mma`"],
             "writing": written / GPU_BYTES, "intensity": products / written}  # fmt: skip
@@ -227,9 +228,8 @@ def alpha_example() -> str:
         for j, (values, source, level) in enumerate(zip(bins, sources, levels))
     ]
     lines = table(["bin $j$", "weights in it", "$c_j$ is", "$c_j$"], rows, "clll")
-    return (
-        f"{lines}\n\nSo $\\alpha_1 = (c_1 - c_0)/2 = {alphas[0]:.3f}$ and $\\alpha_2 = (c_2 - c_1)/2 = {alphas[1]:.3f}$."
-    )
+    first, second = (f"{alpha:.3f}" for alpha in alphas)
+    return f"{lines}\n\nSo $\\alpha_1 = (c_1 - c_0)/2 = {first}$ and $\\alpha_2 = (c_2 - c_1)/2 = {second}$."
 
 
 def gaussian_table() -> str:
@@ -299,9 +299,9 @@ def accuracy_words() -> str:
         return f"The runs of this comparison were {MISSING} yet."
     best, M, N, run = max(done, key=lambda item: item[:2])
     return (
-        f"The float network reaches {reference['accuracy']:.2f} %. The best of the binary networks so far, $M = {M}$ and "
-        f"$N = {N}$, reaches {best:.2f} % after {run['epochs']} epochs, {reference['accuracy'] - best:.2f} points "
-        f"below it, in a file of {run['packed_bytes'] / 1000:.0f} kB instead of {reference['float_bytes'] / 1000:.0f} kB."
+        f"The float network reaches {reference['accuracy']:.2f} %. The best network with both sides binary, $M = {M}$ "
+        f"and $N = {N}$, reaches {best:.2f} % after {run['epochs']} epochs, {reference['accuracy'] - best:.2f} points "
+        f"below it, in {run['packed_bytes'] / 1000:.0f} kB instead of {reference['float_bytes'] / 1000:.0f} kB."
     )
 
 
@@ -318,13 +318,21 @@ def accuracy_float() -> str:
     return accuracy_of(None, None)
 
 
+def weights_only() -> str:
+    reference = run_of(None, None)
+    losses = [(M, reference["accuracy"] - run["accuracy"]) for M, N in PLANNED if not N and (run := run_of(M, N))]
+    if not losses:
+        return f"Those rows were {MISSING} yet."
+    return "They lose " + ", ".join(f"{loss:.2f} points at $M = {M}$" for M, loss in losses) + "."
+
+
 def other_runs() -> str:
     rows = [r for r in RUNS if not (r["dataset"] == DATASET and r["options"] is None and r["seed"] == 0)]
     if not rows:
         return "No run with other options, seeds or data sets is recorded."
     cells = [
         [
-            f"`{r['run']}`", percent(r["float"]) if r["float"] else "", percent(r["calibrated"]) if r["calibrated"] else "",
+            f"`{r['run']}`", *(percent(r[key]) if r[key] else "" for key in ("float", "calibrated")),
             f"{percent(r['accuracy'])} ({r['epochs']})",
         ]
         for r in rows
@@ -347,8 +355,8 @@ def step_words() -> str:
     ]
     row = STEP[0]
     return (
-        f"A training step at $M = {row['M']}$, $N = {row['N']}$ and batch {row['batch_size']} takes {' and '.join(parts)} "
-        f"({row['hardware']})."
+        f"A training step at $M = {row['M']}$, $N = {row['N']}$ and batch {row['batch_size']} takes "
+        f"{' and '.join(parts)} ({row['hardware']})."
     )
 
 
@@ -391,7 +399,7 @@ def cpu_table() -> str:
 
 def cpu_about() -> str:
     if not CPU:
-        return f"The CPU ladder was {MISSING} yet; `python -m kernels.bench` fills this table and Figure 5."
+        return f"The CPU ladder was {MISSING} yet; `python -m kernels.bench` fills this table and Figure 4."
     row = CPU[0]
     count = len({tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3})
     return (
@@ -401,21 +409,29 @@ def cpu_about() -> str:
     )
 
 
-def crossover(column: str) -> str:
-    """The largest measured M N at which bits with float input and output still win on one thread."""
+def crossover(column: str) -> int | None:
+    """The largest measured M N at which bits, with float input and output, still win on the fewest threads."""
+    medians = cpu_medians("packed", column, min(cpu_threads())) if CPU else {}
+    return max((n * n for n, times in medians.items() if times >= 1), default=None)
+
+
+def cpu_crossover() -> str:
     if not CPU:
-        return NOT_MEASURED
-    medians = cpu_medians("packed", column, min(cpu_threads()))
-    wins = [n * n for n, times in medians.items() if times >= 1]
-    return f"$M N = {max(wins)}$" if wins else "none of the measured $M N$"
+        return f"Where bits stop winning is {NOT_MEASURED}."
+    limits = [crossover(column) for column in ("times_float32", "times_int8")]
+    words = [f"up to $M N = {limit}$" if limit else "at none of the measured $M N$" for limit in limits]
+    return (
+        f"Measured on {min(cpu_threads())} thread with floats in and out, bits win against float32 {words[0]} and "
+        f"against int8 {words[1]}, of the $M N$ in the table."
+    )
 
 
-def cpu_against_float() -> str:
-    return crossover("times_float32")
-
-
-def cpu_against_int8() -> str:
-    return crossover("times_int8")
+def cpu_int8_advice() -> str:
+    if not CPU:
+        return f"Whether it comes out so is {NOT_MEASURED}."
+    medians = cpu_medians("packed", "times_int8", min(cpu_threads()))
+    times = ", ".join(f"{times:.2f} at $M = N = {n}$" for n, times in medians.items())
+    return f"Measured, as times the speed of int8: {times}."
 
 
 def network_table() -> str:
@@ -429,7 +445,8 @@ def network_table() -> str:
         same = [row for row in SPEED if (row["network"], row["batch"], row["threads"]) == key]
         best = min(row["milliseconds"] for row in same if row["form"].startswith("float32"))
         times = {row["bases"]: row["times_float32"] for row in same if row["form"] == "packed, bits between layers"}
-        cells.append([*map(str, key), f"{best:.2f} ms", *(f"{times[n]:.2f}" if n in times else MISSING for n in counts)])
+        speeds = (f"{times[n]:.2f}" if n in times else MISSING for n in counts)
+        cells.append([*map(str, key), f"{best:.2f} ms", *speeds])
     head = ["network", "batch", "threads", "float32, best form", *(f"$M=N={n}$" for n in counts)]
     return table(head, cells, "l" + "r" * (3 + len(counts)))
 
@@ -458,8 +475,8 @@ def gpu_tile() -> str:
 def gpu_measured() -> str:
     if not CUDA:
         return (
-            "**Not measured yet.** The kernels compile, and pass their tests in Numba's simulator; no claim about their "
-            "speed is made here. `python -m kernels.bench --device cuda` checks and measures them."
+            "**Not measured yet.** The kernels compile, and pass their tests in Numba's simulator; no claim about "
+            "their speed is made here. `python -m kernels.bench --device cuda` checks and measures them."
         )
     first = CUDA[0]
     ladder = [row for row in CUDA if row["section"] == "ladder"]
@@ -506,8 +523,8 @@ def _authors(text: str) -> str:
 BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, other_runs, machine_of_runs,
-    step_words, cpu_estimate, cpu_table, cpu_about, cpu_against_float, cpu_against_int8, network_table, gpu_estimate,
-    gpu_tile, gpu_measured, references,
+    step_words, weights_only, cpu_estimate, cpu_table, cpu_about, cpu_crossover, cpu_int8_advice, network_table,
+    gpu_estimate, gpu_tile, gpu_measured, references,
 )  # fmt: skip
 
 
@@ -532,7 +549,7 @@ def inject(text: str) -> str:
 
 def figure_data() -> dict:
     """The numbers of each figure, as plain JSON: {figure: data}."""
-    M = 3
+    M = 5
     thresholds = gaussian_thresholds(M)
     runs = [
         {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
@@ -565,7 +582,7 @@ def figure_data() -> dict:
 
 
 def _rounded(value):
-    """Floats to six digits, so that the last bits of a machine's arithmetic make no difference; keys as JSON has them."""
+    """As JSON has it, floats to six digits, so that the last bits of a machine's arithmetic make no difference."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -601,11 +618,17 @@ def draw_levels(plt, data):
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), width_ratios=(1.25, 1))
     xs = [-3 + 6 * i / 600 for i in range(601)]
     left.fill_between(xs, [4 * density(x) - 2.2 for x in xs], -2.2, color="#DDDDDD", linewidth=0, label="Gaussian")
-    for prefix, label, color, style in (("", "Gaussian shifts", "#0072B2", "-"), ("even_", "even shifts", "#E69F00", "--")):
+    kinds = (("", "Gaussian shifts", "#0072B2", "-"), ("even_", "even shifts", "#E69F00", "--"))
+    for prefix, label, color, style in kinds:
         ys = [data[prefix + "levels"][sum(x >= t for t in data[prefix + "thresholds"])] for x in xs]
         left.plot(xs, ys, color=color, linestyle=style, label=label)
     left.plot([-2.2, 2.2], [-2.2, 2.2], color="#333333", linewidth=0.7, linestyle=":")
-    left.set(xlabel="weight, in standard deviations", ylabel="its level", ylim=(-2.2, 2.2), title="M = 3: four levels")
+    left.set(
+        xlabel="weight, in standard deviations",
+        ylabel="its level",
+        ylim=(-2.2, 2.2),
+        title=f"M = {data['M']}: {data['M'] + 1} levels",
+    )
     left.legend(loc="upper left", fontsize=8)
     counts = list(range(1, len(data["best"]) + 1))
     right.plot(counts, data["even"], "--s", color="#E69F00", label="even shifts")
@@ -626,14 +649,16 @@ def draw_threshold(plt, data):
             return max(0.0, scale * (x - data["mean"]) / data["std"] + shift)
 
         ax.plot(xs, [f(x) for x in xs], color="#0072B2")
-        for t, style in zip(data["thresholds"], ("--", ":")):
+        for t, style, height in zip(data["thresholds"], ("--", ":"), (2.55, 3.1)):
             at = (t - shift) * data["std"] / scale + data["mean"]
             ax.plot([-3, at] if scale > 0 else [at, 3], [t, t], color="#999999", linewidth=0.9, linestyle=style)
-            ax.plot([at, at], [0, t], color="#D55E00", linestyle=style)
-            ax.annotate(f"x {'≥' if scale > 0 else '≤'} {at:.2f}", (at, 0), (at + 0.1, 0.12), fontsize=8, color="#A04000")
+            ax.plot([at, at], [0, height], color="#D55E00", linestyle=style)
+            words = f"R ≥ {t:g}: x {'≥' if scale > 0 else '≤'} {at:.2f}".replace("-", "−")
+            ax.text(at - 0.08 if scale > 0 else at + 0.08, height, words, fontsize=8, color="#A04000", va="top",
+                    ha="right" if scale > 0 else "left")  # fmt: skip
         ax.set(xlabel="x, what the convolution puts out", title=f"BatchNorm's scale {scale:+g}".replace("-", "−"),
                xlim=(-3, 3), ylim=(0, 3.5))  # fmt: skip
-    axes[0].set_ylabel("ReLU(BatchNorm(x))")
+    axes[0].set_ylabel("R = ReLU(BatchNorm(x))")
     return fig
 
 
@@ -697,9 +722,12 @@ def draw_roofline(plt, data):
     fig, ax = plt.subplots(figsize=(7, 3.4))
     roof = data["roof"]
     xs = [10 ** (1 + 4 * i / 200) for i in range(201)]
-    lines = (("binary tensor core, `mma`", "#0072B2", "-", "binary tensor core"), ("int8 tensor core", "#009E73", ":", "int8"),
-             ("fp16 tensor core", "#E69F00", "--", "fp16"), ("TF32 tensor core", "#CC79A7", "-.", "TF32"),
-             ("popcount", "#333333", ":", "popcount"))  # fmt: skip
+    lines = (
+        ("binary tensor core, `mma`", "#0072B2", "-", "binary tensor core"),
+        ("int8 tensor core", "#009E73", ":", "int8"),
+        ("fp16 tensor core", "#E69F00", "--", "fp16"), ("TF32 tensor core", "#CC79A7", "-.", "TF32"),
+        ("popcount", "#333333", ":", "popcount"),
+    )  # fmt: skip
     for unit, color, style, label in lines:
         ax.plot(xs, [min(roof[unit], data["bytes"] * x) for x in xs], color=color, linestyle=style)
         ax.text(1.05e5, roof[unit], label, color=color, fontsize=8, va="center")
@@ -708,8 +736,8 @@ def draw_roofline(plt, data):
         height = min(roof["binary tensor core, `mma`"], data["bytes"] * intensity)
         marker = "o" if out == "bits" else "s"
         ax.plot(intensity, height, marker, color="#0072B2", fillstyle="full" if out == "bits" else "none", markersize=7)
-        place = (0, 8) if out == "bits" else (0, -14)
-        ax.annotate(f"M=N={bases}", (intensity, height), place, textcoords="offset points", fontsize=8, ha="center")
+        place = (0, 7) if out == "bits" else (2, -14)
+        ax.annotate(bases, (intensity, height), place, textcoords="offset points", fontsize=9, ha="center")
     ax.plot([], [], "s", color="#0072B2", fillstyle="none", label="tile of a 3 × 3 convolution, floats out")
     ax.plot([], [], "o", color="#0072B2", label="the same, bits out")
     ax.set(xscale="log", yscale="log", xlim=(10, 1e5), ylim=(100, 60_000), xlabel="multiply-adds a byte written",
@@ -751,22 +779,22 @@ TEMPLATE = r"""
 #set page(paper: "a4", margin: (x: 2.3cm, y: 2.2cm), numbering: "1")
 #set text(font: "Libertinus Serif", size: 10pt, lang: "en", hyphenate: true)
 #set par(justify: true, leading: 0.58em, spacing: 0.85em)
-#set heading(numbering: "1.1")
+#set math.equation(numbering: "(1)")
 #show heading.where(level: 1): it => block(above: 1.3em, below: 0.7em, text(size: 12.5pt, it))
 #show heading.where(level: 2): it => block(above: 1.1em, below: 0.6em, text(size: 10.5pt, it))
 #show link: it => text(fill: rgb("#0B4F7D"), it)
 #show raw.where(block: true): it => block(fill: luma(246), inset: 7pt, radius: 2pt, width: 100%, text(size: 8.4pt, it))
 #show raw.where(block: false): set text(size: 8.8pt)
-#set table(stroke: none, inset: (x: 5pt, y: 3pt))
+#set table(stroke: (x, y) => if y == 0 { (top: 0.8pt) }, inset: (x: 5pt, y: 3pt))
 #show table: set text(size: 8.6pt)
 #show table: set par(justify: false)
 #show figure: set block(breakable: false)
 #show figure.where(kind: table): set block(above: 1em, below: 1em)
-#show figure.where(kind: image): set figure(gap: 0.6em)
+#show figure.where(kind: image): set figure(gap: 0.6em, placement: auto)
 #show figure.caption: it => block(width: 94%, align(left, text(size: 8.8pt, it)))
 #let horizontalrule = line(length: 100%, stroke: 0.5pt + luma(180))
 
-#align(center)[#text(size: 17pt, weight: "bold")[TITLE]]
+#align(center)[#text(size: 15.5pt, weight: "bold")[TITLE]]
 #v(0.4em)
 
 BODY
@@ -792,13 +820,13 @@ def typst_source(text: str, data: dict) -> str:
     # Links to files of the repository lead nowhere from a PDF: their text stays.
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
     text = re.sub(r"<!-- (results: \w+|end) -->", "", text)
+    text = re.sub(r"```math\n(.*?)\n```", r"$$ \1 $$", text, flags=re.S)
+    text = re.sub(r" *\\tag\{\d+\}", "", text)  # typst counts them itself, in the same order
     body = pypandoc.convert_text(
         text, "typst", format="markdown+lists_without_preceding_blankline-auto_identifiers-smart",
-        extra_args=["--wrap=none", "--shift-heading-level-by=-1"],
+        extra_args=["--wrap=none", "--columns=1000", "--shift-heading-level-by=-1"],
     )  # fmt: skip
     body = re.sub(r"^#bibliography\(.*\)$", "", body, flags=re.M)
-    rule = "table.hline(stroke: 0.8pt),"
-    body = re.sub(r"table\.header\(", f"{rule} table.header(", body)
     parts = {"TITLE": title, "CHECKSUM": made_from, "BODY": body}
     return re.sub("TITLE|CHECKSUM|BODY", lambda match: parts[match.group()], TEMPLATE)
 
