@@ -273,7 +273,7 @@ def calibration_about() -> str:
     row = CALIBRATION[0]
     return (
         f"Test accuracy in percent, nine-layer network on Fashion-MNIST, {row['images']} training images without their "
-        f"labels, no training; float {row['float']:.2f}. {row['versions']}."
+        f"labels, no training; float {row['float']:.2f}. Measured with {row['versions']}."
     )
 
 
@@ -349,14 +349,14 @@ def step_words() -> str:
     if not STEP:
         return f"What a training step costs was {MISSING} yet."
     parts = [
-        f"{row['ratio']:.2f} times the float step in time and {row['memory_ratio']:.2f} times in memory"
-        f" ({'mixed precision' if row['precision'] == 'mixed' else row['precision']})"
+        f"{row['ratio']:.2f} times the time and {row['memory_ratio']:.2f} times the memory "
+        f"in {'mixed precision' if row['precision'] == 'mixed' else row['precision']}"
         for row in STEP
     ]
     row = STEP[0]
     return (
-        f"A training step at $M = {row['M']}$, $N = {row['N']}$ and batch {row['batch_size']} takes "
-        f"{' and '.join(parts)} ({row['hardware']})."
+        f"Against the float network's, a training step at $M = {row['M']}$, $N = {row['N']}$ and batch "
+        f"{row['batch_size']} takes {' and '.join(parts)} ({row['hardware']})."
     )
 
 
@@ -495,7 +495,7 @@ def references() -> str:
     """What GitHub shows; the PDF has its own from the same file."""
     lines = []
     for key, entry in bibliography().items():
-        where = entry.get("booktitle") or entry.get("journal") or entry.get("howpublished")
+        where = entry.get("booktitle") or entry.get("journal") or entry.get("institution") or entry.get("howpublished")
         authors = _authors(entry["author"])
         year = f", {entry['year']}" if "year" in entry else ""
         lines.append(f"- **{key}**: {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
@@ -682,6 +682,7 @@ def draw_accuracy(plt, data):
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.minorticks_off()
     ax.set_xlim(20, 1200)
+    ax.margins(y=0.12)
     if shown:
         ax.legend(fontsize=8, loc="lower right")
     return fig
@@ -705,7 +706,7 @@ def draw_speed(plt, data):
                     label=f"{name}, {threads} thread{'s' * (threads != '1')}")  # fmt: skip
     for threads, times in data["int8"].items():
         if times:
-            ax.plot([29], [times], marker="<" if threads == "1" else "4", color="#009E73",
+            ax.plot([29], [times], "<" if threads == "1" else "o", fillstyle="none", color="#009E73",
                     label=f"int8, measured, {threads} thread{'s' * (threads != '1')}", linestyle="none")  # fmt: skip
     if not data["measured"]:
         ax.text(0.5, 0.9, "not measured yet", transform=ax.transAxes, fontsize=11, color="#A04000", ha="center")
@@ -789,7 +790,7 @@ TEMPLATE = r"""
 #show table: set text(size: 8.6pt)
 #show table: set par(justify: false)
 #show figure: set block(breakable: false)
-#show figure.where(kind: table): set block(above: 1em, below: 1em)
+#show figure.where(kind: table): set block(above: 1em, below: 1em, breakable: true)
 #show figure.where(kind: image): set figure(gap: 0.6em, placement: auto)
 #show figure.caption: it => block(width: 94%, align(left, text(size: 8.8pt, it)))
 #let horizontalrule = line(length: 100%, stroke: 0.5pt + luma(180))
@@ -799,6 +800,8 @@ TEMPLATE = r"""
 
 BODY
 
+#set text(size: 8.8pt)
+#set par(spacing: 0.6em)
 #bibliography("references.bib", title: "References", style: "ieee")
 """
 
@@ -831,13 +834,13 @@ def typst_source(text: str, data: dict) -> str:
     return re.sub("TITLE|CHECKSUM|BODY", lambda match: parts[match.group()], TEMPLATE)
 
 
-def build_pdf(text: str, data: dict) -> None:
+def build_pdf(text: str, data: dict, path: Path) -> None:
     import typst
 
-    source = HERE / ".writeup.typ"
+    source = HERE / f".{path.stem}.typ"  # beside the figures and the bibliography that it names
     source.write_text(typst_source(text, data))
     try:
-        typst.compile(str(source), output=str(HERE / "writeup.pdf"), root=str(HERE))
+        typst.compile(str(source), output=str(path), root=str(HERE))
     finally:
         source.unlink()
 
@@ -880,7 +883,7 @@ def main() -> None:
     text, data = inject(page.read_text()), figure_data()
     page.write_text(text)
     draw(data, FIGURES)
-    build_pdf(text, data)
+    build_pdf(text, data, HERE / "writeup.pdf")
 
 
 if __name__ == "__main__":
