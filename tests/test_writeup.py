@@ -129,6 +129,7 @@ def test_github_reads_it_too():
     """A line that begins with a comment is raw HTML to GitHub: nothing else may stand on it."""
     for line in TEXT.splitlines():
         assert not line.startswith("<!--") or re.fullmatch(r"<!-- (results: \w+|end) -->", line), line
+    assert "-->$" not in TEXT and "$<!--" not in TEXT, "a formula beside a comment"
     assert "\\," not in "".join(re.findall(r"(?<!\$)\$[^$\n]+\$(?!\$)", TEXT)), (
         "GitHub eats backslash-comma in inline maths"
     )

@@ -200,14 +200,13 @@ def bits_table() -> str:
 
 def bits_xor() -> str:
     e = bit_example()
-    return f"$a \\cdot w = {e['K']} - 2 \\cdot {e['count']} = {e['dot']}$"
+    return f"so that $a \\cdot w = {e['K']} - 2 \\cdot {e['count']} = {e['dot']}$ here"
 
 
 def bits_and() -> str:
     e = bit_example()
-    return (
-        f"$4 \\cdot {e['count_and']} - 2 \\cdot {e['count_a']} - 2 \\cdot {e['count_w']} + {e['K']} = {e['dot_and']}$"
-    )
+    counted = f"4 \\cdot {e['count_and']} - 2 \\cdot {e['count_a']} - 2 \\cdot {e['count_w']} + {e['K']}"
+    return f"again ${counted} = {e['dot_and']}$ in the example"
 
 
 def bits_padding() -> str:
@@ -215,7 +214,8 @@ def bits_padding() -> str:
     return (
         f"`{e['padded']:08b}` XOR `{e['w']:08b}` has {e['count_padded']} ones, which makes "
         f"${e['K']} - 2 \\cdot {e['count_padded']} = {e['K'] - 2 * e['count_padded']}$; the padded pair added "
-        f"${e['too_much']}$ of that, and without it the sum is ${e['K'] - 2 * e['count_padded'] - e['too_much']}$"
+        f"${e['too_much']}$ of that, and taking it back leaves ${e['K'] - 2 * e['count_padded'] - e['too_much']}$, "
+        "the sum over the other six"
     )
 
 
@@ -777,7 +777,7 @@ def draw(data: dict, folder: Path) -> None:
 
 TEMPLATE = r"""
 #set document(title: "TITLE", date: none, keywords: ("source CHECKSUM",))
-#set page(paper: "a4", margin: (x: 2.3cm, y: 2.2cm), numbering: "1")
+#set page(paper: "a4", margin: (x: 2.3cm, y: 2cm), numbering: "1")
 #set text(font: "Libertinus Serif", size: 10pt, lang: "en", hyphenate: true)
 #set par(justify: true, leading: 0.58em, spacing: 0.85em)
 #set math.equation(numbering: "(1)")
@@ -800,8 +800,8 @@ TEMPLATE = r"""
 
 BODY
 
-#set text(size: 8.8pt)
-#set par(spacing: 0.6em)
+#set text(size: 8.4pt)
+#set par(leading: 0.5em, spacing: 0.55em)
 #bibliography("references.bib", title: "References", style: "ieee")
 """
 
