@@ -369,6 +369,10 @@ def cpu_estimate() -> str:
     return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
 
 
+def cpu_estimate_words() -> str:
+    return f"bits beat float32 up to $M N = {CPU_BITS // CPU_FLOAT:.0f}$ and int8 up to $M N = {CPU_BITS // CPU_INT8:.0f}$."
+
+
 def cpu_medians(contender: str, column: str, threads: int) -> dict[int, float]:
     """{M = N: median over the 3 x 3 convolutions}"""
     rows = [r for r in CPU if r["contender"] == contender and r["K"] == 3 and r["threads"] == threads]
@@ -523,7 +527,7 @@ def _authors(text: str) -> str:
 BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, other_runs, machine_of_runs,
-    step_words, weights_only, cpu_estimate, cpu_table, cpu_about, cpu_crossover, cpu_int8_advice, network_table,
+    step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover, cpu_int8_advice, network_table,
     gpu_estimate, gpu_tile, gpu_measured, references,
 )  # fmt: skip
 
