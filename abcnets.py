@@ -319,7 +319,7 @@ def _in_cache(*tensors: Tensor):
     if first.device.type != "cpu" or torch.compiler.is_compiling() or first.ndim == 0 or first.numel() == 0:
         yield tensors
     else:
-        rows = max(1, 65_536 * len(first) // first.numel())
+        rows = max(1, 131_072 * len(first) // first.numel())
         yield from zip(*(t.split(rows) for t in tensors))
 
 
@@ -1340,7 +1340,8 @@ class PackedLayer(nn.Module):
 
     def _apply(self, fn, recurse=True):
         self._Wq = None
-        return super()._apply(fn, recurse)
+        # Flat, since a memory format means nothing to bits: (M, O, kH, kW, bytes) is no 5-dimensional image.
+        return super()._apply(lambda tensor: fn(tensor.reshape(-1)).view(tensor.shape), recurse)
 
     def forward(self, input: Tensor) -> Tensor:
         words = input.dtype == torch.int64
@@ -1576,6 +1577,7 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     channel of the earlier layer's output is compared once a base, with a constant that folds all of it in, and max-pool
     commutes with the comparison. No float tensor is written on the way. Behind any other producer (the first, float
     convolution; a residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them.
+    A BatchNorm whose result is needed in float folds into the scales and bias of the convolution in front of it.
 
     The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide
     as those do, to the last bit.
@@ -1597,6 +1599,9 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
         layer = _module_of(fused, node)
         if isinstance(layer, PackedLayer) and _reads_bits(layer):
             _fuse_input(fused, node, layer)
+    for node in list(graph.nodes):
+        if type(_module_of(fused, node)) in _BATCH_NORMS:
+            _fold_norm(fused, node)
     graph.eliminate_dead_code()
     fused.delete_all_unused_submodules()
     fused.recompile()
@@ -1629,6 +1634,24 @@ def _fuse_input(fused, node, layer: PackedLayer) -> None:
         layer.in_thresholds, layer.in_flips = _fold([_function_of(fused, link) for link in rest], layer)
         source = chain[pools[-1]] if pools else producer
     node.replace_input_with(node.args[0], source)
+
+
+def _fold_norm(fused, node) -> None:
+    """Fold a BatchNorm whose float output is wanted into the convolution that feeds it alone, packed or stock."""
+    norm, producer = _module_of(fused, node), node.args[0]
+    layer = _module_of(fused, producer)
+    if len(producer.users) > 1 or not norm.track_running_stats:
+        return
+    if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
+        fused.set_submodule(producer.target, torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm))
+    elif isinstance(layer, PackedLayer) and layer.engine == "bits" and layer.spatial_dims > 0:
+        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
+        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        layer.alphas = layer.alphas * scale
+        layer.bias = shift if layer.bias is None else layer.bias * scale + shift
+    else:
+        return
+    node.replace_all_uses_with(producer)
 
 
 def _monotone_chain(fused, node) -> tuple[list, "torch.fx.Node"]:

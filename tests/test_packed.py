@@ -79,6 +79,10 @@ def test_layouts_and_dtypes(engine):
     assert torch.allclose(packed(x.to(memory_format=torch.channels_last)), y, atol=1e-5)
     assert torch.allclose(packed(x.transpose(2, 3).contiguous().transpose(2, 3)), y, atol=1e-5)
     assert torch.allclose(packed(x[0]), y[0], atol=1e-5)
+    moved = copy.deepcopy(packed).to(memory_format=torch.channels_last)
+    assert (
+        torch.equal(moved.bits, packed.bits) and moved.bits.is_contiguous() and torch.allclose(moved(x), y, atol=1e-5)
+    )
     double = packed(x.double())
     assert double.dtype == torch.float64 and torch.allclose(double.float(), y, atol=1e-5)
     half = packed(x.bfloat16())
@@ -364,6 +368,33 @@ def test_sums_stay_float_in_a_fused_residual_network():
         False,
     ]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+
+
+def test_a_norm_wanted_in_float_folds_into_the_convolution():
+    class Post(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convs = nn.ModuleList(nn.Conv2d(c, 16, 3, padding=1, bias=c < 2) for c in (1, 16, 16))
+            self.norms = nn.ModuleList(nn.BatchNorm2d(16) for _ in range(3))
+            self.last = nn.Linear(16, 10)
+
+        def forward(self, x):
+            x = F.relu(self.norms[0](self.convs[0](x)))
+            for conv, norm in zip(self.convs[1:], self.norms[1:]):
+                x = F.relu(x + norm(conv(x)))
+            return self.last(x.mean((2, 3)))
+
+    torch.manual_seed(0)
+    x = torch.randn(16, 1, 8, 8)
+    network = Post().eval()
+    for norm in network.norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    packed = abcnets.pack(abcnets.calibrate(abcnets.convert(network, 2, 2), x, progress=False))
+    fused = abcnets.fuse(packed)
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
+    close = (fused(x) - packed(x)).abs().amax(1) < 1e-4
+    assert close.float().mean() > 0.9  # rounding may put a value on the other side of a threshold
 
 
 def test_fuse_says_what_it_can_not_trace():
