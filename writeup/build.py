@@ -320,10 +320,11 @@ def accuracy_float() -> str:
 
 def weights_only() -> str:
     reference = run_of(None, None)
-    losses = [(M, reference["accuracy"] - run["accuracy"]) for M, N in PLANNED if not N and (run := run_of(M, N))]
-    if not losses:
+    runs = {M: run for M, N in PLANNED if not N and (run := run_of(M, N))}
+    if not reference or not runs:
         return f"Those rows were {MISSING} yet."
-    return "They lose " + ", ".join(f"{loss:.2f} points at $M = {M}$" for M, loss in losses) + "."
+    losses = (f"{reference['accuracy'] - run['accuracy']:.2f} points at $M = {M}$" for M, run in runs.items())
+    return f"They lose {', '.join(losses)}."
 
 
 def other_runs() -> str:
@@ -347,7 +348,7 @@ def machine_of_runs() -> str:
 
 def step_words() -> str:
     if not STEP:
-        return f"What a training step costs was {MISSING} yet."
+        return f"What a training step costs is {NOT_MEASURED}."
     parts = [
         f"{row['ratio']:.2f} times the time and {row['memory_ratio']:.2f} times the memory "
         f"in {'mixed precision' if row['precision'] == 'mixed' else row['precision']}"
@@ -370,7 +371,8 @@ def cpu_estimate() -> str:
 
 
 def cpu_estimate_words() -> str:
-    return f"bits beat float32 up to $M N = {CPU_BITS // CPU_FLOAT:.0f}$ and int8 up to $M N = {CPU_BITS // CPU_INT8:.0f}$."
+    limits = CPU_BITS // CPU_FLOAT, CPU_BITS // CPU_INT8
+    return f"bits beat float32 up to $M N = {limits[0]:.0f}$ and int8 up to $M N = {limits[1]:.0f}$."
 
 
 def cpu_medians(contender: str, column: str, threads: int) -> dict[int, float]:
@@ -527,8 +529,8 @@ def _authors(text: str) -> str:
 BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, other_runs, machine_of_runs,
-    step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover, cpu_int8_advice, network_table,
-    gpu_estimate, gpu_tile, gpu_measured, references,
+    step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover,
+    cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, references,
 )  # fmt: skip
 
 
