@@ -679,6 +679,7 @@ def run_table(options) -> None:
         path = ROOT / "README.md"
         before, rest = path.read_text().split("<!-- results -->")
         table = results_table(read_csv(options.results / "runs.csv"), options.dataset or "fashion-mnist")
+        table += "\n\n" + speed_sentence(read_csv(options.results / "speed.csv"))
         path.write_text(f"{before}<!-- results -->\n{table}\n<!-- /results -->{rest.split('<!-- /results -->')[1]}")
 
 
@@ -695,6 +696,21 @@ def results_table(rows: list[dict], dataset: str) -> str:
         cells += [f"**{float(row['accuracy']):.2f} %** ({row['epochs']})", f"{int(row['packed_bytes']) / 1000:.0f} kB"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def speed_sentence(rows: list[dict]) -> str:
+    """What notebooks/speed.py measured of ResNet-18, in a sentence: the fastest fused form of each case."""
+    best = {}
+    for row in rows:
+        if row["network"] == "ResNet-18" and "bits between layers" in row["form"]:
+            case = (float(row["bases"]), row["batch"], row["threads"])
+            best[case] = max(best.get(case, 0), float(row["times_float32"]))
+    spans = []
+    for bases in sorted({case[0] for case in best}):
+        speeds = [speed for case, speed in best.items() if case[0] == bases]
+        spans.append(f"{min(speeds):.1f} to {max(speeds):.1f} times at M = N = {bases:.0f}")
+    return (f"Packed, ResNet-18 runs faster than the best float32 form of it: {', '.join(spans)} "
+            f"([measured](kernels/README.md#whole-networks) on {rows[0]['cpu']}, {rows[0]['cores']} cores).")  # fmt: skip
 
 
 def run_step(options) -> None:

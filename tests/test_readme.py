@@ -52,6 +52,7 @@ def test_local_links_lead_somewhere():
 def test_the_table_is_what_the_results_say():
     table = experiment.results_table(experiment.read_csv(ROOT / "notebooks/results/runs.csv"), "fashion-mnist")
     assert table in README
+    assert experiment.speed_sentence(experiment.read_csv(ROOT / "notebooks/results/speed.csv")) in README
 
 
 def test_public_functions_are_documented():
