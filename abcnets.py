@@ -187,10 +187,8 @@ def fit_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
     Raises: as `weight_bases`.
     """
     _check_weight(W, us)
-    x, thresholds = _standardize(W, us, per_channel)
-    order = us.argsort(descending=True, stable=True)
-    levels = _levels(_grouped(W, per_channel), [x >= t for t in thresholds[:, order].unbind(1)])
-    return (levels.diff(dim=1) / 2)[:, order.argsort()].t().to(W.dtype)
+    levels, _ = _levels(W, us, per_channel)
+    return (levels.diff(dim=1) / 2)[:, _nesting(us).argsort()].t().to(W.dtype)
 
 
 def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
@@ -232,8 +230,16 @@ def _grouped(W: Tensor, per_channel: bool) -> Tensor:
     return W.reshape(groups, W.numel() // max(groups, 1)).to(torch.promote_types(W.dtype, torch.float32))
 
 
-def _levels(W: Tensor, above: list[Tensor]) -> Tensor:
-    """Least-squares constants c_0..c_M (G, M + 1) of W (G, K) cut by nested masks, the largest set first."""
+def _nesting(us: Tensor) -> Tensor:
+    """The order of the bases from the one with most +1 to the one with fewest."""
+    return us.argsort(descending=True, stable=True)
+
+
+def _levels(W: Tensor, us: Tensor, per_channel: bool) -> tuple[Tensor, list[Tensor]]:
+    """Least-squares constants c_0..c_M (G, M + 1), and the nested masks (G, K) of what lies at each base's +1."""
+    x, thresholds = _standardize(W, us, per_channel)
+    above = [x >= t for t in thresholds[:, _nesting(us)].unbind(1)]
+    W = _grouped(W, per_channel)
     everything, nothing = torch.ones_like(above[0]), torch.zeros_like(above[0])
     bins = [inner ^ outer for outer, inner in zip([everything, *above], [*above, nothing])]
     sums = [torch.where(bin, W, 0).sum(1) for bin in bins]
@@ -242,18 +248,16 @@ def _levels(W: Tensor, above: list[Tensor]) -> Tensor:
     levels = [-top]
     for total, count in zip(sums[1:-1], counts[1:-1]):
         levels.append(torch.where(count > 0, total / count.clamp(min=1), levels[-1]))
-    return torch.stack([*levels, top], dim=1)
+    return torch.stack([*levels, top], dim=1), above
 
 
 class _QuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(W, us, per_channel):
-        x, thresholds = _standardize(W, us, per_channel)
-        thresholds = thresholds[:, us.argsort(descending=True, stable=True)]
-        above = [x >= t for t in thresholds.unbind(1)]
-        levels = _levels(_grouped(W, per_channel), above).unsqueeze(2).unbind(1)
-        Wq = levels[0].expand(x.shape)
-        for mask, level in zip(above, levels[1:]):
+        levels, above = _levels(W, us, per_channel)
+        lowest, *higher = levels.unsqueeze(2).unbind(1)
+        Wq = lowest.expand(above[0].shape)
+        for mask, level in zip(above, higher):
             Wq = torch.where(mask, level, Wq)
         return Wq.reshape(W.shape).to(W.dtype)
 
@@ -833,7 +837,10 @@ def _gather(batches, device) -> Tensor:
     inputs = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
     if sum(map(len, inputs)) == 0:
         raise ValueError("calibrate needs at least one image, got none")
-    return torch.cat(inputs).to(device)
+    images = torch.cat(inputs).to(device)
+    if images.isnan().any():
+        raise ValueError("calibrate was given images that hold NaN")
+    return images
 
 
 def _run_with_hooks(model, images, hooks: dict) -> None:
@@ -887,7 +894,7 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, compensate: bool) -> None:
         # borders has to be weighed against the threshold it takes: both are tried.
         choices = [True] if not compensate else [False, True][: layer.activation_bases]
         fits = [_fit_activations(values, layer.activation_bases, constant) for constant in choices]
-    best, W = math.inf, layer.weight.clone()
+    best, W, kept = math.inf, layer.weight.clone(), ()
     for fit in fits:
         if fit is not None:  # an input that is one value everywhere says nothing: the start values stay
             vs, betas = (value.to(layer.vs) for value in fit)
@@ -934,10 +941,7 @@ def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor) -> tuple[Tensor, float]
         H_GKK.diagonal(dim1=1, dim2=2).add_(damping_G[:, None])
         moved = torch.linalg.solve(H_GKK, (W_GOK @ C_GKK + damping_G[:, None, None] * W_GOK).mT).mT.reshape(W.shape)
         if us is not None:
-            x, thresholds = _standardize(moved, us.float(), per_channel)
-            above = [x >= t for t in thresholds[:, us.argsort(descending=True)].unbind(1)]
-            levels = _levels(_grouped(moved, per_channel), above).expand(len(W), -1)
-            levels_GOL = levels.reshape(*W_GOK.shape[:2], -1)
+            levels_GOL = _levels(moved, us.float(), per_channel)[0].expand(len(W), -1).reshape(*W_GOK.shape[:2], -1)
             rounded = [_round_columns(*group) for group in zip(moved.view_as(W_GOK), levels_GOL, H_GKK)]
             moved = torch.stack(rounded).reshape(W.shape)
         before, after = errors(W.float()), errors(moved)
@@ -956,7 +960,7 @@ def _patches(layer: _ABCLayer, x: Tensor, count: int) -> Tensor:
         places = x.reshape(1, -1, x.shape[-1])[0]
     else:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x = F.pad(x, [p for pair in reversed(_pairs(_padding_pairs(layer))) for p in pair], mode)
+        x = F.pad(x, _for_pad(_padding_pairs(layer)), mode)
         for i, (k, s, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
             x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
         places = x.movedim(1, 1 + dims)  # a view (B, *S', C, *K)
@@ -1182,7 +1186,7 @@ def _packed_conv_reference(
     if dims == 0:
         y = F.linear(Aq, Wq, bias)
     else:
-        Aq = F.pad(Aq, [p for low, high in reversed(_pairs(padding)) for p in (low, high)])
+        Aq = F.pad(Aq, _for_pad(padding))
         y = _CONVOLUTIONS[dims](Aq, Wq, bias, stride, 0, dilation, groups)
     if out_thresholds is None:
         return y.to(result).contiguous()
@@ -1210,6 +1214,11 @@ def _packed_max_pool_reference(
 
 def _pairs(padding) -> list[tuple[int, int]]:
     return list(zip(padding[::2], padding[1::2]))
+
+
+def _for_pad(padding) -> list[int]:
+    """What F.pad takes: the last dimension first."""
+    return [p for pair in reversed(_pairs(padding)) for p in pair]
 
 
 def _packed_conv_fake(
@@ -1366,7 +1375,7 @@ class PackedLayer(nn.Module):
     def _convolve(self, x: Tensor) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
-            x = F.pad(x, [p for pair in reversed(_pairs(padding)) for p in pair], mode=self.padding_mode)
+            x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
         if self.engine == "float":
             return self._float_convolve(x, padding)
@@ -1382,10 +1391,9 @@ class PackedLayer(nn.Module):
         Wq, bias = self._Wq.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)
-        pairs = _pairs(padding)
-        if any(low != high for low, high in pairs):
-            Aq, pairs = F.pad(Aq, [p for pair in reversed(pairs) for p in pair]), [(0, 0)] * len(pairs)
-        symmetric = [low for low, _ in pairs]
+        symmetric = padding[::2]
+        if symmetric != padding[1::2]:
+            Aq, symmetric = F.pad(Aq, _for_pad(padding)), 0
         return _CONVOLUTIONS[self.spatial_dims](Aq, Wq, bias, self.stride, symmetric, self.dilation, self.groups)
 
     def extra_repr(self) -> str:

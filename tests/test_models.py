@@ -196,6 +196,8 @@ def test_calibrate_says_what_is_missing(trained, digits):
         abcnets.calibrate(copy.deepcopy(trained), digits[0][:10])
     with pytest.raises(ValueError, match="at least one image"):
         abcnets.calibrate(abcnets.convert(trained), [])
+    with pytest.raises(ValueError, match="NaN"):
+        abcnets.calibrate(abcnets.convert(trained), torch.full((2, 1, 8, 8), float("nan")))
 
 
 def test_constant_activations_keep_the_start_values():
