@@ -160,6 +160,8 @@ def test_calibration_fits_what_really_reaches_each_layer(trained, digits):
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_compensation_brings_each_layer_nearer_to_its_float_output(layer, shape, bases, per_channel):
     torch.manual_seed(0)
+    layer = copy.deepcopy(layer)
+    layer.reset_parameters()
     # Correlated, rectified input of unequal channels, as networks have it
     x = torch.randn(shape).cumsum(1 if len(shape) > 2 else -1).relu() / 2
     errors = []
