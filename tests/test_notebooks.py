@@ -19,7 +19,7 @@ FIGURES = {
 def executed(tmp_path_factory):
     """The folder into which both notebooks were executed, one after the other as `make run` does it."""
     out = tmp_path_factory.mktemp("notebooks")
-    common = {"dataset": "digits", "limit": 640, "epochs": 8, "finetune_epochs": 2}
+    common = {"dataset": "digits", "limit": 640, "epochs": 8, "finetune_epochs": 8}
     common |= {"out": str(out), "results": str(out / "results")}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TQDM_DISABLE", "1")
