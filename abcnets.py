@@ -796,37 +796,31 @@ def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: b
         raise ValueError("calibrate needs a model with at least one active ABC layer: convert or binarize it first")
     images = _gather(batches, layers[0].weight.device)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        float_means = _float_means(model, [m for m in layers if m.bias is not None], images)
-        bar = _progress_bar(len(layers) + len(norms)) if progress else None
-        done = set()
+    float_means = _float_means(model, [m for m in layers if m.bias is not None], images)
+    bar = _progress_bar(len(layers) + len(norms)) if progress else None
+    done = set()
 
-        def before(module, inputs):
-            if module in done:
-                return
-            if isinstance(module, _ABCLayer):
-                _calibrate_layer(module, inputs[0], compensate)
-                done.add(module)
-            elif done:  # a BatchNorm ahead of every binarized layer fits as it is
-                _calibrate_statistics(module, inputs[0])
-                done.add(module)
-            if bar is not None:
-                bar.update()
-
-        def after(module, inputs, output):
-            if module in float_means:
-                shift = float_means.pop(module) - _channel_means(module, output)
-                module.bias += shift
-                return output + _along_channels(module, shift)
-
-        _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
+    def before(module, inputs):
+        if module in done:
+            return
+        if isinstance(module, _ABCLayer):
+            _calibrate_layer(module, inputs[0], compensate)
+            done.add(module)
+        elif done:  # a BatchNorm ahead of every binarized layer fits as it is
+            _calibrate_statistics(module, inputs[0])
+            done.add(module)
         if bar is not None:
-            bar.close()
-    finally:
-        for module in was_training:
-            module.training = True
+            bar.update()
+
+    def after(module, inputs, output):
+        if module in float_means:
+            shift = float_means.pop(module) - _channel_means(module, output)
+            module.bias += shift
+            return output + _along_channels(module, shift)
+
+    _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
+    if bar is not None:
+        bar.close()
     return model
 
 
@@ -844,8 +838,9 @@ def _gather(batches, device) -> Tensor:
 
 
 def _run_with_hooks(model, images, hooks: dict) -> None:
-    """One forward pass with {module: (before, after)} hooks, which are gone afterwards whatever happens."""
-    handles = []
+    """One forward pass in eval mode with {module: (before, after)} hooks; afterwards the model is as it was."""
+    handles, was_training = [], [module for module in model.modules() if module.training]
+    model.eval()
     try:
         for module, (before, after) in hooks.items():
             if before is not None:
@@ -856,6 +851,8 @@ def _run_with_hooks(model, images, hooks: dict) -> None:
     finally:
         for handle in handles:
             handle.remove()
+        for module in was_training:
+            module.training = True
 
 
 def _float_means(model, layers, images) -> dict[nn.Module, Tensor]:
@@ -1061,13 +1058,7 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
             rows[module] = _summary_row(names[module], module, output)
 
     holders = [m for m in names if any(True for _ in (*m.parameters(False), *m.buffers(False)))]
-    was_training = [m for m in model.modules() if m.training]
-    model.eval()
-    try:
-        _run_with_hooks(model, example_input, {module: (None, after) for module in holders})
-    finally:
-        for module in was_training:
-            module.training = True
+    _run_with_hooks(model, example_input, {module: (None, after) for module in holders})
     return Summary(rows.values())
 
 
