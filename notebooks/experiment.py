@@ -321,7 +321,7 @@ def finetune(
     teacher: nn.Module | None = None,
     *,
     epochs: int | None = None,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     lr_activation: float = 1e-3,
     weight_decay: float = 0.0,
     **options,
