@@ -764,6 +764,9 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
     return replaced.get(model, model)
 
 
+_MOVE_UP_TO = 8192  # weights an output channel: to move them costs memory by the square of that, time by the cube
+
+
 @torch.no_grad()
 def calibrate(model, batches, float_model=None, *, compensate: bool = True, progress: bool = True) -> nn.Module:
     """Fit a freshly binarized model to some data, without training; in place, returns the model.
@@ -791,8 +794,9 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
         batches: an iterable of input tensors, or of (input, ...) tuples such as a DataLoader yields; or one tensor.
         float_model: the trained float network that the model was converted from; default: the model itself, with its
             bases switched off.
-        compensate: move the weights. False leaves them, and spends one of N > 1 activation bases on the constant that
-            a symmetric staircase lacks, which moved weights and the bias or BatchNorm behind the layer make up for.
+        compensate: move the weights (of layers with up to 8 192 of them an output channel). False leaves them, and
+            spends one of N > 1 activation bases on the constant that a symmetric staircase lacks, which moved weights
+            and the bias or BatchNorm behind the layer make up for.
         progress: show a bar, where tqdm is installed.
 
     Raises: ValueError where the model has no active ABC layer, float_model lacks one of them, or there are no images.
@@ -810,7 +814,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
         if module in done:
             return
         if isinstance(module, _ABCLayer):
-            _calibrate_layer(module, inputs[0], wanted[module][1] if compensate else None)
+            small = module.weight[0].numel() <= _MOVE_UP_TO
+            _calibrate_layer(module, inputs[0], wanted[module][1] if compensate and small else None)
             done.add(module)
         elif done:  # a BatchNorm ahead of every binarized layer fits as it is
             _calibrate_statistics(module, inputs[0])
