@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import statistics
 import sys
 from pathlib import Path
 from statistics import NormalDist, median
@@ -327,18 +328,47 @@ def weights_only() -> str:
     return f"They lose {', '.join(losses)}."
 
 
-def other_runs() -> str:
-    rows = [r for r in RUNS if not (r["dataset"] == DATASET and r["options"] is None and r["seed"] == 0)]
+def cifar_table() -> str:
+    rows = []
+    for M, N in [(None, None), (1, 1), (3, 3), (1, None), (3, None)]:
+        if run := run_of(M, N, "cifar10-jpeg"):
+            bases = ["float" if b is None else str(b) for b in (M, N)]
+            before = [percent(run[key]) if M or N else "" for key in ("binarized", "calibrated")]
+            trained, size = f"{percent(run['accuracy'])} ({run['epochs']})", f"{run['packed_bytes'] / 1000:.0f} kB"
+            rows.append([*bases, *before, trained, size])
     if not rows:
-        return "No run with other options, seeds or data sets is recorded."
-    cells = [
-        [
-            f"`{r['run']}`", *(percent(r[key]) if r[key] else "" for key in ("float", "calibrated")),
-            f"{percent(r['accuracy'])} ({r['epochs']})",
-        ]
-        for r in rows
-    ]  # fmt: skip
-    return "Other recorded runs:\n\n" + table(["run", "float", "calibrated", "trained (epochs)"], cells, "lrrr")
+        return f"These rows were {MISSING} yet."
+    return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "file"], rows, "rrrrrr")
+
+
+ABLATED = {"calibrate=512", "limit=6000", "float-seed=0"}  # what all runs of `make ablation` have in common
+CHOICES = {
+    frozenset(): "as by default",
+    frozenset(["per-layer"]): "one mean, std and $\\alpha$ a layer instead of a channel",
+    frozenset(["even-shifts"]): "even shifts instead of Gaussian ones",
+    frozenset(["learn-shifts"]): "shifts learned too",
+    frozenset(["scale-gradient"]): "$\\partial L/\\partial W$ times $\\sum_m \\alpha_m$",
+    frozenset(["distill=0"]): "no float teacher",
+    frozenset(["calibrate=0"]): "not calibrated",
+}
+
+
+def ablation_table() -> str:
+    accuracies = {}
+    for run in RUNS:
+        options = set((run["options"] or "").split())
+        if "limit=6000" in options and run["M"] == run["N"] == 2:
+            accuracies.setdefault(frozenset(options - ABLATED), []).append(run)
+    rows = []
+    for options, name in CHOICES.items():
+        if runs := accuracies.get(options):
+            last, start = [run["accuracy"] for run in runs], runs[0]["calibrated"]
+            spread = f"{min(last):.2f} to {max(last):.2f}"
+            before = percent(runs[0]["binarized"] if start is None else start)
+            rows.append([name, before, f"{statistics.mean(last):.2f} %", spread, str(len(runs))])
+    if not rows:
+        return f"These runs were {MISSING} yet."
+    return table(["choice", "before training", "trained, mean", "lowest and highest", "seeds"], rows, "lrrrr")
 
 
 def machine_of_runs() -> str:
@@ -528,7 +558,8 @@ def _authors(text: str) -> str:
 
 BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
-    calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, other_runs, machine_of_runs,
+    calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, cifar_table, ablation_table,
+    machine_of_runs,
     step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover,
     cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, references,
 )  # fmt: skip
