@@ -41,10 +41,11 @@ def test_every_block_stands_in_the_text_once(build):
 
 
 def test_missing_results_are_said_to_be_missing(build, monkeypatch):
-    for name in ("RUNS", "SPEED", "STEP", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
+    for name in ("RUNS", "SPEED", "STEP", "COMPETITORS", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
         monkeypatch.setattr(build, name, [])
     blocks = {function.__name__: function() for function in build.BLOCKS}
-    for name in ("accuracy_table", "calibration_table", "weights_only", "network_table", "gaussian_table"):
+    tables = ("accuracy_table", "calibration_table", "network_table", "gaussian_table", "competitors_table")
+    for name in (*tables, "weights_only"):
         assert build.MISSING in blocks[name], name
     assert build.NOT_MEASURED in blocks["cpu_table"] and build.NOT_MEASURED in blocks["step_words"]
     assert "Not measured yet" in blocks["gpu_measured"]

@@ -53,6 +53,7 @@ def read(path: str) -> list[dict]:
 RUNS = read("notebooks/results/runs.csv")
 SPEED = read("notebooks/results/speed.csv")
 STEP = read("notebooks/results/step.csv")
+COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")
 CPU = read("kernels/results/cpu.csv")
@@ -341,6 +342,65 @@ def other_runs() -> str:
     return "Other recorded runs:\n\n" + table(["run", "float", "calibrated", "trained (epochs)"], cells, "lrrr")
 
 
+def competitors() -> list[dict]:
+    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+
+    A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
+    """
+    forms = {}
+    for row in COMPETITORS:
+        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+    shown = []
+    for (name, M, N), rows in forms.items():
+        best = max(row["accuracy"] for row in rows)
+        rows = [row for row in rows if row["accuracy"] == best]
+        ms = {}
+        for row in rows:
+            case = row["batch"], row["threads"]
+            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+    return shown
+
+
+def competitors_table() -> str:
+    if not COMPETITORS:
+        return f"The comparison was {MISSING} yet (`python notebooks/compare.py`)."
+    cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
+    rows = []
+    for form in competitors():
+        bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
+        bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
+        rows.append([form["name"] + bases, f"{form['accuracy']:.2f} %", f"{form['bytes'] / 1000:.0f} kB", *times])
+    head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
+    return table(head, rows, "lrr" + "r" * len(cases))
+
+
+def competitors_about() -> str:
+    if not COMPETITORS:
+        return f"Measured on: {MISSING}."
+    row = COMPETITORS[0]
+    return f"Measured on {row['hardware']}; {row['versions']}."
+
+
+def competitors_words() -> str:
+    """Which of ours are faster than int8, and what int8 keeps."""
+    forms = competitors()
+    int8 = next((form for form in forms if form["name"] == "onnxruntime int8"), None)
+    ours = [form for form in forms if form["name"] == "abcnets" and form["N"]]
+    if not int8 or not ours:
+        return f"A comparison with int8 was {MISSING} yet."
+    faster = [
+        f"$M = {form['M']}$, $N = {form['N']}$ in batches of {batch} on {threads} thread{'s' * (threads > 1)}"
+        for form in ours for (batch, threads), ms in form["ms"].items() if ms < int8["ms"][batch, threads]
+    ]  # fmt: skip
+    return (
+        f"For this network int8 is hard to beat: onnxruntime keeps {int8['accuracy']:.2f} % in "
+        f"{int8['bytes'] / 1000:.0f} kB, and of the binary networks "
+        + (f"only these are faster: {'; '.join(faster)}." if faster else "none is faster.")
+    )
+
+
 def machine_of_runs() -> str:
     run = run_of(None, None)
     return f"{run['hardware']}, {run['versions']}" if run else MISSING
@@ -530,7 +590,8 @@ BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, other_runs, machine_of_runs,
     step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover,
-    cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, references,
+    cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, competitors_table, competitors_about,
+    competitors_words, references,
 )  # fmt: skip
 
 
@@ -561,6 +622,12 @@ def figure_data() -> dict:
         {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
         for m, n in [(None, None), *PLANNED] if (run := run_of(m, n))
     ]  # fmt: skip
+    fewest = min((row["threads"] for row in COMPETITORS), default=1)
+    forms = [
+        {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
+         "calibrated": (run_of(form["M"], form["N"]) or {}).get("calibrated") if form["name"] == "abcnets" else None}
+        for form in competitors()
+    ]  # fmt: skip
     measured = {
         str(threads): {contender: cpu_medians(contender, "times_float32", threads) for contender in ("packed", "words")}
         for threads in cpu_threads()
@@ -579,6 +646,7 @@ def figure_data() -> dict:
                    "even": gaussian_errors(even_thresholds), "best": gaussian_errors(gaussian_thresholds)},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
         "accuracy": {"runs": runs},
+        "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": CPU_BITS / CPU_FLOAT, "int8_estimate": CPU_INT8 / CPU_FLOAT, "measured": measured,
                   "int8": int8},
         "roofline": {"roof": GPU_UNITS, "bytes": GPU_BYTES,
@@ -694,6 +762,110 @@ def draw_accuracy(plt, data):
     return fig
 
 
+def draw_competitors(plt, data):
+    forms, threads = data["forms"], data["threads"]
+    batches = sorted({int(batch) for form in forms for batch in form["ms"]}) or [1]
+    fig, axes = plt.subplots(1, 1 + len(batches), figsize=(3.1 * (1 + len(batches)), 4.6), sharey=True, layout="none")
+    fig.subplots_adjust(left=0.065, right=0.975, bottom=0.2, top=0.72, wspace=0.1)
+    kinds = {
+        "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
+        "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
+        "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+    }  # fmt: skip
+    worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
+    labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
+                                        for b in batches)]  # fmt: skip
+    axes[0].set_ylabel("test accuracy, %")
+    if not forms:
+        axes[0].text(0.5, 0.5, "not measured yet", transform=axes[0].transAxes, color="#A04000", ha="center")
+        return fig
+    low, high = (limit(form["accuracy"] for form in forms) for limit in (min, max))
+    axes[0].set_ylim(low - 0.6, high + 0.35)
+    for ax, place, label in zip(axes, worlds, labels):
+        ax.set(xscale="log", xlabel=label)
+        _nice_log_ticks(ax, [place(form) for form in forms])
+        points = []
+        for form in forms:
+            color, marker, _ = kinds[_kind(form)]
+            ax.plot(place(form), form["accuracy"], marker, color=color, linestyle="none", markersize=6, zorder=3)
+            points.append((place(form), form["accuracy"], _form_label(form), color))
+            if form["calibrated"] and form["calibrated"] > low - 0.6:
+                ax.plot([place(form)] * 2, [form["calibrated"], form["accuracy"]], ":", color=color, linewidth=0.8)
+                ax.plot(place(form), form["calibrated"], marker, color=color, fillstyle="none", markersize=5)
+                rise = form["accuracy"] - form["calibrated"]
+                points += [(place(form), form["calibrated"] + rise * i / 8, "", color) for i in range(8)]
+        _label_points(ax, points)
+    used = {_kind(form) for form in forms}
+    handles = [plt.Line2D([], [], color=color, marker=marker, linestyle="none", label=name)
+               for kind, (color, marker, name) in kinds.items() if kind in used]  # fmt: skip
+    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, handletextpad=0.2)
+    fig.suptitle(f"Nine-layer network on Fashion-MNIST, {threads} CPU thread{'s' * (threads > 1)}", fontsize=11, y=0.99)
+    return fig
+
+
+def _kind(form) -> str:
+    return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
+
+
+def _form_label(form) -> str:
+    if form["name"] != "abcnets":
+        return form["name"]
+    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+
+
+def _nice_log_ticks(ax, xs) -> None:
+    """Limits that leave room on both sides, and ticks at 1, 2, 5 times powers of ten, written out."""
+    if not xs:
+        return
+    low, high = min(xs), max(xs)
+    margin = max(0.12 * math.log(high / low), 0.15)
+    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
+    ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def _label_points(ax, points) -> None:
+    """Long names on a slant above the axes, a thin line to each point; short ones beside their points."""
+    low, high = (math.log(x) for x in ax.get_xlim())
+    named = sorted(point for point in points if len(point[2]) > 8)
+    places = _spread([(math.log(x) - low) / (high - low) - 0.04 for x, *_ in named], 0.1, 0.0, 0.76)
+    for (x, y, name, color), place in zip(named, places):
+        ax.annotate(name, (x, y), (place, 1.04), textcoords="axes fraction", rotation=38, rotation_mode="anchor",
+                    ha="left", va="bottom", fontsize=9, color=color,
+                    arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4, "shrinkA": 0,
+                                "relpos": (0, 0)})  # fmt: skip
+    pixels = 72 / ax.figure.dpi  # in points from here on
+    at = [tuple(pixels * ax.transData.transform((x, y))) for x, y, *_ in points]
+    (left, _), (right, _) = pixels * ax.transAxes.transform([(0, 0), (1, 1)])
+    taken = [(left - 99, 0, left + 2, 999), (right, 0, right + 99, 999)]
+    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
+    for (x, y), point, (_, _, name, color) in zip(at, points, points):
+        width = 5.5 * len(name)
+        beside = [(6, -3.5), (-6 - width, -3.5), (-width / 2, 6), (-width / 2, -14), (5, 4), (5, -12)]
+        if 0 < len(name) <= 8:
+            boxes = [(x + dx, y + dy, x + dx + width, y + dy + 8) for dx, dy in beside]
+            best = min(range(len(boxes)), key=lambda i: sum(_overlap(boxes[i], other) for other in taken))
+            taken.append(boxes[best])
+            ax.annotate(name, point[:2], beside[best], textcoords="offset points", fontsize=9, color=color)
+
+
+def _overlap(a, b) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Rising positions near the wanted ones, at least `gap` apart, between low and high where they fit."""
+    places = []
+    for want in wanted:
+        places.append(max(want, low, places[-1] + gap if places else low))
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else high)
+    return places
+
+
 def draw_speed(plt, data):
     fig, ax = plt.subplots(figsize=(7, 3.2))
     products = [1 + 29 * i / 200 for i in range(201)]
@@ -756,6 +928,7 @@ def draw_roofline(plt, data):
 
 DRAWINGS = {
     "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold, "accuracy": draw_accuracy,
+    "competitors": draw_competitors,
     "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 
