@@ -113,8 +113,12 @@ def recorded_runs(results: Path, dataset: str, out: Path) -> list[dict]:
 
 def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tuple[str, str], Path]:
     """{(form, variant): file} for onnxruntime: float32, and int8 calibrated on so many training images."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx.export needs
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise ImportError(f"the comparison needs onnx, onnxscript and onnxruntime: pip install them ({error})") from None
 
     class Images(CalibrationDataReader):
         def __init__(self):

@@ -1,11 +1,11 @@
-"""Build the writeup: numbers, tables and figures from the results, then the PDF.
+"""Build the writeup: numbers, tables and figures from the results, then the PDF; and the README's opening.
 
-    python writeup/build.py             writeup.md (between its markers), figures/, writeup.pdf
+    python writeup/build.py             writeup.md and the README's opening (between markers), figures/, writeup.pdf
     python writeup/build.py --check     fails if any of these is not what the results make of it; writes nothing
 
 What is measured comes from notebooks/results, kernels/results and writeup/results, which runs wrote; the few things
 that are arithmetic (the worked examples, the Gaussian's quantizers, the estimates) are computed here. A block of
-writeup.md between <!-- results: NAME --> and <!-- end --> is what the function NAME below returns. A row that was never
+text between <!-- results: NAME --> and <!-- end --> is what the function NAME below returns. A row that was never
 run is said to be missing. Each figure's numbers are in figures/data.json, and each figure carries their checksum.
 """
 
@@ -21,6 +21,7 @@ from statistics import NormalDist, median
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+README = ROOT / "README.md"
 FIGURES = HERE / "figures"
 STYLE = ROOT / "notebooks" / "abcnets.mplstyle"
 MISSING = "not run"
@@ -401,6 +402,72 @@ def competitors_words() -> str:
     )
 
 
+def opening() -> str:
+    """The README's claim: the most accurate network of each kind beside float32 and int8, ResNet-18, the figure."""
+    forms = competitors()
+    by_name = {form["name"]: form for form in forms if form["name"] != "abcnets"}
+    ours = [form for form in forms if form["name"] == "abcnets" and form["M"] and form["N"]]
+    if not ours or not {"torch float32", "onnxruntime int8"} <= by_name.keys():
+        return f"The comparison with float32 and int8 was {MISSING} yet (`python notebooks/compare.py`)."
+    reference, int8, best = by_name["torch float32"], by_name["onnxruntime int8"], max(ours, key=_accuracy)
+    claim = [
+        "Networks whose convolutions are sums of a few ±1 convolutions, in small files. The nine-layer network on "
+        f"Fashion-MNIST reaches **{best['accuracy']:.2f} % in {_kB(best)}** with {_bases(best)}, where float32 reaches "
+        f"{reference['accuracy']:.2f} % in {_kB(reference)} ([every row](notebooks/results/competitors.csv))."
+    ]
+    weights = [form for form in forms if form["name"] == "abcnets" and not form["N"]]
+    if weights:
+        form = max(weights, key=_accuracy)
+        claim.append(f"Binary weights alone, M = {form['M']}, reach {form['accuracy']:.2f} % in {_kB(form)}.")
+    speeds = resnet_speeds(1)
+    if speeds:
+        claim.append(
+            f"With one base a side ResNet-18 runs {min(speeds):.1f} to {max(speeds):.1f} times as fast as in torch's "
+            "best float32 on a CPU ([measured](kernels/README.md#whole-networks))."
+        )
+    fewest = min(threads for _, threads in int8["ms"])
+    words = []
+    for batch in sorted(batch for batch, threads in int8["ms"] if threads == fewest):
+        faster = [_bases(form) for form in ours if form["ms"][batch, fewest] < int8["ms"][batch, fewest]]
+        how = "one image at a time" if batch == 1 else f"in batches of {batch}"
+        words.append(f"than all of these but {' and '.join(faster)} {how}" if faster else f"than all of these {how}")
+    claim.append(
+        f"int8 is the rival to beat: onnxruntime's keeps {int8['accuracy']:.2f} % in {_kB(int8)}, and with this small "
+        f"network on {fewest} thread{'s' * (fewest > 1)} it is faster {' and '.join(words)} "
+        "([when not to use this](writeup/writeup.md#7-when-not-to-use-this))."
+    )
+    picture = "![Accuracy against file size and time an image, with float and int8](writeup/figures/competitors.svg)"
+    caption = (
+        "*Test accuracy against the size of the file, its header included, and the time an image takes "
+        f"({COMPETITORS[0]['hardware']}). Labels are M, N; open marks are calibrated, not trained. Measured by "
+        "[`compare.py`](notebooks/compare.py), drawn by [`build.py`](writeup/build.py).*"
+    )
+    return "\n\n".join([" ".join(claim), picture, caption])
+
+
+def _accuracy(form) -> float:
+    return form["accuracy"]
+
+
+def _kB(form) -> str:
+    return f"{form['bytes'] / 1000:.0f} kB"
+
+
+def _bases(form) -> str:
+    M, N = form["M"], form["N"]
+    return f"M = N = {M}" if M == N else f"M = {M}, N = {N}"
+
+
+def resnet_speeds(bases: int) -> list[float]:
+    """Times float32's speed of packed ResNet-18, the fastest form of each batch and number of threads."""
+    best = {}
+    for row in SPEED:
+        if row["network"] == "ResNet-18" and row["bases"] == bases and "bits between layers" in row["form"]:
+            case = row["batch"], row["threads"]
+            best[case] = max(row["times_float32"], best.get(case, 0))
+    return list(best.values())
+
+
 def machine_of_runs() -> str:
     run = run_of(None, None)
     return f"{run['hardware']}, {run['versions']}" if run else MISSING
@@ -597,12 +664,12 @@ BLOCKS = (
 
 def inject(text: str) -> str:
     """The text with every block made anew. Raises ValueError for a name that no function has."""
-    functions = {function.__name__: function for function in BLOCKS}
+    functions = {function.__name__: function for function in (*BLOCKS, opening)}
 
     def fill(match):
         name, old = match.group(1), match.group(2)
         if name not in functions:
-            raise ValueError(f"writeup.md has a block {name!r}, which build.py does not know")
+            raise ValueError(f"there is a block {name!r}, which build.py does not know")
         new = functions[name]()
         return f"<!-- results: {name} -->" + (f"\n\n{new}\n\n" if "\n" in old else new) + "<!-- end -->"
 
@@ -1037,6 +1104,9 @@ def differences() -> list[str]:
     if new != old:
         changed = [b for a, b in zip(old.splitlines(), new.splitlines()) if a != b]
         found.append("writeup.md differs from the results" + (f", first here: {changed[0][:200]}" if changed else ""))
+    readme = README.read_text()
+    if inject(readme) != readme:
+        found.append("README.md's opening differs from the results")
     data = figure_data()
     drawn = FIGURES / "data.json"
     if not drawn.exists() or json.loads(drawn.read_text()) != data:
@@ -1061,6 +1131,7 @@ def main() -> None:
     page = HERE / "writeup.md"
     text, data = inject(page.read_text()), figure_data()
     page.write_text(text)
+    README.write_text(inject(README.read_text()))
     draw(data, FIGURES)
     build_pdf(text, data, HERE / "writeup.pdf")
 
