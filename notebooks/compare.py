@@ -118,7 +118,7 @@ def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tupl
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
-        raise ImportError(f"the comparison needs onnx, onnxscript and onnxruntime: pip install them ({error})") from None
+        raise ImportError(f"the comparison needs onnx, onnxscript, onnxruntime: pip install them ({error})") from None
 
     class Images(CalibrationDataReader):
         def __init__(self):
