@@ -48,6 +48,7 @@ results: $(INSTALLED)
 	for bases in "1 1" "2 2" "3 3" "5 5" "1 none" "2 none" "3 none" "1 3" "3 1"; do set -- $$bases; \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$1 --activation-bases $$2 \
 		|| exit 1; done
+	$(BIN)/python notebooks/compare.py
 	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --readme
 
 ablation: $(INSTALLED)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import experiment
+import pytest
 
 import abcnets
 
@@ -44,9 +45,22 @@ def test_imports_of_abcnets_are_torch_and_the_standard_library():
     assert imported - set(sys.stdlib_module_names) == {"torch"}
 
 
-def test_local_links_lead_somewhere():
-    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", README):
-        assert target.startswith("http") or (ROOT / target).exists(), target
+def anchors(page: Path) -> set[str]:
+    """The names that GitHub gives to a page's headings."""
+    text = re.sub(r"```.*?```", "", page.read_text(), flags=re.S)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.+)$", text, re.M)}
+
+
+@pytest.mark.parametrize("page", ["README.md", "kernels/README.md", "writeup/writeup.md"])
+def test_local_links_lead_somewhere(page):
+    page = ROOT / page
+    targets = {target for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()) if not target.startswith("http")}
+    assert targets
+    for target in targets:
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists() and file.is_relative_to(ROOT.resolve()), target
+        assert not anchor or anchor in anchors(file), target
 
 
 def test_the_table_is_what_the_results_say():

@@ -41,26 +41,51 @@ def test_every_block_stands_in_the_text_once(build):
 
 
 def test_missing_results_are_said_to_be_missing(build, monkeypatch):
-    for name in ("RUNS", "SPEED", "STEP", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
+    for name in ("RUNS", "SPEED", "STEP", "COMPETITORS", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
         monkeypatch.setattr(build, name, [])
     blocks = {function.__name__: function() for function in build.BLOCKS}
-    for name in ("accuracy_table", "calibration_table", "weights_only", "network_table", "gaussian_table"):
+    tables = ("accuracy_table", "calibration_table", "network_table", "gaussian_table", "competitors_table")
+    for name in (*tables, "weights_only"):
         assert build.MISSING in blocks[name], name
     assert build.NOT_MEASURED in blocks["cpu_table"] and build.NOT_MEASURED in blocks["step_words"]
-    assert "Not measured yet" in blocks["gpu_measured"]
+    assert "Not measured yet" in blocks["gpu_measured"] and build.MISSING in build.opening()
     build.figure_data()
+
+
+def competitor(form, accuracy, ms, batch=1, M=None, N=None, size=1000):
+    return {"form": form, "variant": None, "M": M, "N": N, "accuracy": accuracy, "bytes": size, "batch": batch,
+            "threads": 1, "ms_per_image": ms, "hardware": "an abacus", "versions": "1"}  # fmt: skip
+
+
+def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_layout(build, monkeypatch):
+    rows = [competitor("torch float32", 94.0, ms) for ms in (3.0, 2.0)]
+    rows += [competitor("onnxruntime int8", *pair, size=300) for pair in ((93.5, 1.0), (92.0, 0.5))]
+    rows += [competitor("abcnets", 90.0, 0.9, M=1, N=1, size=90), competitor("abcnets", 93.0, 4.0, M=3, N=3, size=150)]
+    monkeypatch.setattr(build, "COMPETITORS", rows)
+    shown = {(form["name"], form["M"]): (form["accuracy"], form["ms"][1, 1]) for form in build.competitors()}
+    assert shown == {("torch float32", None): (94.0, 2.0), ("onnxruntime int8", None): (93.5, 1.0),
+                     ("abcnets", 1): (90.0, 0.9), ("abcnets", 3): (93.0, 4.0)}  # fmt: skip
+    assert "than all of these but M = N = 1 one image at a time" in build.opening()
+    assert "only these are faster: $M = 1$, $N = 1$ in batches of 1 on 1 thread" in build.competitors_words()
+    monkeypatch.setattr(build, "COMPETITORS", [row for row in rows if row["M"] != 1])
+    assert "faster than all of these one image" in build.opening() and "none is faster" in build.competitors_words()
+
+
+def test_labels_keep_their_distance(build):
+    assert build._spread([0.1, 0.12, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.1, 0.2, 0.5])
+    assert build._spread([0.9, 0.95, 1.0], 0.1, 0.0, 0.9) == pytest.approx([0.7, 0.8, 0.9])
 
 
 def test_figures_are_drawn_alike_twice(build, tmp_path):
     data = build.figure_data()
-    few = {name: build.DRAWINGS[name] for name in ("bits", "accuracy")}
+    few = {name: build.DRAWINGS[name] for name in ("bits", "accuracy", "competitors")}
     pictures = []
     for folder in (tmp_path / "once", tmp_path / "again"):
         build.DRAWINGS, everything = few, build.DRAWINGS
         build.draw(data, folder)
         build.DRAWINGS = everything
         pictures.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
-    assert pictures[0] == pictures[1] and len(pictures[0]) == 3
+    assert pictures[0] == pictures[1] and len(pictures[0]) == 4
 
 
 def test_the_pdf_builds(build, tmp_path):

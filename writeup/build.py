@@ -1,11 +1,11 @@
-"""Build the writeup: numbers, tables and figures from the results, then the PDF.
+"""Build the writeup: numbers, tables and figures from the results, then the PDF; and the README's opening.
 
-    python writeup/build.py             writeup.md (between its markers), figures/, writeup.pdf
+    python writeup/build.py             writeup.md and the README's opening (between markers), figures/, writeup.pdf
     python writeup/build.py --check     fails if any of these is not what the results make of it; writes nothing
 
 What is measured comes from notebooks/results, kernels/results and writeup/results, which runs wrote; the few things
 that are arithmetic (the worked examples, the Gaussian's quantizers, the estimates) are computed here. A block of
-writeup.md between <!-- results: NAME --> and <!-- end --> is what the function NAME below returns. A row that was never
+text between <!-- results: NAME --> and <!-- end --> is what the function NAME below returns. A row that was never
 run is said to be missing. Each figure's numbers are in figures/data.json, and each figure carries their checksum.
 """
 
@@ -22,6 +22,7 @@ from statistics import NormalDist, median
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
+README = ROOT / "README.md"
 FIGURES = HERE / "figures"
 STYLE = ROOT / "notebooks" / "abcnets.mplstyle"
 MISSING = "not run"
@@ -54,6 +55,7 @@ def read(path: str) -> list[dict]:
 RUNS = read("notebooks/results/runs.csv")
 SPEED = read("notebooks/results/speed.csv")
 STEP = read("notebooks/results/step.csv")
+COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")
 CPU = read("kernels/results/cpu.csv")
@@ -371,6 +373,131 @@ def ablation_table() -> str:
     return table(["choice", "before training", "trained, mean", "lowest and highest", "seeds"], rows, "lrrrr")
 
 
+def competitors() -> list[dict]:
+    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+
+    A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
+    """
+    forms = {}
+    for row in COMPETITORS:
+        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+    shown = []
+    for (name, M, N), rows in forms.items():
+        best = max(row["accuracy"] for row in rows)
+        rows = [row for row in rows if row["accuracy"] == best]
+        ms = {}
+        for row in rows:
+            case = row["batch"], row["threads"]
+            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+    return shown
+
+
+def competitors_table() -> str:
+    if not COMPETITORS:
+        return f"The comparison was {MISSING} yet (`python notebooks/compare.py`)."
+    cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
+    rows = []
+    for form in competitors():
+        bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
+        bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
+        rows.append([form["name"] + bases, f"{form['accuracy']:.2f} %", f"{form['bytes'] / 1000:.0f} kB", *times])
+    head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
+    return table(head, rows, "lrr" + "r" * len(cases))
+
+
+def competitors_about() -> str:
+    if not COMPETITORS:
+        return f"Measured on: {MISSING}."
+    row = COMPETITORS[0]
+    return f"Measured on {row['hardware']}; {row['versions']}."
+
+
+def competitors_words() -> str:
+    """Which of ours are faster than int8, and what int8 keeps."""
+    forms = competitors()
+    int8 = next((form for form in forms if form["name"] == "onnxruntime int8"), None)
+    ours = [form for form in forms if form["name"] == "abcnets" and form["N"]]
+    if not int8 or not ours:
+        return f"A comparison with int8 was {MISSING} yet."
+    faster = [
+        f"$M = {form['M']}$, $N = {form['N']}$ in batches of {batch} on {threads} thread{'s' * (threads > 1)}"
+        for form in ours for (batch, threads), ms in form["ms"].items() if ms < int8["ms"][batch, threads]
+    ]  # fmt: skip
+    return (
+        f"For this network int8 is hard to beat: onnxruntime keeps {int8['accuracy']:.2f} % in "
+        f"{int8['bytes'] / 1000:.0f} kB, and of the binary networks "
+        + (f"only these are faster: {'; '.join(faster)}." if faster else "none is faster.")
+    )
+
+
+def opening() -> str:
+    """The README's claim: the most accurate network of each kind beside float32 and int8, ResNet-18, the figure."""
+    forms = competitors()
+    by_name = {form["name"]: form for form in forms if form["name"] != "abcnets"}
+    ours = [form for form in forms if form["name"] == "abcnets" and form["M"] and form["N"]]
+    if not ours or not {"torch float32", "onnxruntime int8"} <= by_name.keys():
+        return f"The comparison with float32 and int8 was {MISSING} yet (`python notebooks/compare.py`)."
+    reference, int8, best = by_name["torch float32"], by_name["onnxruntime int8"], max(ours, key=_accuracy)
+    claim = [
+        "Networks whose convolutions are sums of a few ±1 convolutions, in small files. The nine-layer network on "
+        f"Fashion-MNIST reaches **{best['accuracy']:.2f} % in {_kB(best)}** with {_bases(best)}, where float32 reaches "
+        f"{reference['accuracy']:.2f} % in {_kB(reference)} ([every row](notebooks/results/competitors.csv))."
+    ]
+    weights = [form for form in forms if form["name"] == "abcnets" and not form["N"]]
+    if weights:
+        form = max(weights, key=_accuracy)
+        claim.append(f"Binary weights alone, M = {form['M']}, reach {form['accuracy']:.2f} % in {_kB(form)}.")
+    speeds = resnet_speeds(1)
+    if speeds:
+        claim.append(
+            f"With one base a side ResNet-18 runs {min(speeds):.1f} to {max(speeds):.1f} times as fast as in torch's "
+            "best float32 on a CPU ([measured](kernels/README.md#whole-networks))."
+        )
+    fewest = min(threads for _, threads in int8["ms"])
+    words = []
+    for batch in sorted(batch for batch, threads in int8["ms"] if threads == fewest):
+        faster = [_bases(form) for form in ours if form["ms"][batch, fewest] < int8["ms"][batch, fewest]]
+        how = "one image at a time" if batch == 1 else f"in batches of {batch}"
+        words.append(f"than all of these but {' and '.join(faster)} {how}" if faster else f"than all of these {how}")
+    claim.append(
+        f"int8 is the rival to beat: onnxruntime's keeps {int8['accuracy']:.2f} % in {_kB(int8)}, and with this small "
+        f"network on {fewest} thread{'s' * (fewest > 1)} it is faster {' and '.join(words)} "
+        "([when not to use this](writeup/writeup.md#7-when-not-to-use-this))."
+    )
+    picture = "![Accuracy against file size and time an image, with float and int8](writeup/figures/competitors.svg)"
+    caption = (
+        "*Test accuracy against the size of the file, its header included, and the time an image takes "
+        f"({COMPETITORS[0]['hardware']}). Labels are M, N; open marks are calibrated, not trained. Measured by "
+        "[`compare.py`](notebooks/compare.py), drawn by [`build.py`](writeup/build.py).*"
+    )
+    return "\n\n".join([" ".join(claim), picture, caption])
+
+
+def _accuracy(form) -> float:
+    return form["accuracy"]
+
+
+def _kB(form) -> str:
+    return f"{form['bytes'] / 1000:.0f} kB"
+
+
+def _bases(form) -> str:
+    M, N = form["M"], form["N"]
+    return f"M = N = {M}" if M == N else f"M = {M}, N = {N}"
+
+
+def resnet_speeds(bases: int) -> list[float]:
+    """Times float32's speed of packed ResNet-18, the fastest form of each batch and number of threads."""
+    best = {}
+    for row in SPEED:
+        if row["network"] == "ResNet-18" and row["bases"] == bases and "bits between layers" in row["form"]:
+            case = row["batch"], row["threads"]
+            best[case] = max(row["times_float32"], best.get(case, 0))
+    return list(best.values())
+
+
 def machine_of_runs() -> str:
     run = run_of(None, None)
     return f"{run['hardware']}, {run['versions']}" if run else MISSING
@@ -561,18 +688,19 @@ BLOCKS = (
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, cifar_table, ablation_table,
     machine_of_runs,
     step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover,
-    cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, references,
+    cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, competitors_table, competitors_about,
+    competitors_words, references,
 )  # fmt: skip
 
 
 def inject(text: str) -> str:
     """The text with every block made anew. Raises ValueError for a name that no function has."""
-    functions = {function.__name__: function for function in BLOCKS}
+    functions = {function.__name__: function for function in (*BLOCKS, opening)}
 
     def fill(match):
         name, old = match.group(1), match.group(2)
         if name not in functions:
-            raise ValueError(f"writeup.md has a block {name!r}, which build.py does not know")
+            raise ValueError(f"there is a block {name!r}, which build.py does not know")
         new = functions[name]()
         return f"<!-- results: {name} -->" + (f"\n\n{new}\n\n" if "\n" in old else new) + "<!-- end -->"
 
@@ -592,6 +720,12 @@ def figure_data() -> dict:
         {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
         for m, n in [(None, None), *PLANNED] if (run := run_of(m, n))
     ]  # fmt: skip
+    fewest = min((row["threads"] for row in COMPETITORS), default=1)
+    forms = [
+        {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
+         "calibrated": (run_of(form["M"], form["N"]) or {}).get("calibrated") if form["name"] == "abcnets" else None}
+        for form in competitors()
+    ]  # fmt: skip
     measured = {
         str(threads): {contender: cpu_medians(contender, "times_float32", threads) for contender in ("packed", "words")}
         for threads in cpu_threads()
@@ -610,6 +744,7 @@ def figure_data() -> dict:
                    "even": gaussian_errors(even_thresholds), "best": gaussian_errors(gaussian_thresholds)},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
         "accuracy": {"runs": runs},
+        "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": CPU_BITS / CPU_FLOAT, "int8_estimate": CPU_INT8 / CPU_FLOAT, "measured": measured,
                   "int8": int8},
         "roofline": {"roof": GPU_UNITS, "bytes": GPU_BYTES,
@@ -725,6 +860,110 @@ def draw_accuracy(plt, data):
     return fig
 
 
+def draw_competitors(plt, data):
+    forms, threads = data["forms"], data["threads"]
+    batches = sorted({int(batch) for form in forms for batch in form["ms"]}) or [1]
+    fig, axes = plt.subplots(1, 1 + len(batches), figsize=(3.1 * (1 + len(batches)), 4.6), sharey=True, layout="none")
+    fig.subplots_adjust(left=0.065, right=0.975, bottom=0.2, top=0.72, wspace=0.1)
+    kinds = {
+        "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
+        "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
+        "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+    }  # fmt: skip
+    worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
+    labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
+                                        for b in batches)]  # fmt: skip
+    axes[0].set_ylabel("test accuracy, %")
+    if not forms:
+        axes[0].text(0.5, 0.5, "not measured yet", transform=axes[0].transAxes, color="#A04000", ha="center")
+        return fig
+    low, high = (limit(form["accuracy"] for form in forms) for limit in (min, max))
+    axes[0].set_ylim(low - 0.6, high + 0.35)
+    for ax, place, label in zip(axes, worlds, labels):
+        ax.set(xscale="log", xlabel=label)
+        _nice_log_ticks(ax, [place(form) for form in forms])
+        points = []
+        for form in forms:
+            color, marker, _ = kinds[_kind(form)]
+            ax.plot(place(form), form["accuracy"], marker, color=color, linestyle="none", markersize=6, zorder=3)
+            points.append((place(form), form["accuracy"], _form_label(form), color))
+            if form["calibrated"] and form["calibrated"] > low - 0.6:
+                ax.plot([place(form)] * 2, [form["calibrated"], form["accuracy"]], ":", color=color, linewidth=0.8)
+                ax.plot(place(form), form["calibrated"], marker, color=color, fillstyle="none", markersize=5)
+                rise = form["accuracy"] - form["calibrated"]
+                points += [(place(form), form["calibrated"] + rise * i / 8, "", color) for i in range(8)]
+        _label_points(ax, points)
+    used = {_kind(form) for form in forms}
+    handles = [plt.Line2D([], [], color=color, marker=marker, linestyle="none", label=name)
+               for kind, (color, marker, name) in kinds.items() if kind in used]  # fmt: skip
+    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, handletextpad=0.2)
+    fig.suptitle(f"Nine-layer network on Fashion-MNIST, {threads} CPU thread{'s' * (threads > 1)}", fontsize=11, y=0.99)
+    return fig
+
+
+def _kind(form) -> str:
+    return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
+
+
+def _form_label(form) -> str:
+    if form["name"] != "abcnets":
+        return form["name"]
+    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+
+
+def _nice_log_ticks(ax, xs) -> None:
+    """Limits that leave room on both sides, and ticks at 1, 2, 5 times powers of ten, written out."""
+    if not xs:
+        return
+    low, high = min(xs), max(xs)
+    margin = max(0.12 * math.log(high / low), 0.15)
+    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
+    ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def _label_points(ax, points) -> None:
+    """Long names on a slant above the axes, a thin line to each point; short ones beside their points."""
+    low, high = (math.log(x) for x in ax.get_xlim())
+    named = sorted(point for point in points if len(point[2]) > 8)
+    places = _spread([(math.log(x) - low) / (high - low) - 0.04 for x, *_ in named], 0.1, 0.0, 0.76)
+    for (x, y, name, color), place in zip(named, places):
+        ax.annotate(name, (x, y), (place, 1.04), textcoords="axes fraction", rotation=38, rotation_mode="anchor",
+                    ha="left", va="bottom", fontsize=9, color=color,
+                    arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4, "shrinkA": 0,
+                                "relpos": (0, 0)})  # fmt: skip
+    pixels = 72 / ax.figure.dpi  # in points from here on
+    at = [tuple(pixels * ax.transData.transform((x, y))) for x, y, *_ in points]
+    (left, _), (right, _) = pixels * ax.transAxes.transform([(0, 0), (1, 1)])
+    taken = [(left - 99, 0, left + 2, 999), (right, 0, right + 99, 999)]
+    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
+    for (x, y), point, (_, _, name, color) in zip(at, points, points):
+        width = 5.5 * len(name)
+        beside = [(6, -3.5), (-6 - width, -3.5), (-width / 2, 6), (-width / 2, -14), (5, 4), (5, -12)]
+        if 0 < len(name) <= 8:
+            boxes = [(x + dx, y + dy, x + dx + width, y + dy + 8) for dx, dy in beside]
+            best = min(range(len(boxes)), key=lambda i: sum(_overlap(boxes[i], other) for other in taken))
+            taken.append(boxes[best])
+            ax.annotate(name, point[:2], beside[best], textcoords="offset points", fontsize=9, color=color)
+
+
+def _overlap(a, b) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Rising positions near the wanted ones, at least `gap` apart, between low and high where they fit."""
+    places = []
+    for want in wanted:
+        places.append(max(want, low, places[-1] + gap if places else low))
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else high)
+    return places
+
+
 def draw_speed(plt, data):
     fig, ax = plt.subplots(figsize=(7, 3.2))
     products = [1 + 29 * i / 200 for i in range(201)]
@@ -787,6 +1026,7 @@ def draw_roofline(plt, data):
 
 DRAWINGS = {
     "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold, "accuracy": draw_accuracy,
+    "competitors": draw_competitors,
     "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 
@@ -895,6 +1135,9 @@ def differences() -> list[str]:
     if new != old:
         changed = [b for a, b in zip(old.splitlines(), new.splitlines()) if a != b]
         found.append("writeup.md differs from the results" + (f", first here: {changed[0][:200]}" if changed else ""))
+    readme = README.read_text()
+    if inject(readme) != readme:
+        found.append("README.md's opening differs from the results")
     data = figure_data()
     drawn = FIGURES / "data.json"
     if not drawn.exists() or json.loads(drawn.read_text()) != data:
@@ -919,6 +1162,7 @@ def main() -> None:
     page = HERE / "writeup.md"
     text, data = inject(page.read_text()), figure_data()
     page.write_text(text)
+    README.write_text(inject(README.read_text()))
     draw(data, FIGURES)
     build_pdf(text, data, HERE / "writeup.pdf")
 

@@ -1,0 +1,243 @@
+"""The nine-layer network on Fashion-MNIST in every form that one could deploy: `python notebooks/compare.py`.
+
+Accuracy on the test images, bytes of the file and milliseconds an image of
+
+    torch           float32 and bfloat16, both memory layouts, BatchNorm folded into the convolution that it follows
+    onnxruntime     float32; int8, static and per channel, in either form that onnxruntime's quantizer writes
+    abcnets         each fine-tuned network of results/runs.csv, packed, from its file, with bits kept between layers
+
+All are made from one float network, all run in one process in turn, on the same threads; the median round counts.
+onnxruntime is timed after the others, because its threads spin for a while after each call.
+
+Needs what `make results` leaves in out/. Writes notebooks/results/competitors.csv: one row a form, variant, batch and
+number of threads. The best variant of a form is for the reader to take.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import io
+import itertools
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import experiment
+import torch
+from torch import nn
+from torch.fx.experimental.optimization import fuse as fold_batch_norm
+
+import abcnets
+import kernels
+from kernels import bench
+
+LAYOUTS = {"": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+@dataclass
+class Contender:
+    """A network in one form: what it is called, its file, and `run`: images -> logits, both float32."""
+
+    form: str
+    variant: str
+    file: Path
+    run: Callable[[torch.Tensor], torch.Tensor]
+    M: int | None = None
+    N: int | None = None
+
+    @property
+    def name(self) -> str:
+        bases = f" M = {self.M or 'float'}, N = {self.N or 'float'}" if self.M or self.N else ""
+        return f"{self.form}{bases}" + (f", {self.variant}" if self.variant else "")
+
+
+def torch_contenders(network: nn.Module, folder: Path) -> list[Contender]:
+    """The float network as torch runs it; its file is a safetensors file of its parameters and buffers."""
+    from safetensors.torch import save_file
+
+    contenders = []
+    folded = fold_batch_norm(network)
+    for dtype, models in {
+        torch.float32: {"": network, "BatchNorm folded": folded},
+        torch.bfloat16: {"BatchNorm folded": folded},
+    }.items():
+        form = f"torch {str(dtype).removeprefix('torch.')}"
+        for fold, model in models.items():
+            for layout, order in LAYOUTS.items():
+                there = copy.deepcopy(model).to(dtype=dtype, memory_format=order)
+                path = folder / f"{form} {fold}.safetensors"
+                save_file({name: tensor.contiguous() for name, tensor in there.state_dict().items()}, path)
+                run = functools.partial(_run_torch, there, order, dtype)
+                variant = ", ".join(word for word in (layout, fold) if word)
+                contenders.append(Contender(form, variant, path, run))
+    return contenders
+
+
+def _run_torch(model, order, dtype, x):
+    return model(x.to(dtype=dtype, memory_format=order)).float()
+
+
+def abcnets_contenders(network: nn.Module, runs: list[dict], out: Path, folder: Path) -> list[Contender]:
+    """Each recorded run's network, packed, written and read again, with bits kept between layers."""
+    contenders = []
+    for row in runs:
+        M, N = (int(row[name]) if row[name] else None for name in ("M", "N"))
+        trained = abcnets.convert(network, M, N)
+        experiment.load_weights(trained, out / f"{row['run']}.pt")
+        path = folder / f"{Path(row['run']).name}.safetensors"
+        abcnets.save_packed(abcnets.pack(trained), path)
+        loaded = abcnets.load_packed(path, network)
+        for layout, order in LAYOUTS.items():
+            fused = abcnets.fuse(loaded).to(memory_format=order)
+            run = functools.partial(_run_torch, fused, order, torch.float32)
+            contenders.append(Contender("abcnets", layout, path, run, M, N))
+    return contenders
+
+
+def recorded_runs(results: Path, dataset: str, out: Path) -> list[dict]:
+    """The binarized runs of a data set with default options and seed; those whose network is not in `out` are named."""
+    rows = [
+        row for row in experiment.read_csv(results / "runs.csv")
+        if row["dataset"] == dataset and row["seed"] == "0" and not row["options"] and (row["M"] or row["N"])
+    ]  # fmt: skip
+    for row in rows:
+        if not (out / f"{row['run']}.pt").exists():
+            print(f"{row['run']} is left out: {out / row['run']}.pt is missing; `{row['command']}` writes it")
+    return [row for row in rows if (out / f"{row['run']}.pt").exists()]
+
+
+def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tuple[str, str], Path]:
+    """{(form, variant): file} for onnxruntime: float32, and int8 calibrated on so many training images."""
+    try:
+        import onnxscript  # noqa: F401  what torch.onnx.export needs
+        from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+        from onnxruntime.quantization.shape_inference import quant_pre_process
+    except ImportError as error:
+        raise ImportError(f"the comparison needs onnx, onnxscript, onnxruntime: pip install them ({error})") from None
+
+    class Images(CalibrationDataReader):
+        def __init__(self):
+            self.batches = iter(data.calibration_batches(images))
+
+        def get_next(self):
+            batch = next(self.batches, None)
+            return None if batch is None else {"x": batch.contiguous().numpy()}
+
+    exported, prepared = folder / "float32.onnx", folder / "prepared.onnx"
+    example = next(data.test_batches(2))[0].contiguous()
+    with contextlib.redirect_stdout(io.StringIO()):  # the exporter's account of its steps
+        torch.onnx.export(
+            copy.deepcopy(network).to(memory_format=torch.contiguous_format), (example,), exported, input_names=["x"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
+        )  # fmt: skip
+    quant_pre_process(exported, prepared)  # shapes, and BatchNorm folded where it follows a convolution
+    files = {("onnxruntime float32", ""): exported}
+    for variant, style in {"QDQ": QuantFormat.QDQ, "QOperator": QuantFormat.QOperator}.items():
+        files["onnxruntime int8", variant] = path = folder / f"{variant}.onnx"
+        quantize_static(
+            prepared, path, Images(), quant_format=style, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip
+    return files
+
+
+def onnx_contenders(files: dict, threads: int) -> list[Contender]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    contenders = []
+    for (form, variant), path in files.items():
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        contenders.append(Contender(form, variant, path, functools.partial(_run_onnx, session)))
+    return contenders
+
+
+def _run_onnx(session, x):
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
+    """Percentage of the test images named rightly, by file: what shares a file differs in memory layout only."""
+    percent = {}
+    for c in experiment.tqdm(contenders, desc="accuracy", leave=False):
+        if c.file not in percent:
+            hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
+            percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
+    return percent
+
+
+def milliseconds(groups: list[list[Contender]], x, seconds: float) -> dict[str, float]:
+    """Median milliseconds an image of each contender, by name; those of one group take turns."""
+    times = {}
+    for group in groups:
+        runs = {contender.name: functools.partial(contender.run, x) for contender in group}
+        times |= bench.interleaved_medians(runs, seconds * len(runs) / sum(map(len, groups)))
+        time.sleep(0.2)  # threads that wait for more work come to rest
+    return {name: 1000 * taken / len(x) for name, taken in times.items()}
+
+
+def versions() -> str:
+    names = {name: value for name, value in bench.machine().items() if name not in ("cpu", "cores")}
+    return ", ".join([f"{name} {version}" for name, version in names.items()] + [f"abcnets {abcnets.__version__}"])
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dataset", default="fashion-mnist", metavar="NAME")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch and number of threads")
+    parser.add_argument("--calibrate", type=int, default=2048, metavar="IMAGES", help="for int8 (default: 2048)")
+    parser.add_argument("--out", type=Path, default=experiment.ROOT / "out", help="networks (default: out)")
+    parser.add_argument("--results", type=Path, default=experiment.RESULTS, help="default: notebooks/results")
+    parser.add_argument("--data", type=Path, default=experiment.ROOT / "data", help="default: data")
+    options = parser.parse_args(arguments)
+    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's quantizer recommends what is done
+    try:
+        rows = compare(options)
+    except experiment.DataError as error:
+        sys.exit(str(error))
+    experiment.write_csv(options.results / "competitors.csv", rows)
+
+
+@torch.inference_mode()
+def compare(options) -> list[dict]:
+    kernels.require("cpu")
+    data = experiment.load_data(options.dataset, options.data)
+    network = experiment.load_float(data, options.out)
+    runs = recorded_runs(options.results, data.name, options.out)
+    about = bench.machine()
+    where = {"hardware": f"{about['cpu']}, {about['cores']} cores", "versions": versions()}
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with torch.inference_mode(False), torch.no_grad():
+            torch_forms = torch_contenders(network, folder)
+            ours = abcnets_contenders(network, runs, options.out, folder)
+            files = onnx_files(network, data, folder, options.calibrate)
+        percent = accuracies([*torch_forms, *ours, *onnx_contenders(files, 1)], data)
+        cases = list(itertools.product(options.threads, options.batches))
+        for threads, batch in experiment.tqdm(cases, desc="timing", unit="case", leave=False):
+            torch.set_num_threads(threads)
+            groups = [torch_forms + ours, onnx_contenders(files, threads)]
+            x = next(data.test_batches(batch))[0].contiguous()
+            times = milliseconds(groups, x, options.seconds)
+            for c in itertools.chain(*groups):
+                rows.append({
+                    "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
+                    "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
+                    "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
+                })  # fmt: skip
+                print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "
+                      "{ms_per_image:8.4f} ms an image".format(name=c.name, **rows[-1]), flush=True)  # fmt: skip
+    return rows
+
+
+if __name__ == "__main__":
+    main()
