@@ -4,6 +4,7 @@
     python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py evaluate --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py table --dataset fashion-mnist
+    python notebooks/experiment.py sensitivity --dataset fashion-mnist
     python notebooks/experiment.py step
 
 Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
@@ -713,6 +714,55 @@ def speed_sentence(rows: list[dict]) -> str:
     return f"Packed, ResNet-18 runs faster than the best float32 form of it: {', '.join(spans)} ({measured})."
 
 
+def run_sensitivity(options) -> None:
+    """Errors by layer and setting; and settings mixed to the bytes and binary macs of uniform ones, against these.
+
+    Networks are calibrated, not trained. A setting mixed for bytes alone, which may take longer, is measured too.
+    """
+    data = _load(options)
+    model = load_float(data, options.out, options.seed, options.start)
+    choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= 2]
+    table = abcnets.sensitivity(model, data.calibration_batches(options.images), choices)
+    common = {"dataset": data.name, "seed": options.seed}
+    _keep_rows(options.results / "sensitivity.csv", [{**common, **row, **machine()} for row in table])
+    images = data.calibration_batches()
+    example = images[0][:1]
+
+    def measured(settings):
+        binary = abcnets.convert(model, settings=settings)
+        sizes = abcnets.summary(binary, example).total()
+        abcnets.calibrate(binary, images)
+        return {"accuracy": round(accuracy(binary, data), 3), **{k: sizes[k] for k in ("packed_bytes", "binary_macs")}}
+
+    rows = []
+    for bases in (2, 3):
+        same = {name: {"weight_bases": bases, "activation_bases": bases} for name in {row["layer"] for row in table
+                if row["M"]}}  # fmt: skip
+        uniform = measured(same)
+        budgets = {"bytes and macs": (uniform["packed_bytes"], uniform["binary_macs"]),
+                   "bytes": (uniform["packed_bytes"],)}  # fmt: skip
+        for limited, budget in budgets.items():
+            settings = abcnets.allocate(table, *budget)
+            words = " ".join(f"{name}:{s['weight_bases']},{s['activation_bases']}" for name, s in settings.items() if s)
+            mixed = measured(settings)
+            rows.append({
+                **common, "uniform": bases, "limited": limited, "float": round(accuracy(model, data), 3),
+                **{f"uniform_{name}": value for name, value in uniform.items()},
+                **{f"mixed_{name}": value for name, value in mixed.items()}, "settings": words, **machine(),
+            })  # fmt: skip
+            print("{dataset}: M = N = {uniform} {uniform_accuracy:.2f} %, mixed ({limited}) {mixed_accuracy:.2f} % "
+                  "with {settings}".format(**rows[-1]), flush=True)  # fmt: skip
+    _keep_rows(options.results / "mixed.csv", rows)
+
+
+def _keep_rows(path: Path, rows: list[dict]) -> None:
+    """Write a data set's rows in place of its earlier ones; those of other data sets and seeds stay."""
+    key = ("dataset", "seed")
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    others = [row for row in (read_csv(path) if path.exists() else []) if tuple(row[name] for name in key) not in new]
+    write_csv(path, sorted([*others, *rows], key=lambda row: tuple(str(row[name]) for name in key)))
+
+
 def run_step(options) -> None:
     kinds = [(None, None), (options.weight_bases, options.activation_bases)]
     common = {"batch_size": options.batch_size or 128, "device": options.device}
@@ -811,6 +861,9 @@ def main(arguments: list[str] | None = None) -> None:
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
     table.add_argument("--readme", action="store_true", help="write the README's table too")
+    layers = command("sensitivity", run_sensitivity, "which layers hurt most, and what mixed settings gain", dataset, where)
+    layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    layers.add_argument("--images", type=int, default=1024, help="training images to measure on (default: 1024)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--batch-size", type=int, default=128)
     step.add_argument("--rounds", type=int, default=25)
