@@ -1183,12 +1183,20 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
         raise ValueError("sensitivity needs at least two images, one to calibrate on and one to measure on; got 1")
     fitted, measured = images[::2], images[1::2]
     wanted = _output(model, measured)
-    macs = {row["layer"]: row["macs"] for row in summary(model, images[:1])}
+    macs = dict.fromkeys(candidates, 0)
+
+    def counting(name):
+        def after(module, inputs, output):
+            macs[name] += _summary_row(name, module, output)["macs"]
+
+        return after
+
+    _run_with_hooks(model, images[:1], {layer: (None, counting(name)) for name, layer in candidates.items()})
 
     def row(name, layer, M=None, N=None, error=0.0):
         stored = _summary_row(name, layer, layer.weight.new_empty(0))["packed_bytes"]
         return {"layer": name, "M": M, "N": N, "error": error, "packed_bytes": stored,
-                "binary_macs": macs.get(name, 0) * M * N if M and N else 0}  # fmt: skip
+                "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
 
     rows = Sensitivity()
     bar = _progress_bar(len(chosen) * len(choices), "sensitivity", "setting") if progress else None

@@ -861,7 +861,7 @@ def main(arguments: list[str] | None = None) -> None:
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
     table.add_argument("--readme", action="store_true", help="write the README's table too")
-    layers = command("sensitivity", run_sensitivity, "which layers hurt most, and what mixed settings gain", dataset, where)
+    layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
     layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
     layers.add_argument("--images", type=int, default=1024, help="training images to measure on (default: 1024)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
