@@ -767,7 +767,7 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
 
 
 @torch.no_grad()
-def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: bool = True) -> nn.Module:
+def calibrate(model, batches, float_model=None, *, compensate: bool = True, progress: bool = True) -> nn.Module:
     """Fit a freshly binarized model to some data, without training; in place, returns the model.
 
     A freshly binarized network falls apart less by its quantizers than because what follows them no longer fits: the
@@ -778,7 +778,11 @@ def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: b
     - a BatchNorm behind a binarized layer gets the mean and variance of what now reaches it;
     - a binarized layer gets Lloyd-Max thresholds of its input (vs) and least-squares betas, then weights that make up
       for what binarization loses: least squares for the binarized input, rounded to the bases with error feedback;
-    - a binarized layer with a bias has it moved so that each channel's mean is what the float layer put out.
+    - a binarized layer with a bias has it moved so that each channel's mean is what the float layer puts out.
+
+    What a layer aims at is what the same layer puts out in the float network, so that it also makes up for what the
+    layers before it have lost. A freshly converted model still is that network, with its bases switched off. One that
+    was calibrated or trained is not: to calibrate it again, give `float_model`.
 
     Works on any model: modules are met where they run, by hooks, whatever the code between them. A module that runs
     several times is calibrated on its first run. All images go through together: a thousand small ones, or as many
@@ -787,18 +791,20 @@ def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: b
     Args:
         model: a model with active ABC layers.
         batches: an iterable of input tensors, or of (input, ...) tuples such as a DataLoader yields; or one tensor.
+        float_model: the trained float network that the model was converted from; default: the model itself, with its
+            bases switched off.
         compensate: move the weights. False leaves them, and spends one of N > 1 activation bases on the constant that
             a symmetric staircase lacks, which moved weights and the bias or BatchNorm behind the layer make up for.
         progress: show a bar, where tqdm is installed.
 
-    Raises: ValueError where the model has no active ABC layer or there are no images.
+    Raises: ValueError where the model has no active ABC layer, float_model lacks one of them, or there are no images.
     """
     layers = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active]
     if not layers:
         raise ValueError("calibrate needs a model with at least one active ABC layer: convert or binarize it first")
     images = _gather(batches, layers[0].weight.device)
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    float_means = _float_means(model, [m for m in layers if m.bias is not None], images)
+    wanted = _float_outputs(model, float_model, layers, images)
     bar = _progress_bar(len(layers) + len(norms)) if progress else None
     done = set()
 
@@ -806,7 +812,7 @@ def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: b
         if module in done:
             return
         if isinstance(module, _ABCLayer):
-            _calibrate_layer(module, inputs[0], compensate)
+            _calibrate_layer(module, inputs[0], wanted[module][1] if compensate else None)
             done.add(module)
         elif done:  # a BatchNorm ahead of every binarized layer fits as it is
             _calibrate_statistics(module, inputs[0])
@@ -815,10 +821,12 @@ def calibrate(model: nn.Module, batches, *, compensate: bool = True, progress: b
             bar.update()
 
     def after(module, inputs, output):
-        if module in float_means:
-            shift = float_means.pop(module) - _channel_means(module, output)
-            module.bias += shift
-            return output + _along_channels(module, shift)
+        if module in wanted:
+            mean, _ = wanted.pop(module)
+            if module.bias is not None:
+                shift = mean - _channel_means(module, output)
+                module.bias += shift
+                return output + _along_channels(module, shift)
 
     _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
     if bar is not None:
@@ -857,23 +865,33 @@ def _run_with_hooks(model, images, hooks: dict) -> None:
             module.training = True
 
 
-def _float_means(model, layers, images) -> dict[nn.Module, Tensor]:
-    """The mean of each output channel of these layers while the whole model runs float, {layer: (O,)}."""
-    means = {}
-    if not layers:
-        return means
+def _float_outputs(model, float_model, layers, images) -> dict[nn.Module, tuple[Tensor, Tensor]]:
+    """What the layers put out in the float network: {layer: (each channel's mean, the output in some places)}."""
+    twins = {layer: layer for layer in layers}
+    if float_model is not None:
+        modules = dict(float_model.named_modules())
+        twins = {modules.get(name): layer for name, layer in model.named_modules() if layer in twins}
+        if None in twins:
+            name = next(name for name, layer in model.named_modules() if layer is twins[None])
+            raise ValueError(f"float_model is not what the model was converted from: it has no layer {name!r}")
+    outputs = {}
 
     def after(module, inputs, output):
-        means.setdefault(module, _channel_means(module, output))
+        outputs.setdefault(twins[module], _sample(twins[module], output))
 
-    active = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active]
     binarize(model, False)
     try:
-        _run_with_hooks(model, images, {layer: (None, after) for layer in layers})
+        _run_with_hooks(float_model or model, images, {twin: (None, after) for twin in twins})
     finally:
-        for layer in active:
+        for layer in layers:
             layer.active = True
-    return means
+    return outputs
+
+
+def _sample(layer: _ABCLayer, output: Tensor) -> tuple[Tensor, Tensor]:
+    """Each channel's mean (O,) of a layer's output, and the output in some places (places, O)."""
+    y = output.movedim(-1 - layer.spatial_dims, -1)
+    return _channel_means(layer, output), y[_places(layer, y.shape[:-1])]
 
 
 def _channel_means(layer: _ABCLayer, output: Tensor) -> Tensor:
@@ -884,7 +902,9 @@ def _along_channels(layer: _ABCLayer, values: Tensor) -> Tensor:
     return values.view(-1, *[1] * layer.spatial_dims)
 
 
-def _calibrate_layer(layer: _ABCLayer, R: Tensor, compensate: bool) -> None:
+def _calibrate_layer(layer: _ABCLayer, R: Tensor, wanted: Tensor | None) -> None:
+    """Fit vs and betas to the input R and, given a sample of the wanted outputs, the weights to both."""
+    compensate = wanted is not None
     values = R.flatten()
     values = values[:: max(1, len(values) // 2_000_000)]
     fits = [None]
@@ -900,7 +920,7 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, compensate: bool) -> None:
             layer.vs.copy_(vs)
             layer.betas.copy_(betas)
         if compensate:
-            weight, error = _compensated(layer, W, R)
+            weight, error = _compensated(layer, W, R, wanted)
             if error < best:
                 best, kept = error, (weight, layer.vs, layer.betas)
                 kept = [None if value is None else value.clone() for value in kept]
@@ -910,63 +930,72 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, compensate: bool) -> None:
                 parameter.copy_(value)
 
 
-def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor) -> tuple[Tensor, float]:
-    """Weights with which the layer puts out what W puts out, as nearly as its bases allow; and the squared error left.
+def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor, wanted: Tensor) -> tuple[Tensor, float]:
+    """Weights with which the layer puts out what is wanted, as nearly as its bases allow; and the squared error left.
 
-    The target is W R, what there is to multiply is Aq. With a and r the patches of Aq and R, less their means (which
-    are the business of the bias or BatchNorm behind the layer), H = E[a a'] and C = E[r a'],
+    With y the wanted outputs and a the patches of Aq in the same places, both less their means (which are the
+    business of the bias or BatchNorm behind the layer), and H = E[a a'],
 
-        W* = argmin E |W r - W* a|^2 = W C H^-1
+        W* = argmin E |y - W* a|^2 = E[y a'] H^-1
 
-    and among weights made of levels, column by column, those nearest to W* in the metric H: each column in turn is
+    Among weights made of levels those are looked for that are nearest to W* in the metric H: each column in turn is
     rounded to its channel's levels, and what that costs is made up for by the columns not yet rounded (Frantar et al.
-    2023, "GPTQ", arXiv:2210.17323). A channel for which that is no gain keeps its weights.
+    2023, "GPTQ", arXiv:2210.17323); then the levels are fitted anew, by least squares, to the weights that chose
+    them; and both once more. Each channel keeps, of all these and its own weights, those with the smallest error.
     """
     us, per_channel = layer.us, layer.per_channel
     groups = getattr(layer, "groups", 1)
     W_GOK = W.float().reshape(groups, len(W) // groups, -1)
-    count = max(16_384, 4 * W_GOK.shape[2])
     with torch.autocast(W.device.type, enabled=False):
-        a_GPK, r_GPK = (_patches(layer, x.float(), count) for x in (layer.quantized_input(R), R))
-        a_GPK, r_GPK = a_GPK - a_GPK.mean(1, keepdim=True), r_GPK - r_GPK.mean(1, keepdim=True)
-        wanted_GPO = r_GPK @ W_GOK.mT
+        a_GPK = _patches(layer, layer.quantized_input(R).float())
+        y_GPO = wanted.float().reshape(len(wanted), groups, -1).transpose(0, 1)
+        a_GPK, y_GPO = a_GPK - a_GPK.mean(1, keepdim=True), y_GPO - y_GPO.mean(1, keepdim=True)
 
-        def errors(weight):  # of each channel
-            weight = weight if us is None else quantize_weight(weight, us.float(), per_channel)
-            return (wanted_GPO - a_GPK @ weight.reshape(W_GOK.shape).mT).square().mean(1).flatten()
-
-        H_GKK, C_GKK = a_GPK.mT @ a_GPK, r_GPK.mT @ a_GPK
-        damping_G = 0.01 * H_GKK.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(torch.float32).tiny
-        H_GKK.diagonal(dim1=1, dim2=2).add_(damping_G[:, None])
-        moved = torch.linalg.solve(H_GKK, (W_GOK @ C_GKK + damping_G[:, None, None] * W_GOK).mT).mT.reshape(W.shape)
+        H_GKK = a_GPK.mT @ a_GPK
+        damping_G11 = 0.01 * H_GKK.diagonal(dim1=1, dim2=2).mean(1)[:, None, None] + torch.finfo(torch.float32).tiny
+        H_GKK.diagonal(dim1=1, dim2=2).add_(damping_G11[:, 0])
+        target_GOK = torch.linalg.solve(H_GKK, (y_GPO.mT @ a_GPK + damping_G11 * W_GOK).mT).mT
+        candidates = [W_GOK, target_GOK]
         if us is not None:
-            levels_GOL = _levels(moved, us.float(), per_channel)[0].expand(len(W), -1).reshape(*W_GOK.shape[:2], -1)
-            rounded = [_round_columns(*group) for group in zip(moved.view_as(W_GOK), levels_GOL, H_GKK)]
-            moved = torch.stack(rounded).reshape(W.shape)
-        before, after = errors(W.float()), errors(moved)
-        better = after < before
+            levels_GOL = _levels(target_GOK.reshape(W.shape), us.float(), per_channel)[0]
+            levels_GOL = levels_GOL.expand(len(W), -1).reshape(*W_GOK.shape[:2], -1)
+            for _ in range(2):
+                rounded_GOK = torch.stack([_round_columns(*each) for each in zip(target_GOK, levels_GOL, H_GKK)])
+                levels_GOL, refitted_GOK = _refit_levels(rounded_GOK, levels_GOL, target_GOK, H_GKK)
+                candidates += [rounded_GOK, refitted_GOK]
+
+        errors = []
+        for candidate in candidates:
+            Wq = candidate if us is None else quantize_weight(candidate.reshape(W.shape), us.float(), per_channel)
+            errors.append((y_GPO - a_GPK @ Wq.reshape(W_GOK.shape).mT).square().mean(1).flatten())
+        errors_CO = torch.stack(errors)
         if not per_channel:  # one mean and std for all: the weights move together or not at all
-            better = (after.sum() < before.sum()).expand_as(better)
-        error = torch.where(better, after, before).sum().item()
-        return torch.where(better.view(-1, *[1] * (W.ndim - 1)), moved.to(W.dtype), W), error
+            errors_CO = errors_CO.sum(1, keepdim=True).expand_as(errors_CO) / len(W)
+        best_O, which_O = errors_CO.min(0)
+        weights_COK = torch.stack(candidates).flatten(1, 2)
+        chosen = weights_COK[which_O, torch.arange(len(W), device=W.device)]
+        return chosen.reshape(W.shape).to(layer.weight.dtype), best_O.sum().item()
 
 
-def _patches(layer: _ABCLayer, x: Tensor, count: int) -> Tensor:
-    """A random choice of the input patches that the layer's weights meet: (groups, count, C / groups * kernel size)."""
+def _places(layer: _ABCLayer, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Indexes of some places of a layer's output of that shape (B, *S'), the same ones whenever it is asked."""
+    count = max(32_768, 4 * layer.weight[0].numel())
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(math.prod(shape), (min(count, math.prod(shape)),), generator=generator)
+    return torch.unravel_index(chosen.to(layer.weight.device), shape)
+
+
+def _patches(layer: _ABCLayer, x: Tensor) -> Tensor:
+    """The patches of an input that make the output in those places: (groups, places, C / groups * kernel size)."""
     dims = layer.spatial_dims
-    groups = getattr(layer, "groups", 1)
-    if dims == 0:
-        places = x.reshape(1, -1, x.shape[-1])[0]
-    else:
+    if dims:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x = F.pad(x, _for_pad(_padding_pairs(layer)), mode)
         for i, (k, s, d) in enumerate(zip(layer.kernel_size, layer.stride, layer.dilation)):
             x = x.unfold(2 + i, d * (k - 1) + 1, s)[..., ::d]
-        places = x.movedim(1, 1 + dims)  # a view (B, *S', C, *K)
-    shape = places.shape[: max(1, 1 + dims)]
-    generator = torch.Generator().manual_seed(0)  # the same places in R and in Aq
-    chosen = torch.randint(math.prod(shape), (min(count, math.prod(shape)),), generator=generator).to(x.device)
-    return places[torch.unravel_index(chosen, shape)].reshape(len(chosen), groups, -1).transpose(0, 1)
+        x = x.movedim(1, 1 + dims)  # a view (B, *S', C, *K)
+    patches = x[_places(layer, x.shape[: 1 + dims] if dims else x.shape[:-1])]
+    return patches.reshape(len(patches), getattr(layer, "groups", 1), -1).transpose(0, 1)
 
 
 def _round_columns(W: Tensor, levels: Tensor, H: Tensor, block: int = 128) -> Tensor:
@@ -985,6 +1014,19 @@ def _round_columns(W: Tensor, levels: Tensor, H: Tensor, block: int = 128) -> Te
             W[:, k + 1 : end] -= error * U[k, k + 1 : end]
         W[:, end:] -= errors @ U[start:end, end:]
     return W[:, order.argsort()]
+
+
+def _refit_levels(rounded: Tensor, levels: Tensor, target: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
+    """Levels (G, O, L) and weights (G, O, K) nearest to the target in the metric H, each weight's bin as it is."""
+    levels = levels.sort(-1).values
+    bins = (rounded[..., None] - levels[:, :, None]).abs().argmin(-1)
+    bases = torch.arange(levels.shape[-1] - 1, device=levels.device)
+    B_GOMK = torch.where(bins[:, :, None] > bases[:, None], 1.0, -1.0)
+    BH_GOMK = B_GOMK @ H[:, None]
+    gram_GOMM, product_GOM1 = BH_GOMK @ B_GOMK.mT, BH_GOMK @ target[..., None]
+    alphas_GOM1 = torch.linalg.pinv(gram_GOMM, rtol=1e-6, hermitian=True) @ product_GOM1  # bases may coincide
+    signs_LM = torch.where(torch.arange(levels.shape[-1], device=levels.device)[:, None] > bases, 1.0, -1.0)
+    return (signs_LM @ alphas_GOM1)[..., 0], (alphas_GOM1 * B_GOMK).sum(2)
 
 
 def _calibrate_statistics(norm: nn.Module, input: Tensor) -> None:

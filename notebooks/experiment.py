@@ -15,6 +15,7 @@ in `results/curves/`.
 import argparse
 import contextlib
 import csv
+import functools
 import math
 import os
 import platform
@@ -322,7 +323,7 @@ def finetune(
     teacher: nn.Module | None = None,
     *,
     epochs: int | None = None,
-    lr: float = 1e-3,
+    lr: float = 3e-3,
     lr_activation: float = 1e-3,
     weight_decay: float = 0.0,
     **options,
@@ -640,7 +641,7 @@ def run_finetune(options) -> None:
     M, N = options.weight_bases, options.activation_bases
     run = run_name(data.name, M, N, _words(options), options.seed)
     path = options.out / f"{run}.pt"
-    teacher = load_float(data, options.out, options.seed, options.start)
+    teacher = _load_float(options, data)
     model = _convert(options, teacher)
     percent = {"float": accuracy(teacher, data), "binarized": accuracy(model, data)}
     if options.calibrate != 0:
@@ -658,7 +659,7 @@ def run_finetune(options) -> None:
 
 def run_evaluate(options) -> None:
     data = _load(options)
-    model = load_float(data, options.out, options.seed, options.start)
+    model = _load_float(options, data)
     run = run_name(data.name, options.weight_bases, options.activation_bases, _words(options), options.seed)
     if options.weight_bases or options.activation_bases:
         model = _convert(options, model)
@@ -794,10 +795,25 @@ def _load(options) -> Data:
     return load_data(options.dataset, options.data, options.limit).to(options.device)
 
 
+def _load_float(options, data: Data) -> nn.Module:
+    seed = options.seed if options.float_seed is None else options.float_seed
+    return load_float(data, options.out, seed, options.start)
+
+
 def _convert(options, model: nn.Module) -> nn.Module:
     us = abcnets.even_shifts if options.even_shifts and options.weight_bases else None
-    return abcnets.convert(model, options.weight_bases, options.activation_bases, us=us,
-                           per_channel=not options.per_layer, learn_us=options.learn_shifts)  # fmt: skip
+    model = abcnets.convert(model, options.weight_bases, options.activation_bases, us=us,
+                            per_channel=not options.per_layer, learn_us=options.learn_shifts)  # fmt: skip
+    if options.scale_gradient and options.weight_bases:
+        for layer in model.modules():
+            if isinstance(layer, (abcnets.ABCConv2d, abcnets.ABCLinear)):
+                layer.weight.register_hook(functools.partial(_times_alphas, layer))
+    return model
+
+
+def _times_alphas(layer: nn.Module, G: Tensor) -> Tensor:
+    """The other reading of the paper's straight-through estimator: dL/dW = dL/dWq sum_m alpha_m."""
+    return G * layer.alphas().sum(0).view(-1, *[1] * (G.ndim - 1))
 
 
 def _given(options, *names) -> dict:
@@ -807,8 +823,10 @@ def _given(options, *names) -> dict:
 
 def _words(options) -> str:
     """What was asked for beyond the defaults, as it goes into a run's name: "per-layer distill=0"."""
-    switches = [name for name in ("per_layer", "even_shifts", "learn_shifts") if getattr(options, name, False)]
-    numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit")
+    switches = ("per_layer", "even_shifts", "learn_shifts", "scale_gradient")
+    switches = [name for name in switches if getattr(options, name, False)]
+    numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit",
+                     "float_seed")  # fmt: skip
     return " ".join([*switches, *(f"{name}={value:g}" for name, value in numbers.items())]).replace("_", "-")
 
 
@@ -842,6 +860,8 @@ def main(arguments: list[str] | None = None) -> None:
     variations.add_argument("--per-layer", action="store_true", help="alphas per layer, not per output channel")
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
+    variations.add_argument("--scale-gradient", action="store_true", help="dL/dW times the sum of the alphas")
+    variations.add_argument("--float-seed", type=int, metavar="SEED", help="of the float network (default: --seed)")
     variations.add_argument("--calibrate", type=int, metavar="IMAGES", help="0: do not (default: 2048)")
     variations.add_argument("--distill", type=float, help="the teacher's part of the loss; 0: none (default: 0.5)")
 

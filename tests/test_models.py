@@ -185,6 +185,16 @@ def test_calibration_corrects_biases_where_no_norm_does(digits):
             assert torch.allclose(model[:end](x).mean((0, 2, 3)), plain[:end](x).mean((0, 2, 3)), atol=1e-5)
 
 
+def test_calibration_can_be_done_again_with_the_float_network_to_aim_at(trained, digits):
+    images = digits[0][:1000]
+    model = abcnets.calibrate(abcnets.convert(trained, 1, 1), images, progress=False)
+    once = accuracy(model, digits)
+    same = abcnets.calibrate(abcnets.convert(trained, 1, 1), images, trained, progress=False)
+    assert accuracy(same, digits) == once and trained.training is False
+    again = abcnets.calibrate(model, images, trained, progress=False)
+    assert accuracy(again, digits) > once - 0.03, (accuracy(again, digits), once)
+
+
 def test_calibrate_works_on_any_forward_and_restores_the_mode(digits):
     model = abcnets.convert(Residual(), 2, 2).train()
     vs = model.never.vs.clone()
@@ -200,6 +210,8 @@ def test_calibrate_says_what_is_missing(trained, digits):
         abcnets.calibrate(abcnets.convert(trained), [])
     with pytest.raises(ValueError, match="NaN"):
         abcnets.calibrate(abcnets.convert(trained), torch.full((2, 1, 8, 8), float("nan")))
+    with pytest.raises(ValueError, match="has no layer"):
+        abcnets.calibrate(abcnets.convert(trained), digits[0][:10], nn.Linear(2, 2))
 
 
 def test_constant_activations_keep_the_start_values():

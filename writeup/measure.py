@@ -52,7 +52,7 @@ def fit_part(model, images, norms: bool, thresholds: bool) -> None:
     def before_layer(layer, inputs):
         done.add(layer)
         if thresholds:
-            abcnets._calibrate_layer(layer, inputs[0], compensate=False)
+            abcnets._calibrate_layer(layer, inputs[0], wanted=None)
 
     def before_norm(norm, inputs):
         if norms and done:
