@@ -1174,7 +1174,7 @@ class Sensitivity(Summary):
         names = [", ".join("float" if count is None else str(count) for count in setting) for setting in settings]
         axes.set_xticks(range(len(settings)), names)
         axes.set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers])
-        axes.set(xlabel="M, N", ylabel="layer", title="Error of the output, one layer binarized at a time")
+        axes.set(xlabel="M, N", ylabel="layer", title="Error, one layer binarized")
         axes.grid(False)
         figure.colorbar(image, label="error")
         plt.close(figure)  # it is shown where it is returned to, once

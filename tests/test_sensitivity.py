@@ -3,7 +3,9 @@
 import copy
 import itertools
 import math
+import re
 import sys
+from pathlib import Path
 
 import experiment
 import matplotlib
@@ -18,6 +20,7 @@ from torch import nn
 import abcnets
 
 matplotlib.use("agg")
+ROOT = Path(__file__).parent.parent
 
 
 class Scale(nn.Module):
@@ -269,13 +272,28 @@ def test_the_command_measures_and_compares(tmp_path, monkeypatch):
 
     monkeypatch.setattr(experiment, "build_network", tiny)
     experiment.save(tiny(None).state_dict(), tmp_path / "digits/float.pt")
-    experiment.write_csv(tmp_path / "mixed.csv", [{"dataset": "another", "seed": 0, "mixed_accuracy": 90}])
+    another = {"dataset": "another", "seed": 0, "uniform": 2, "uniform_accuracy": 90, "mixed_accuracy": 91}
+    experiment.write_csv(tmp_path / "mixed.csv", [another])
     experiment.main(["sensitivity", "--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path),
-                     "--images", "100", "--limit", "200"])  # fmt: skip
+                     "--images", "100", "--limit", "200", "--apart", "0"])  # fmt: skip
     mixed = experiment.read_csv(tmp_path / "mixed.csv")
-    assert [(row["dataset"], row["uniform"]) for row in mixed] == [("another", ""), *[("digits", n) for n in "2233"]]
+    assert [(row["dataset"], row["uniform"]) for row in mixed] == [("another", "2"), ("digits", "2"), ("digits", "3")]
     for row in mixed[1:]:
-        assert 0 < int(row["mixed_packed_bytes"]) <= int(row["uniform_packed_bytes"])
-        assert row["limited"] == "bytes" or int(row["mixed_binary_macs"]) <= int(row["uniform_binary_macs"])
+        assert 0 < int(row["mixed_bytes"]) <= int(row["uniform_bytes"])
+        assert 0 < int(row["mixed_binary_macs"]) <= int(row["uniform_binary_macs"])
+        assert float(row["mixed_summed_error"]) <= float(row["uniform_summed_error"])
     measured = experiment.read_csv(tmp_path / "sensitivity.csv")
-    assert len(measured) == 2 * 19 + 3 and {row["dataset"] for row in measured} == {"digits"}
+    assert len(measured) == 2 * 5 + 3 and {row["dataset"] for row in measured} == {"digits"}
+
+
+# The README
+
+
+def test_the_readme_tells_what_runs_and_what_was_measured():
+    readme = (ROOT / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme.split("## A budget in bytes")[1].split("\n## ")[0], re.S)
+    model = nn.Sequential(nn.Linear(9, 32), nn.ReLU(), nn.Linear(32, 1600), nn.ReLU(), nn.Linear(1600, 10))
+    names = {"abcnets": abcnets, "model": model, "images": torch.randn(100, 9)}
+    exec(code, names)
+    assert names["small"][2].weight_bases == 2 and 90_000 < abcnets.summary(names["small"], names["images"]).total()["packed_bytes"] <= 100_000
+    assert experiment.mixed_sentence(experiment.read_csv(experiment.RESULTS / "mixed.csv")) in readme
