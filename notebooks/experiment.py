@@ -678,11 +678,18 @@ def run_table(options) -> None:
 
 
     if options.readme:
-        path = ROOT / "README.md"
-        before, rest = path.read_text().split("<!-- results -->")
         table = results_table(read_csv(options.results / "runs.csv"), options.dataset or "fashion-mnist")
         table += "\n\n" + speed_sentence(read_csv(options.results / "speed.csv"))
-        path.write_text(f"{before}<!-- results -->\n{table}\n<!-- /results -->{rest.split('<!-- /results -->')[1]}")
+        _write_readme("results", table)
+        if (options.results / "mixed.csv").exists():
+            _write_readme("mixed", mixed_sentence(read_csv(options.results / "mixed.csv")))
+
+
+def _write_readme(part: str, text: str) -> None:
+    """Put a text between the README's markers of that name."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(f"<!-- {part} -->")
+    path.write_text(f"{before}<!-- {part} -->\n{text}\n<!-- /{part} -->{rest.split(f'<!-- /{part} -->')[1]}")
 
 
 def results_table(rows: list[dict], dataset: str) -> str:
@@ -749,7 +756,6 @@ def run_sensitivity(options) -> None:
         print("{dataset}: M = N = {uniform} {uniform_accuracy:.2f} %, mixed {mixed_accuracy:.2f} %: {mixed_settings}"
               .format(**rows[-1]), flush=True)  # fmt: skip
     _keep_rows(options.results / "mixed.csv", rows)
-    print(mixed_sentence(read_csv(options.results / "mixed.csv")))
 
 
 def mixed_sentence(rows: list[dict]) -> str:
@@ -759,7 +765,8 @@ def mixed_sentence(rows: list[dict]) -> str:
         cases = [f"{float(row['mixed_accuracy']):.2f} % instead of {float(row['uniform_accuracy']):.2f} % at the bytes "
                  f"of M = N = {row['uniform']}" for row in rows if row["dataset"] == name]  # fmt: skip
         spans.append(f"{' and '.join(cases)} on {name}")
-    return f"Calibrated, not trained, mixed settings gave {'; '.join(spans)}, with no more binary operations."
+    return (f"Calibrated, not trained, mixed settings gave {'; '.join(spans)}, with no more binary operations "
+            "([by layer](notebooks/results/sensitivity.csv), [settings](notebooks/results/mixed.csv)).")  # fmt: skip
 
 
 def _keep_rows(path: Path, rows: list[dict]) -> None:

@@ -53,6 +53,9 @@ def test_the_table_is_what_the_results_say():
     table = experiment.results_table(experiment.read_csv(ROOT / "notebooks/results/runs.csv"), "fashion-mnist")
     assert table in README
     assert experiment.speed_sentence(experiment.read_csv(ROOT / "notebooks/results/speed.csv")) in README
+    mixed = ROOT / "notebooks/results/mixed.csv"
+    (sentence,) = re.findall(r"<!-- mixed -->\n(.*?)<!-- /mixed -->", README, re.S)
+    assert sentence.strip() == (experiment.mixed_sentence(experiment.read_csv(mixed)) if mixed.exists() else "")
 
 
 def test_public_functions_are_documented():

@@ -289,11 +289,11 @@ def test_the_command_measures_and_compares(tmp_path, monkeypatch):
 # The README
 
 
-def test_the_readme_tells_what_runs_and_what_was_measured():
+def test_the_example_of_the_readme_runs():
     readme = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme.split("## A budget in bytes")[1].split("\n## ")[0], re.S)
     model = nn.Sequential(nn.Linear(9, 32), nn.ReLU(), nn.Linear(32, 1600), nn.ReLU(), nn.Linear(1600, 10))
     names = {"abcnets": abcnets, "model": model, "images": torch.randn(100, 9)}
     exec(code, names)
-    assert names["small"][2].weight_bases == 2 and 90_000 < abcnets.summary(names["small"], names["images"]).total()["packed_bytes"] <= 100_000
-    assert experiment.mixed_sentence(experiment.read_csv(experiment.RESULTS / "mixed.csv")) in readme
+    size = abcnets.summary(names["small"], names["images"]).total()["packed_bytes"]
+    assert names["small"][2].weight_bases == 2 and 90_000 < size <= 100_000
