@@ -7,8 +7,8 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
     conv(R, W) ~ conv(Aq, Wq) = sum_m sum_n alpha_m beta_n conv(A_n, B_m)
 
 This one file needs torch and nothing else: copy it into your project. It reads top to bottom: shifts and levels, the
-two quantizers, the layers, whole models (`binarize`, `convert`, `calibrate`, `summary`), packed inference (`pack`,
-`save_packed`, `load_packed`, `fuse`).
+two quantizers, the layers, whole models (`binarize`, `convert`, `calibrate`, `summary`, `sensitivity`, `allocate`),
+packed inference (`pack`, `save_packed`, `load_packed`, `fuse`).
 
     model = abcnets.convert(resnet18, weight_bases=3, activation_bases=3)   # a binarized copy, weights kept
     abcnets.calibrate(model, batches)                                       # no training: a thousand images
@@ -36,10 +36,12 @@ Where this departs from the paper, and why:
   M x N bitwise convolutions.
 """
 
+import bisect
 import copy
 import functools
 import json
 import math
+import operator
 import os
 
 import torch
@@ -1039,13 +1041,13 @@ def _calibrate_statistics(norm: nn.Module, input: Tensor) -> None:
     norm.running_var.copy_(var)
 
 
-def _progress_bar(total: int):
+def _progress_bar(total: int, description: str = "calibrate", unit: str = "layer"):
     """A tqdm bar, or None: this file needs nothing but torch."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
         return None
-    return tqdm(total=total, desc="calibrate", unit="layer", leave=False)
+    return tqdm(total=total, desc=description, unit=unit, leave=False)
 
 
 class Summary(list):
@@ -1143,6 +1145,292 @@ def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
         "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
         "macs": macs, "binary_macs": binary_macs, "engine": engine,
     }  # fmt: skip
+
+
+class Sensitivity(Summary):
+    """What `sensitivity` returns: a list of dicts, one a layer and setting. Prints as a table, and has a picture."""
+
+    def _table(self) -> list[list[str]]:
+        columns = list(self[0]) if self else ["layer"]
+        cells = [{**row, "error": f"{row['error']:.3g}"} for row in self]
+        return [columns, *([_format(row[column]) for column in columns] for row in cells)]
+
+    def picture(self):
+        """A heat map of the errors, layers down, settings across; a matplotlib Figure (needs matplotlib)."""
+        try:
+            import matplotlib.pyplot as plt
+            from matplotlib.colors import LogNorm
+        except ImportError:
+            raise ImportError("the picture of a sensitivity table needs matplotlib: pip install matplotlib") from None
+        errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in self if row["M"] or row["N"]}
+        layers, settings = (list(dict.fromkeys(keys)) for keys in ([k[0] for k in errors], [k[1:] for k in errors]))
+        # Logarithmic, since errors span decades; what is 0 takes the colour of the least that is not.
+        least = min((error for error in errors.values() if error > 0), default=1e-6)
+        norm = LogNorm(least, max(*errors.values(), 10 * least))
+        values = [[errors.get((layer, *setting), math.nan) for setting in settings] for layer in layers]
+        figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(settings), 1.3 + 0.3 * len(layers)), layout="constrained")
+        image = axes.imshow([[max(value, least) for value in row] for row in values], cmap="cividis_r", norm=norm,
+                            aspect="auto")  # fmt: skip
+        for y, row in enumerate(values):
+            for x, value in enumerate(row):
+                if not math.isnan(value):
+                    colour = "white" if norm(max(value, least)) > 0.5 else "black"
+                    axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
+        names = [", ".join("float" if count is None else str(count) for count in setting) for setting in settings]
+        axes.set_xticks(range(len(settings)), names)
+        axes.set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers])
+        axes.set(xlabel="M, N", ylabel="layer", title="Error, one layer binarized")
+        axes.grid(False)
+        figure.colorbar(image, label="error")
+        plt.close(figure)  # it is shown where it is returned to, once
+        return figure
+
+
+_REST = "everything else"
+
+
+@torch.no_grad()
+def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, filter_fn=None, progress=True, **bases):
+    """Which layers hurt most when binarized: one layer and one choice of (M, N) at a time, without labels.
+
+    In a copy of the model this layer alone is binarized and calibrated on one half of the images. On the other half
+    the copy's output Y is compared with the float model's y: the part of the variance of y that Y does not explain,
+
+        error = min_{a >= 0} sum (y - a Y)^2 / sum y^2,   y and Y less their means over the images,
+
+    0 where the output only changes its scale and offset, which a decision does not see, and 1 where nothing is left of
+    it. The errors of several layers all but add up, which is what `allocate` builds on. A little of it is due to the
+    BatchNorm statistics behind the layer, estimated anew on few images: the same for all choices of one layer.
+
+    Args:
+        model: a float model, in which `convert` finds layers to binarize; it is not touched. Its output is a
+            tensor with the images in dimension 0, or a tuple or dict whose first entry is one.
+        batches: as in `calibrate`; a thousand images are plenty.
+        choices: pairs (M, N); None in a pair leaves that side float, (None, None) the layer.
+        filter_fn, **bases: as in `convert`.
+        progress: show a bar, where tqdm is installed.
+
+    Returns: a table, one dict a layer and choice: layer, M, N, error, packed_bytes (of the layer's tensors in the file
+        that `save_packed` writes), binary_macs (M * N times the multiply-accumulates on one image, 0 where a side is
+        float). Other layers that `convert` could binarize have one row, as they stay, M and N None; a last row is what
+        the file holds besides, so that the packed_bytes of one row a layer add up to the whole model.
+    Raises: ValueError where no layer is to be binarized, or for fewer than two images, or no or bad choices.
+    """
+    choices = list(dict.fromkeys(tuple(choice) for choice in choices))
+    if not choices or any(len(choice) != 2 for choice in choices):
+        raise ValueError(f"choices must be pairs of weight bases and activation bases (M, N), got {choices}")
+    whole = convert(model, 1, 1, filter_fn=filter_fn)
+    candidates = {name: layer for name, layer in model.named_modules() if type(layer) in _ABC_OF}
+    chosen = [name for name in candidates if isinstance(whole.get_submodule(name), _ABCLayer)]
+    if not chosen:
+        raise ValueError(f"sensitivity found no layer to binarize: of the model's {sorted(candidates)}, convert takes "
+                         "all but the first and the last unless filter_fn says otherwise")  # fmt: skip
+    images = _gather(batches, candidates[chosen[0]].weight.device)
+    if len(images) < 2:
+        raise ValueError("sensitivity needs at least two images, one to calibrate on and one to measure on; got 1")
+    fitted, measured = images[::2], images[1::2]
+    wanted = _output(model, measured)
+    macs = dict.fromkeys(candidates, 0)
+
+    def counting(name):
+        def after(module, inputs, output):
+            macs[name] += _summary_row(name, module, output)["macs"]
+
+        return after
+
+    _run_with_hooks(model, images[:1], {layer: (None, counting(name)) for name, layer in candidates.items()})
+
+    def row(name, layer, M=None, N=None, error=0.0):
+        stored = _summary_row(name, layer, layer.weight.new_empty(0))["packed_bytes"]
+        return {"layer": name, "M": M, "N": N, "error": error, "packed_bytes": stored,
+                "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
+
+    rows = Sensitivity()
+    bar = _progress_bar(len(chosen) * len(choices), "sensitivity", "setting") if progress else None
+    for name, layer in candidates.items():
+        for M, N in choices if name in chosen else [(None, None)]:
+            if M is None and N is None:
+                rows.append(row(name, layer))
+            else:
+                setting = {name: {"weight_bases": M, "activation_bases": N}}
+                copied = convert(model, filter_fn=lambda layer, name: False, settings=setting, **bases)
+                calibrate(copied, fitted, progress=False)
+                error = _unexplained(wanted, _output(copied, measured))
+                rows.append(row(name, copied.get_submodule(name), M, N, error))
+            if bar is not None and name in chosen:
+                bar.update()
+    if bar is not None:
+        bar.close()
+    others = [module for name, module in model.named_modules() if name not in candidates]
+    held = sum(_summary_row("", module, images)["packed_bytes"] for module in others)
+    return Sensitivity([*rows, {"layer": _REST, "M": None, "N": None, "error": 0.0, "packed_bytes": held,
+                                "binary_macs": 0}])  # fmt: skip
+
+
+def _output(model: nn.Module, images: Tensor) -> Tensor:
+    """What a model puts out in eval mode; of several outputs the first."""
+    outputs = []
+    _run_with_hooks(model, images, {model: (None, lambda module, inputs, output: outputs.append(output))})
+    output = outputs[0]
+    while isinstance(output, (tuple, list, dict)) and output:
+        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
+    if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
+        raise ValueError(f"sensitivity compares outputs that are tensors with an entry an image, got {type(output)}")
+    return output
+
+
+def _unexplained(y: Tensor, Y: Tensor) -> float:
+    """min_{a >= 0} |y - a Y|^2 / |y|^2 of outputs less their means over dimension 0: 1 - max(0, correlation)^2."""
+    if torch.equal(y, Y):
+        return 0.0
+    y, Y = (x.double().reshape(len(x), -1) for x in (y, Y))
+    y, Y = y - y.mean(0), Y - Y.mean(0)
+    power = (y.square().sum() * Y.square().sum()).item()
+    # Rounding could make the difference negative. Where one of both does not vary, nothing is explained.
+    return max(0.0, 1 - (y * Y).sum().clamp(min=0).square().item() / power) if power != 0 else 1.0
+
+
+def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[str, dict | None]:
+    """The settings of least summed error within a budget, in the form that `convert` takes.
+
+        minimize sum_l error[l, c_l]   over the choices c_l of the layers l
+        subject to   sum_l packed_bytes[l, c_l] <= budget_bytes   and   sum_l binary_macs[l, c_l] <= budget_macs
+
+    The solution is exact. The budget in bytes is that of the whole packed model: all tensors in the file of
+    `save_packed`, whose header adds some hundred bytes a layer. Bytes depend on M alone: without a budget of
+    binary_macs, the time on one image, every layer gets the N of least error that there is.
+
+        table = abcnets.sensitivity(model, images)
+        binary = abcnets.convert(model, settings=abcnets.allocate(table, 100_000))
+        abcnets.calibrate(binary, images)
+
+    Args:
+        table: what `sensitivity` returned, or those of its rows that may be chosen from.
+        budget_bytes, budget_macs: what the rows chosen, one a layer, may add up to.
+
+    Returns: {layer: {"weight_bases": M, "activation_bases": N}}, or {layer: None} for a layer that stays float.
+    Raises: ValueError where nothing fits the budgets, saying the smallest that is possible, or for an empty table or
+        an error that is not a number.
+    """
+    layers: dict[str, list[dict]] = {}
+    for row in table:
+        if not math.isfinite(row["error"]):
+            raise ValueError(f"allocate can't weigh an error of {row['error']}, that of layer {row['layer']!r}")
+        layers.setdefault(row["layer"], []).append(row)
+    if not layers:
+        raise ValueError("allocate needs a table of at least one layer, as sensitivity returns it")
+    budgets = {"packed_bytes": budget_bytes}
+    if budget_macs is not None:
+        budgets["binary_macs"] = budget_macs
+    for name, budget in budgets.items():
+        smallest = sum(min(row[name] for row in rows) for rows in layers.values())
+        if not budget >= smallest:
+            raise ValueError(f"a budget of {budget:,} {name} is too small: the smallest possible is {smallest:,}")
+    options = [[(row["error"], *(row[name] for name in budgets)) for row in rows] for rows in layers.values()]
+    picks = _least_error(options, list(budgets.values()))
+    if picks is None:
+        raise ValueError(f"no choice of settings meets both budgets, {budget_bytes:,} bytes and {budget_macs:,} "
+                         "binary macs, though each alone can be met")  # fmt: skip
+    chosen = {name: rows[pick] for (name, rows), pick in zip(layers.items(), picks) if name != _REST}
+    return {
+        name: {"weight_bases": row["M"], "activation_bases": row["N"]} if row["M"] or row["N"] else None
+        for name, row in chosen.items()
+    }
+
+
+def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | None:
+    """The index of one option (error, cost, ...) a layer, of least summed error with costs within the budgets.
+
+    Dynamic programming: partial choices are extended layer by layer and dropped as soon as another one costs no more
+    and errs no more, or when the Lagrangian bound on all that they can become is beyond a limit:
+
+        error + min sum_l (error_l + sum_k price_k cost_kl) - sum_k price_k (what is left of budget_k),   price >= 0
+
+    Whatever is found within the limit is the best there is. The limit starts close to the bound of the empty choice
+    and is doubled until something is found. Good prices make for short lists; right are any.
+    """
+    columns = [[list(map(max, zip(*choices))), list(map(min, zip(*choices)))] for choices in options]
+    (most_error, *most_costs), (least_error, *_) = ([sum(v) for v in zip(*side)] for side in zip(*columns))
+    budgets = list(map(min, budgets, most_costs))  # no budget is infinite
+    prices, bound = _prices(options, budgets)
+    gap = 1e-4 * (most_error - least_error) + 1e-9 * (abs(most_error) + abs(least_error))  # sums are rounded
+    while True:
+        last = bound + gap > most_error
+        found = _search(options, budgets, prices, math.inf if last else bound + gap)
+        if found is not None or last:
+            return found
+        gap *= 2
+
+
+def _search(options, budgets, prices, limit: float) -> list[int] | None:
+    """The best choice, if its error is within the limit; else None."""
+
+    def priced(option):
+        return option[0] + sum(price * cost for price, cost in zip(prices, option[1:]))
+
+    # What all layers yet to come cost at least, priced and each by itself.
+    rest = [(0.0, *(0 for _ in budgets))]
+    for choices in reversed(options):
+        least = [min(map(priced, choices)), *map(min, list(zip(*choices))[1:])]
+        rest.insert(0, tuple(map(operator.add, rest[0], least)))
+    limit_priced = limit + sum(price * budget for price, budget in zip(prices, budgets))
+    partial = [((0.0, *(0 for _ in budgets)), None)]
+    for choices, (priced_rest, *costs_rest) in zip(options, rest[1:]):
+        longer = []
+        for spent, path in partial:
+            for pick, option in enumerate(choices):
+                total = tuple(map(operator.add, spent, option))
+                fits = all(cost + more <= budget for cost, more, budget in zip(total[1:], costs_rest, budgets))
+                if fits and priced(total) + priced_rest <= limit_priced:
+                    longer.append((total, (pick, path)))
+        partial = _undominated(longer)
+    # What spends less than the budgets can get here with a larger error than the limit, while a better one does not.
+    ends = [choice for choice in partial if choice[0][0] <= limit]
+    if not ends:
+        return None
+    path, picks = min(ends, key=lambda choice: choice[0][0])[1], []
+    while path is not None:
+        pick, path = path
+        picks.insert(0, pick)
+    return picks
+
+
+def _prices(options, budgets, steps: int = 400) -> tuple[list[float], float]:
+    """Prices of the costs that make the Lagrangian bound on the least error high, by subgradient ascent; the bound."""
+    # Costs in units of the budget, so that one step length suits both.
+    scaled = [[(error, *(c / max(b, 1) for c, b in zip(costs, budgets))) for error, *costs in row] for row in options]
+    length = sum(max(row)[0] - min(row)[0] for row in scaled)
+    prices = best = [0.0] * len(budgets)
+    bound = -math.inf
+    for _ in range(steps):
+        picks = [min(row, key=lambda option: option[0] + sum(map(operator.mul, prices, option[1:]))) for row in scaled]
+        error, *slope = map(sum, zip(*picks))
+        slope = [cost - min(budget, 1) for cost, budget in zip(slope, budgets)]
+        value = error + sum(map(operator.mul, prices, slope))
+        if value > bound:
+            bound, best = value, prices
+        steepness = math.hypot(*slope)
+        if steepness == 0:
+            break
+        prices = [max(0.0, price + length / steepness * s) for price, s in zip(prices, slope)]
+        length *= 0.96
+    return [price / max(budget, 1) for price, budget in zip(best, budgets)], bound
+
+
+def _undominated(choices: list[tuple]) -> list[tuple]:
+    """Those of ((error, cost[, cost]), path) that no other one beats or equals in all numbers."""
+    kept, costs, errors = [], [], []  # the staircase of the second cost and the error, over all with a lower first cost
+    for choice in sorted(choices, key=lambda choice: (choice[0][1:], choice[0][0])):
+        error, *_, cost = choice[0] if len(choice[0]) > 2 else (*choice[0], 0)
+        place = bisect.bisect_right(costs, cost)
+        if place and errors[place - 1] <= error:
+            continue
+        start = end = bisect.bisect_left(costs, cost)
+        while end < len(costs) and errors[end] >= error:
+            end += 1
+        costs[start:end], errors[start:end] = [cost], [error]
+        kept.append(choice)
+    return kept
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@
     python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py evaluate --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py table --dataset fashion-mnist
+    python notebooks/experiment.py sensitivity --dataset fashion-mnist
     python notebooks/experiment.py step
 
 Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
@@ -677,11 +678,18 @@ def run_table(options) -> None:
 
 
     if options.readme:
-        path = ROOT / "README.md"
-        before, rest = path.read_text().split("<!-- results -->")
         table = results_table(read_csv(options.results / "runs.csv"), options.dataset or "fashion-mnist")
         table += "\n\n" + speed_sentence(read_csv(options.results / "speed.csv"))
-        path.write_text(f"{before}<!-- results -->\n{table}\n<!-- /results -->{rest.split('<!-- /results -->')[1]}")
+        _write_readme("results", table)
+        if (options.results / "mixed.csv").exists():
+            _write_readme("mixed", mixed_sentence(read_csv(options.results / "mixed.csv")))
+
+
+def _write_readme(part: str, text: str) -> None:
+    """Put a text between the README's markers of that name."""
+    path = ROOT / "README.md"
+    before, rest = path.read_text().split(f"<!-- {part} -->")
+    path.write_text(f"{before}<!-- {part} -->\n{text}\n<!-- /{part} -->{rest.split(f'<!-- /{part} -->')[1]}")
 
 
 def results_table(rows: list[dict], dataset: str) -> str:
@@ -712,6 +720,61 @@ def speed_sentence(rows: list[dict]) -> str:
         spans.append(f"{min(speeds):.1f} to {max(speeds):.1f} times at M = N = {bases:.0f}")
     measured = f"[measured](kernels/README.md#whole-networks) on {rows[0]['cpu']}, {rows[0]['cores']} cores"
     return f"Packed, ResNet-18 runs faster than the best float32 form of it: {', '.join(spans)} ({measured})."
+
+
+def run_sensitivity(options) -> None:
+    """Errors by layer and setting; and settings mixed to the bytes and binary macs of uniform ones, against these.
+
+    Everything is calibrated, nothing trained.
+    """
+    data = _load(options)
+    model = load_float(data, options.out, options.seed, options.start)
+    choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
+    table = abcnets.sensitivity(model, data.calibration_batches(options.images), choices)
+    common = {"dataset": data.name, "seed": options.seed}
+    _keep_rows(options.results / "sensitivity.csv", [{**common, **row, **machine()} for row in table])
+    images = data.calibration_batches()
+    errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in table}
+    layers = list(dict.fromkeys(row["layer"] for row in table if row["M"]))
+
+    def measured(kind, settings):
+        binary = abcnets.convert(model, settings=settings)
+        sizes = abcnets.summary(binary, images[0][:1]).total()
+        abcnets.calibrate(binary, images)
+        error = sum(errors[(name, *bases.values())] for name, bases in settings.items() if bases)
+        outcome = {"accuracy": round(accuracy(binary, data), 3), "summed_error": round(error, 5),
+                   "bytes": sizes["packed_bytes"], "binary_macs": sizes["binary_macs"]}  # fmt: skip
+        return {f"{kind}_{name}": value for name, value in outcome.items()}
+
+    rows = []
+    for bases in (2, 3):
+        uniform = measured("uniform", {name: {"weight_bases": bases, "activation_bases": bases} for name in layers})
+        settings = abcnets.allocate(table, uniform["uniform_bytes"], uniform["uniform_binary_macs"])
+        words = " ".join(f"{name}:{','.join(map(str, settings[name].values()))}" for name in layers)
+        rows.append({**common, "uniform": bases, "float": round(accuracy(model, data), 3), **uniform,
+                     **measured("mixed", settings), "mixed_settings": words, **machine()})  # fmt: skip
+        print("{dataset}: M = N = {uniform} {uniform_accuracy:.2f} %, mixed {mixed_accuracy:.2f} %: {mixed_settings}"
+              .format(**rows[-1]), flush=True)  # fmt: skip
+    _keep_rows(options.results / "mixed.csv", rows)
+
+
+def mixed_sentence(rows: list[dict]) -> str:
+    """What run_sensitivity measured, in a sentence for the README."""
+    spans = []
+    for name in dict.fromkeys(row["dataset"] for row in rows):
+        cases = [f"{float(row['mixed_accuracy']):.2f} % instead of {float(row['uniform_accuracy']):.2f} % at the bytes "
+                 f"of M = N = {row['uniform']}" for row in rows if row["dataset"] == name]  # fmt: skip
+        spans.append(f"{' and '.join(cases)} on {name}")
+    return (f"Calibrated, not trained, mixed settings gave {'; '.join(spans)}, with no more binary operations "
+            "([by layer](notebooks/results/sensitivity.csv), [settings](notebooks/results/mixed.csv)).")  # fmt: skip
+
+
+def _keep_rows(path: Path, rows: list[dict]) -> None:
+    """Write a data set's rows in place of its earlier ones; those of other data sets and seeds stay."""
+    key = ("dataset", "seed")
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    others = [row for row in (read_csv(path) if path.exists() else []) if tuple(row[name] for name in key) not in new]
+    write_csv(path, sorted([*others, *rows], key=lambda row: tuple(str(row[name]) for name in key)))
 
 
 def run_step(options) -> None:
@@ -831,6 +894,10 @@ def main(arguments: list[str] | None = None) -> None:
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
     table.add_argument("--readme", action="store_true", help="write the README's table too")
+    layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
+    layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    layers.add_argument("--images", type=int, default=1024, help="training images to measure on (default: 1024)")
+    layers.add_argument("--apart", type=int, default=1, help="M and N of a layer differ by that at most (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--batch-size", type=int, default=128)
     step.add_argument("--rounds", type=int, default=25)

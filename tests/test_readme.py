@@ -15,7 +15,7 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_the_example_runs_as_it_stands(tmp_path):
-    (code,) = re.findall(r"```python\n(.*?)```", README, re.S)
+    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
     (tmp_path / "example.py").write_text(code)
     path = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=path, capture_output=True, text=True)
@@ -67,6 +67,9 @@ def test_the_table_is_what_the_results_say():
     table = experiment.results_table(experiment.read_csv(ROOT / "notebooks/results/runs.csv"), "fashion-mnist")
     assert table in README
     assert experiment.speed_sentence(experiment.read_csv(ROOT / "notebooks/results/speed.csv")) in README
+    mixed = ROOT / "notebooks/results/mixed.csv"
+    (sentence,) = re.findall(r"<!-- mixed -->\n(.*?)<!-- /mixed -->", README, re.S)
+    assert sentence.strip() == (experiment.mixed_sentence(experiment.read_csv(mixed)) if mixed.exists() else "")
 
 
 def test_public_functions_are_documented():
