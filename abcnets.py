@@ -36,12 +36,10 @@ Where this departs from the paper, and why:
   M x N bitwise convolutions.
 """
 
-import bisect
 import copy
 import functools
 import json
 import math
-import operator
 import os
 
 import torch
@@ -1296,9 +1294,10 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
         minimize sum_l error[l, c_l]   over the choices c_l of the layers l
         subject to   sum_l packed_bytes[l, c_l] <= budget_bytes   and   sum_l binary_macs[l, c_l] <= budget_macs
 
-    The solution is exact. The budget in bytes is that of the whole packed model: all tensors in the file of
-    `save_packed`, whose header adds some hundred bytes a layer. Bytes depend on M alone: without a budget of
-    binary_macs, the time on one image, every layer gets the N of least error that there is.
+    The solution is that of SciPy's integer programming, exact to a millionth of a budget. The budget in bytes is that
+    of the whole packed model: all tensors in the file of `save_packed`, whose header adds some hundred bytes a layer.
+    Bytes depend on M alone: without a budget of binary_macs, the time on one image, every layer gets the N of least
+    error that there is.
 
         table = abcnets.sensitivity(model, images)
         binary = abcnets.convert(model, settings=abcnets.allocate(table, 100_000))
@@ -1341,96 +1340,22 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
 def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | None:
     """The index of one option (error, cost, ...) a layer, of least summed error with costs within the budgets.
 
-    Dynamic programming: partial choices are extended layer by layer and dropped as soon as another one costs no more
-    and errs no more, or when the Lagrangian bound on all that they can become is beyond a limit:
-
-        error + min sum_l (error_l + sum_k price_k cost_kl) - sum_k price_k (what is left of budget_k),   price >= 0
-
-    Whatever is found within the limit is the best there is. The limit starts close to the bound of the empty choice
-    and is doubled until something is found. Good prices make for short lists; right are any.
+    An integer program: x_lc in {0, 1}, one of each layer's is 1. Costs are integers, errors scaled to the largest.
     """
-    columns = [[list(map(max, zip(*choices))), list(map(min, zip(*choices)))] for choices in options]
-    (most_error, *most_costs), (least_error, *_) = ([sum(v) for v in zip(*side)] for side in zip(*columns))
-    budgets = list(map(min, budgets, most_costs))  # no budget is infinite
-    prices, bound = _prices(options, budgets)
-    gap = 1e-4 * (most_error - least_error) + 1e-9 * (abs(most_error) + abs(least_error))  # sums are rounded
-    while True:
-        last = bound + gap > most_error
-        found = _search(options, budgets, prices, math.inf if last else bound + gap)
-        if found is not None or last:
-            return found
-        gap *= 2
-
-
-def _search(options, budgets, prices, limit: float) -> list[int] | None:
-    """The best choice, if its error is within the limit; else None."""
-
-    def priced(option):
-        return option[0] + sum(price * cost for price, cost in zip(prices, option[1:]))
-
-    # What all layers yet to come cost at least, priced and each by itself.
-    rest = [(0.0, *(0 for _ in budgets))]
-    for choices in reversed(options):
-        least = [min(map(priced, choices)), *map(min, list(zip(*choices))[1:])]
-        rest.insert(0, tuple(map(operator.add, rest[0], least)))
-    limit_priced = limit + sum(price * budget for price, budget in zip(prices, budgets))
-    partial = [((0.0, *(0 for _ in budgets)), None)]
-    for choices, (priced_rest, *costs_rest) in zip(options, rest[1:]):
-        longer = []
-        for spent, path in partial:
-            for pick, option in enumerate(choices):
-                total = tuple(map(operator.add, spent, option))
-                fits = all(cost + more <= budget for cost, more, budget in zip(total[1:], costs_rest, budgets))
-                if fits and priced(total) + priced_rest <= limit_priced:
-                    longer.append((total, (pick, path)))
-        partial = _undominated(longer)
-    # What spends less than the budgets can get here with a larger error than the limit, while a better one does not.
-    ends = [choice for choice in partial if choice[0][0] <= limit]
-    if not ends:
+    try:
+        import numpy as np
+        from scipy.optimize import Bounds, LinearConstraint, milp
+    except ImportError:
+        raise ImportError("allocate needs SciPy's solver of integer programs: pip install scipy") from None
+    error, *costs = np.array([option for choices in options for option in choices], dtype=float).T
+    of_layer = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
+    one_each = LinearConstraint(np.arange(len(options))[:, None] == of_layer, 1, 1)
+    within = [LinearConstraint(cost[None] / max(budget, 1), ub=min(budget, 1)) for cost, budget in zip(costs, budgets)]
+    solution = milp(error / (error.max() or 1), integrality=np.ones(len(error)), bounds=Bounds(0, 1),
+                    constraints=[one_each, *within], options={"mip_rel_gap": 0})  # fmt: skip
+    if solution.x is None:
         return None
-    path, picks = min(ends, key=lambda choice: choice[0][0])[1], []
-    while path is not None:
-        pick, path = path
-        picks.insert(0, pick)
-    return picks
-
-
-def _prices(options, budgets, steps: int = 400) -> tuple[list[float], float]:
-    """Prices of the costs that make the Lagrangian bound on the least error high, by subgradient ascent; the bound."""
-    # Costs in units of the budget, so that one step length suits both.
-    scaled = [[(error, *(c / max(b, 1) for c, b in zip(costs, budgets))) for error, *costs in row] for row in options]
-    length = sum(max(row)[0] - min(row)[0] for row in scaled)
-    prices = best = [0.0] * len(budgets)
-    bound = -math.inf
-    for _ in range(steps):
-        picks = [min(row, key=lambda option: option[0] + sum(map(operator.mul, prices, option[1:]))) for row in scaled]
-        error, *slope = map(sum, zip(*picks))
-        slope = [cost - min(budget, 1) for cost, budget in zip(slope, budgets)]
-        value = error + sum(map(operator.mul, prices, slope))
-        if value > bound:
-            bound, best = value, prices
-        steepness = math.hypot(*slope)
-        if steepness == 0:
-            break
-        prices = [max(0.0, price + length / steepness * s) for price, s in zip(prices, slope)]
-        length *= 0.96
-    return [price / max(budget, 1) for price, budget in zip(best, budgets)], bound
-
-
-def _undominated(choices: list[tuple]) -> list[tuple]:
-    """Those of ((error, cost[, cost]), path) that no other one beats or equals in all numbers."""
-    kept, costs, errors = [], [], []  # the staircase of the second cost and the error, over all with a lower first cost
-    for choice in sorted(choices, key=lambda choice: (choice[0][1:], choice[0][0])):
-        error, *_, cost = choice[0] if len(choice[0]) > 2 else (*choice[0], 0)
-        place = bisect.bisect_right(costs, cost)
-        if place and errors[place - 1] <= error:
-            continue
-        start = end = bisect.bisect_left(costs, cost)
-        while end < len(costs) and errors[end] >= error:
-            end += 1
-        costs[start:end], errors[start:end] = [cost], [error]
-        kept.append(choice)
-    return kept
+    return [int(solution.x[of_layer == layer].argmax()) for layer in range(len(options))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
