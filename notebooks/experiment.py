@@ -10,10 +10,19 @@
 Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
 exactly where it was if it is started again after a kill, and leaves a row in `results/runs.csv` and its training curve
 in `results/curves/`.
+
+The same commands run on many devices, by Hugging Face Accelerate, wherever one of these starts them:
+
+    accelerate launch --multi_gpu notebooks/experiment.py pretrain ...                      all GPUs of this machine
+    torchrun --nproc-per-node 2 notebooks/experiment.py pretrain --device cpu ...           two processes on the CPU
+    torchrun --nnodes 4 --nproc-per-node 8 --rdzv-endpoint HOST:29500 notebooks/...         four machines, on each
+
+`--batch-size` is what one optimizer step sees, on all of them together. See `train`.
 """
 
 import argparse
 import contextlib
+import copy
 import csv
 import functools
 import math
@@ -28,7 +37,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 import tqdm.auto
+from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataParallelKwargs, PartialState
+from accelerate.data_loader import prepare_data_loader
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast_object_list, gather, patch_environment
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
     tqdm.auto.tqdm = tqdm.std.tqdm
@@ -62,6 +76,7 @@ class Data:
     test_labels: Tensor
     flip: bool = True
     shift: int = 2
+    test_batch_size = 500
 
     def __post_init__(self):
         pixels = self.train_images[:10_000].float() / 255
@@ -72,39 +87,103 @@ class Data:
             setattr(self, name, getattr(self, name).to(device))
         return self
 
+    @property
+    def device(self) -> torch.device:
+        return self.train_images.device
+
     def normalize(self, images_BHWC: Tensor) -> Tensor:
         """Pixels of mean 0 and deviation 1 as (B, C, H, W) in the channels_last layout, the fastest to convolve."""
         return ((images_BHWC.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
 
-    def augment(self, images: Tensor, generator: torch.Generator) -> Tensor:
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """What is random in the augmentation of so many images: (count, 3), pixels down and right, mirrored or not."""
+        down, right = torch.randint(2 * self.shift + 1, (2, count, 1), generator=generator)
+        return torch.cat([down, right, torch.rand(count, 1, generator=generator) < 0.5 * self.flip], dim=1)
+
+    def augment(self, images: Tensor, draws: Tensor) -> Tensor:
         """Each image moved by up to `shift` pixels in both directions and, where it makes sense, mirrored."""
         (B, _, H, W), s, device = images.shape, self.shift, images.device
-        down, right = torch.randint(2 * s + 1, (2, B, 1), generator=generator).to(device)
-        mirrored = (torch.rand(B, 1, generator=generator) < 0.5 * self.flip).to(device)
+        down, right, mirrored = draws.to(device).split(1, dim=1)
         columns = torch.arange(W, device=device)
         rows_BH = torch.arange(H, device=device) + down
-        columns_BW = torch.where(mirrored, W - 1 - columns, columns) + right
+        columns_BW = torch.where(mirrored.bool(), W - 1 - columns, columns) + right
         which = torch.arange(B, device=device)[:, None, None]
         return self.normalize(F.pad(images, (s, s, s, s))[which, :, rows_BH[:, :, None], columns_BW[:, None, :]])
 
-    def train_batches(self, batch_size: int, generator: torch.Generator, augment: bool = True):
-        """One pass over the training images in random order; an incomplete last batch is left out."""
-        order = torch.randperm(len(self.train_images), generator=generator).to(self.train_images.device)
-        for picks in order.split(min(batch_size, len(order))):
-            if len(picks) == min(batch_size, len(order)):
-                images = self.train_images[picks]
-                plain = self.normalize(images.permute(0, 2, 3, 1)) if not augment else None
-                yield self.augment(images, generator) if augment else plain, self.train_labels[picks]
+    def train_loader(self, batch_size: int, accumulate: int = 1, seed: int = 0) -> DataLoader:
+        """The training images, augmented, in random order."""
 
-    def test_batches(self, batch_size: int = 500):
-        for images, labels in zip(self.test_images.split(batch_size), self.test_labels.split(batch_size)):
-            yield self.normalize(images.permute(0, 2, 3, 1)), labels
+        def pick(rows):
+            places = rows[:, 0].to(self.device)
+            return self.augment(self.train_images[places], rows[:, 1:]), self.train_labels[places]
+
+        dataset = WholeBatches(len(self.train_images), pick)
+        return shuffled_loader(dataset, self.draw, batch_size, accumulate, seed, collate_fn=_as_it_is)
+
+    def test_loader(self, batch_size: int = test_batch_size) -> DataLoader:
+        """The test images as they are, in their order."""
+
+        def pick(places):
+            places = places.to(self.device)
+            return self.normalize(self.test_images[places].permute(0, 2, 3, 1)), self.test_labels[places]
+
+        return DataLoader(WholeBatches(len(self.test_images), pick), batch_size, collate_fn=_as_it_is)
+
+    def test_batches(self, batch_size: int = test_batch_size):
+        return iter(self.test_loader(batch_size))
 
     def calibration_batches(self, count: int = 2048, batch_size: int = 128, seed: int = 0):
         """Training images as they are, for `abcnets.calibrate`."""
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randperm(len(self.train_images), generator=generator)[:count].to(self.train_images.device)
         return [self.normalize(self.train_images[part].permute(0, 2, 3, 1)) for part in picks.split(batch_size)]
+
+
+class WholeBatches(Dataset):
+    """A data set in memory, for a DataLoader: `pick` makes a whole batch at once of a tensor of places."""
+
+    def __init__(self, count: int, pick):
+        self.count, self.pick = count, pick
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, places: list):
+        return self.pick(torch.tensor(places))
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class Shuffled(Sampler):
+    """The places of a training set in random order, each as a list with the random numbers of its augmentation.
+
+    All of it follows from the seed and the epoch (Accelerate calls `set_epoch`) and is drawn for a whole batch before
+    that is divided: the same happens to an image whichever process, worker or part of a batch it falls to. An
+    incomplete last batch is left out.
+    """
+
+    def __init__(self, count: int, draw, batch_size: int, seed: int):
+        self.count, self.draw, self.batch_size, self.seed, self.epoch = count, draw, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size * self.batch_size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_000 * self.seed + self.epoch)
+        for places in torch.randperm(self.count, generator=generator)[: len(self)].split(self.batch_size):
+            yield from torch.cat([places[:, None], self.draw(len(places), generator)], dim=1).tolist()
+
+
+def shuffled_loader(dataset: Dataset, draw, batch_size: int, accumulate: int, seed: int, **options) -> DataLoader:
+    """A training set in random order, each batch in `accumulate` parts; draw: what `Shuffled` adds to a place."""
+    shuffled = Shuffled(len(dataset), draw, batch_size, seed)
+    parts = BatchSampler(shuffled, batch_size // accumulate, drop_last=True)
+    return DataLoader(dataset, batch_sampler=parts, **options)
 
 
 def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = None) -> Data:
@@ -289,20 +368,58 @@ def best_device() -> torch.device:
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
-def mixed_precision(device: torch.device):
-    """A bfloat16 autocast where the machine computes in bfloat16 faster than in float32, else one that does nothing."""
+def own_device(device: torch.device) -> torch.device:
+    """The device of this process: its own GPU where a launcher started many processes, else the given device."""
+    state = PartialState(cpu=device.type == "cpu")
+    return state.device if state.num_processes > 1 else device
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one, of perhaps many, that prints and writes files."""
+    return PartialState().is_main_process
+
+
+def accelerator_on(device: torch.device, accumulate: int = 1, **parallel) -> Accelerator:
+    """Accelerate set up for `train`: batches divided among the processes, the precision that is fast on the device.
+
+    parallel: options of torch.nn.parallel.DistributedDataParallel.
+    """
+    options = {
+        "cpu": device.type == "cpu",
+        "mixed_precision": "bf16" if fast_bfloat16(device) else "no",
+        "gradient_accumulation_steps": accumulate,
+        "dataloader_config": DataLoaderConfiguration(split_batches=True),
+        "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False, **parallel)],
+    }
+    if PartialState(cpu=options["cpu"]).num_processes > 1:
+        return Accelerator(**options)
+    # Accelerate settles on one device for the life of a process; a notebook may use the GPU now and the CPU later.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    with patch_environment(accelerate_torch_device=device):
+        return Accelerator(**options)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether the machine computes in bfloat16 faster than in float32."""
     if device.type == "cuda":
-        enabled = torch.cuda.is_bf16_supported()
-    else:
-        enabled = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
+        return torch.cuda.is_bf16_supported()
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def mixed_precision(device: torch.device):
+    """A bfloat16 autocast where that is fast, else one that does nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 @torch.no_grad()
 def predict(model: nn.Module, data: Data) -> Tensor:
-    """Logits (n, classes) of the test images."""
+    """Logits (n, classes) of the test images; with many processes each computes its share, and all get the whole."""
     model.eval()
-    return torch.cat([model(images).float() for images, _ in data.test_batches()])
+    processes = PartialState().num_processes
+    batch_size = math.ceil(data.test_batch_size / processes) * processes
+    loader = prepare_data_loader(data.test_loader(batch_size), data.device, split_batches=True, put_on_device=True)
+    logits = torch.cat([gather(model(images).float()) for images, _ in loader])
+    return logits[: len(data.test_labels)]  # the last batch was filled up to divide evenly
 
 
 def accuracy(model: nn.Module, data: Data) -> float:
@@ -359,6 +476,7 @@ def train(
     *,
     epochs: int,
     batch_size: int = 128,
+    accumulate: int = 1,
     warmup: float = 0.1,
     distill: float = 0.5,
     seed: int = 0,
@@ -372,55 +490,108 @@ def train(
     With a checkpoint, a run that was killed goes on after its last complete epoch and ends with the very same weights:
     all that is random in an epoch follows from the seed and the epoch's number. A checkpoint of another recipe is
     overwritten. Ctrl-C ends early, and what was learned is kept.
+
+    Under `accelerate launch` or `torchrun` every process calls this alike, with the model and the data on its
+    `own_device`. An optimizer step sees `batch_size` images in all: each process takes its share, in `accumulate` parts
+    one after the other, and the main process alone writes. With as many processes as before, a killed run ends with
+    the very same weights; with another number it goes on all the same. Ctrl-C ends it like a kill.
+    BatchNorm normalizes by what it sees at once: on several GPUs all their images (torch.nn.SyncBatchNorm, which needs
+    GPUs); on several CPU processes each one's own share, and the running statistics are averaged over the processes
+    after each epoch; with `accumulate` one part. So there the same seed gives another, no worse network.
+
+    Args:
+        data: a Data, or anything with its `device`, `train_labels`, `test_labels`, `train_loader` and `test_loader`.
+
+    Raises: ValueError if `batch_size` can't be divided evenly among processes and parts.
     """
-    device = data.train_images.device
-    batch_size = min(batch_size, len(data.train_images))
-    steps = len(data.train_images) // batch_size
+    device, images = data.device, len(data.train_labels)
+    idle = any(not getattr(layer, "active", True) for layer in model.modules())  # its vs and betas get no gradient
+    accelerator = accelerator_on(device, accumulate, find_unused_parameters=idle)
+    parts = accelerator.num_processes * accumulate
+    batch_size = min(batch_size, images // parts * parts)
+    if batch_size % parts or not batch_size:
+        raise ValueError(f"batch_size must be a multiple of {parts} ({accelerator.num_processes} processes, each with"
+                         f" {accumulate} part(s)), got {batch_size} for {images} training images")  # fmt: skip
+    steps = images // batch_size
     peaks = [group["lr"] for group in optimizer.param_groups]
     recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "seed": seed, "peaks": peaks,
-              "distill": distill if teacher else None, "images": len(data.train_images)}  # fmt: skip
+              "distill": distill if teacher else None, "images": images}  # fmt: skip
     history = _resume(checkpoint, recipe, model, optimizer) if checkpoint else []
-    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc=description, unit="batch", leave=False)
+    optimizer.zero_grad()
+    loader = accelerator.prepare_data_loader(data.train_loader(batch_size, accumulate, seed))
+    prepared = accelerator.prepare_model(_twin(model.to(device), synchronized=accelerator.use_distributed))
+    prepared_optimizer = accelerator.prepare_optimizer(optimizer)
+    if teacher is not None:
+        teacher.to(device)
+    bar = tqdm(total=epochs * steps, initial=len(history) * steps, desc=description, unit="batch", leave=False,
+               **({} if accelerator.is_main_process else {"disable": True}))  # fmt: skip
     try:
         for epoch in range(len(history), epochs):
             started, loss_sum, hits = time.perf_counter(), 0, 0
-            generator = torch.manual_seed(1_000_000 * seed + epoch)
-            model.train()
-            for step, (images, labels) in enumerate(data.train_batches(batch_size, generator)):
+            torch.manual_seed(1_000_000 * seed + 1_000 * accelerator.process_index + epoch)  # for dropout and the like
+            loader.set_epoch(epoch)
+            prepared.train()
+            for part, (images, labels) in enumerate(loader):
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * _schedule((epoch * steps + step + 1) / (epochs * steps), warmup)
-                with mixed_precision(device):
-                    logits = model(images).float()
-                    loss = F.cross_entropy(logits, labels)
-                    if teacher is not None:
-                        with torch.no_grad():
-                            target = teacher(images).float().softmax(1)
-                        loss = torch.lerp(loss, F.cross_entropy(logits, target), distill)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                    group["lr"] = peak * _schedule((epoch * steps + part // accumulate + 1) / (epochs * steps), warmup)
+                with accelerator.accumulate(prepared):
+                    with accelerator.autocast():
+                        logits = prepared(images).float()
+                        loss = F.cross_entropy(logits, labels)
+                        if teacher is not None:
+                            with torch.no_grad():
+                                target = teacher(images).float().softmax(1)
+                            loss = torch.lerp(loss, F.cross_entropy(logits, target), distill)
+                    accelerator.backward(loss)
+                    prepared_optimizer.step()
+                    prepared_optimizer.zero_grad()
                 loss_sum += loss.detach()
                 hits += (logits.detach().argmax(1) == labels).sum()
-                bar.update()
+                bar.update(accelerator.sync_gradients)
             seconds = time.perf_counter() - started
-            with mixed_precision(device):
+            _average_statistics(model, accelerator)
+            with accelerator.autocast():
                 tested = accuracy(model, data)
             history.append({
                 "epoch": epoch + 1,
-                "loss": round(loss_sum.item() / steps, 5),
-                "train_accuracy": round(100 * hits.item() / (steps * batch_size), 3),
+                "loss": round(accelerator.reduce(loss_sum, "mean").item() / (steps * accumulate), 5),
+                "train_accuracy": round(100 * accelerator.reduce(hits, "sum").item() / (steps * batch_size), 3),
                 "test_accuracy": round(tested, 3),
                 "seconds": round(seconds, 2),
             })  # fmt: skip
-            _show(bar, description, history[-1], epochs)
-            if checkpoint:
-                save({"recipe": recipe, "history": history, "model": model.state_dict(),
-                      "optimizer": optimizer.state_dict()}, checkpoint)  # fmt: skip
+            if accelerator.is_main_process:
+                _show(bar, description, history[-1], epochs)
+                if checkpoint:
+                    save({"recipe": recipe, "history": history, "model": model.state_dict(),
+                          "optimizer": optimizer.state_dict()}, checkpoint)  # fmt: skip
     except KeyboardInterrupt:
+        if accelerator.use_distributed:  # the processes are no longer at one place
+            raise
         print(f"{description}: stopped after {len(history)} of {epochs} epochs; what was learned is kept")
     bar.close()
     model.eval()
     return history
+
+
+def _twin(model: nn.Module, synchronized: bool) -> nn.Module:
+    """A copy of the model that shares its parameters and buffers.
+
+    Accelerate wraps and changes the twin it is given; the model itself stays as its owner knows it.
+    """
+    shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    twin = copy.deepcopy(model, shared)
+    on_gpu = all(tensor.is_cuda for tensor in shared.values())
+    return nn.SyncBatchNorm.convert_sync_batchnorm(twin) if synchronized and on_gpu else twin
+
+
+@torch.no_grad()
+def _average_statistics(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give BatchNorm the same running statistics in all processes: those of all their images."""
+    if accelerator.use_distributed:
+        for norm in model.modules():
+            if isinstance(norm, nn.modules.batchnorm._BatchNorm) and norm.track_running_stats:
+                for statistics in (norm.running_mean, norm.running_var):
+                    statistics.copy_(accelerator.reduce(statistics, "mean"))
 
 
 def _schedule(progress: float, warmup: float) -> float:
@@ -431,10 +602,11 @@ def _schedule(progress: float, warmup: float) -> float:
 
 
 def _resume(checkpoint: str | Path, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-    if not Path(checkpoint).exists():
-        return []
-    state = torch.load(checkpoint, map_location="cpu")
-    if state["recipe"] != recipe:
+    state = None
+    if is_main_process() and Path(checkpoint).exists():
+        state = torch.load(checkpoint, map_location="cpu")
+    (state,) = broadcast_object_list([state])  # the file need not be on every node
+    if state is None or state["recipe"] != recipe:
         return []
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
@@ -627,13 +799,14 @@ def run_pretrain(options) -> None:
     data = _load(options)
     run = run_name(data.name, options=_words(options), seed=options.seed)
     path = options.out / f"{run}.pt"
-    recipe = _given(options, "epochs", "lr", "batch_size")
+    recipe = _given(options, "epochs", "lr", "batch_size", "accumulate")
     model, history = pretrain(data, seed=options.seed, checkpoint=path.with_suffix(".checkpoint"), description=run,
                               **recipe)  # fmt: skip
-    save(model.state_dict(), path)
     percent = accuracy(model, data)
-    record(options.results, data, model, history, options=_words(options), seed=options.seed, accuracy=percent)
-    print(f"{run}: {percent:.2f} %, kept in {path}")
+    if is_main_process():
+        save(model.state_dict(), path)
+        record(options.results, data, model, history, options=_words(options), seed=options.seed, accuracy=percent)
+        print(f"{run}: {percent:.2f} %, kept in {path}")
 
 
 def run_finetune(options) -> None:
@@ -647,14 +820,16 @@ def run_finetune(options) -> None:
     if options.calibrate != 0:
         abcnets.calibrate(model, data.calibration_batches(options.calibrate or 2048))
         percent["calibrated"] = accuracy(model, data)
-    print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
-    recipe = _given(options, "epochs", "lr", "lr_activation", "weight_decay", "distill", "batch_size")
+    if is_main_process():
+        print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
+    recipe = _given(options, "epochs", "lr", "lr_activation", "weight_decay", "distill", "batch_size", "accumulate")
     history = finetune(model, data, None if options.distill == 0 else teacher, seed=options.seed,
                        checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe)  # fmt: skip
-    save(model.state_dict(), path)
     percent["accuracy"] = accuracy(model, data)
-    record(options.results, data, model, history, M, N, _words(options), options.seed, **percent)
-    print(f"{run}: fine-tuned {percent['accuracy']:.2f} %, kept in {path}")
+    if is_main_process():
+        save(model.state_dict(), path)
+        record(options.results, data, model, history, M, N, _words(options), options.seed, **percent)
+        print(f"{run}: fine-tuned {percent['accuracy']:.2f} %, kept in {path}")
 
 
 def run_evaluate(options) -> None:
@@ -664,7 +839,9 @@ def run_evaluate(options) -> None:
     if options.weight_bases or options.activation_bases:
         model = _convert(options, model)
         load_weights(model, options.out / f"{run}.pt")
-    print(f"{run}: {accuracy(model, data):.2f} %")
+    percent = accuracy(model, data)
+    if is_main_process():
+        print(f"{run}: {percent:.2f} %")
 
 
 def run_table(options) -> None:
@@ -805,7 +982,8 @@ def _use_threads(count: int | None) -> None:
 
 
 def _load(options) -> Data:
-    return load_data(options.dataset, options.data, options.limit).to(options.device)
+    with PartialState().local_main_process_first():  # one process downloads and decodes
+        return load_data(options.dataset, options.data, options.limit).to(options.device)
 
 
 def _load_float(options, data: Data) -> nn.Module:
@@ -840,6 +1018,7 @@ def _words(options) -> str:
     switches = [name for name in switches if getattr(options, name, False)]
     numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit",
                      "float_seed")  # fmt: skip
+    numbers |= _given(options, "accumulate")
     return " ".join([*switches, *(f"{name}={value:g}" for name, value in numbers.items())]).replace("_", "-")
 
 
@@ -864,6 +1043,7 @@ def main(arguments: list[str] | None = None) -> None:
     training = argparse.ArgumentParser(add_help=False)
     training.add_argument("--epochs", type=int, help="default: 12 for digits, 20 for fashion-mnist, else 60")
     training.add_argument("--batch-size", type=int, help="default: 128")
+    training.add_argument("--accumulate", type=int, metavar="PARTS", help="take a batch in so many parts")
     training.add_argument("--lr", type=float, help="peak learning rate")
     bases = argparse.ArgumentParser(add_help=False)
     bases.add_argument("--weight-bases", type=_bases, default=3, metavar="M", help="3, or none: float")
@@ -903,11 +1083,14 @@ def main(arguments: list[str] | None = None) -> None:
     step.add_argument("--rounds", type=int, default=25)
 
     options = parser.parse_args(arguments)
-    _use_threads(getattr(options, "threads", None))
+    if "device" in options:
+        options.device = own_device(options.device)
+        _use_threads(options.threads)
     try:
         options.run(options)
     except DataError as error:
         sys.exit(str(error))
+    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
