@@ -34,7 +34,7 @@ run: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/ruff check
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
 
 lab: $(INSTALLED)
 	$(BIN)/jupyter lab notebooks/FinalProject.ipynb
