@@ -38,9 +38,11 @@ Where this departs from the paper, and why:
 
 import copy
 import functools
+import html
 import json
 import math
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -712,12 +714,140 @@ def binarize(module: nn.Module, active: bool = True) -> nn.Module:
     return module
 
 
+def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None) -> "Summary":
+    """What `convert` would do with each layer that holds weights, and why: a table, and nothing is changed.
+
+        >>> up = nn.ConvTranspose2d(8, 8, 2)
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), up, nn.Conv2d(8, 2, 1))
+        >>> plan(network, weight_bases=2, activation_bases=3)
+        layer  kind                    weight  parameters  M  N  why
+        --------------------------------------------------------------------------------------
+        0      Conv2d           8 x 3 x 3 x 3         224        first layer: float by default
+        1      Conv2d           8 x 8 x 3 x 3         584  2  3  converted
+        2      ConvTranspose2d  8 x 8 x 2 x 2         264        has no binary form
+        3      Conv2d           2 x 8 x 1 x 1          18        last layer: float by default
+        --------------------------------------------------------------------------------------
+        total                                       1,090
+
+    Args: as in `convert`, which decides by this very plan.
+
+    Columns: layer, kind, weight (its shape), parameters (of the layer itself, its children not counted), M, N (None on
+    a side that stays float), why. Rows are all layers with a tensor of parameters of two or more dimensions.
+    Raises: as `convert`.
+    """
+    converted = _plan(model, weight_bases, activation_bases, filter_fn, settings)
+    rows = Summary()
+    for name, layer in model.named_modules():
+        why, bases = converted.get(name) or (_why_not(layer), {})
+        if why is None:
+            continue
+        if isinstance(layer, (_ABCLayer, PackedLayer)):
+            M, N = _bases_of(layer)
+        else:
+            M, N = bases.get("weight_bases"), bases.get("activation_bases")
+        sizes = [p.numel() for p in layer.parameters(False) if not nn.parameter.is_lazy(p)]
+        rows.append({"layer": name, "kind": type(layer).__name__, "weight": " x ".join(map(str, _weight_shape(layer))),
+                     "parameters": sum(sizes), "M": M, "N": N, "why": why})  # fmt: skip
+    return rows
+
+
+def _plan(model, weight_bases, activation_bases, filter_fn, settings) -> dict[str, tuple[str, dict]]:
+    """{name: (why, bases)} of the layers that can be binarized; the bases of those that stay float are {}."""
+    candidates = {name: layer for name, layer in model.named_modules() if _can_be_binarized(layer)}
+    if isinstance(settings, dict):
+        unknown = settings.keys() - candidates.keys()
+        if unknown:
+            raise ValueError(f"settings name layers that can't be converted: {sorted(unknown)}; "
+                             f"the model has {sorted(candidates)}")  # fmt: skip
+    names = list(candidates)
+    ends = {names[0]: "first", names[-1]: "last"} if len(names) > 1 else {}
+
+    def left_out(name, layer):
+        if filter_fn is not None:
+            return None if filter_fn(layer, name) else "filter_fn says no"
+        if name in ends:
+            return f"{ends[name]} layer: float by default"
+        if ends and layer.weight.shape[1:2] == (1,) and getattr(layer, "groups", 1) > 1:
+            return "depthwise: float by default"
+        return None
+
+    decisions = {}
+    for name, layer in candidates.items():
+        why, own = left_out(name, layer), {}
+        if isinstance(settings, dict) and name in settings:
+            own = settings[name]
+            why = None if own is not None else "settings say no"
+        elif why is None and callable(settings):
+            own = settings(name, layer)
+            why = "settings say no" if own is None else None
+        if why is None:
+            if not isinstance(own, dict) or own.keys() - _DEFAULT_BASES.keys():
+                raise ValueError(f"settings for a layer must be None or a dict with some of {sorted(_DEFAULT_BASES)}; "
+                                 f"for {name!r} they are {own!r}")  # fmt: skip
+            bases = {"weight_bases": weight_bases, "activation_bases": activation_bases, **own}
+            decisions[name] = ("converted", bases)
+            for side in ("weight_bases", "activation_bases"):
+                if bases[side] is not None:
+                    _check_bases(side, bases[side])
+        else:
+            decisions[name] = (why, {})
+    return decisions
+
+
+def _can_be_binarized(layer: nn.Module) -> bool:
+    # weight_norm, spectral_norm and pruning, in their older form, keep the layer's class and compute its weight.
+    return type(layer) in _ABC_OF and "weight" in layer._parameters
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why a layer that holds weights is not for `convert`; None for one that holds none."""
+    if isinstance(layer, PackedLayer):
+        return "packed already"
+    if isinstance(layer, _ABCLayer):
+        return "binary already"
+    if nn.parameter.is_lazy(getattr(layer, "weight", None)):
+        return "its shape is not known yet: run the model once"
+    if type(layer) in _ABC_OF:
+        return "its weight is computed: remove weight_norm, spectral_norm or pruning first"
+    for stock in _ABC_OF:
+        if isinstance(layer, stock):
+            return f"a subclass of {stock.__name__}: its forward pass is its own"
+    return "has no binary form" if len(_weight_shape(layer)) > 1 else None
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight; where there is none of that name, of its largest tensor of parameters."""
+    if isinstance(layer, PackedLayer):
+        return (layer.out_channels, layer.channels // layer.groups, *layer.kernel_size)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = max(layer.parameters(False), key=torch.numel, default=None)
+    if weight is None or nn.parameter.is_lazy(weight):
+        return ()
+    flat = max(weight.shape, default=0) == weight.numel()  # the scales and shifts of a norm, however they are shaped
+    return () if flat and not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) else tuple(weight.shape)
+
+
+def _bases_of(layer: nn.Module) -> tuple[int | None, int | None]:
+    """M and N of an ABC layer or a packed one; None on a side that is float."""
+    if isinstance(layer, PackedLayer):
+        return len(layer.bits), len(layer.betas) or None
+    return (layer.weight_bases, layer.activation_bases) if layer.active else (None, None)
+
+
 def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None, **bases):
     """A copy of a model with its convolutions and linear layers binarized, weights kept; the model itself is untouched.
 
-    The first and the last of these layers stay float by default, as everywhere in the literature: they hold few of
-    the weights and lose most by binarization. Subclasses of torch's layers are left alone, since their forward pass is
-    theirs. A layer used in two places stays one layer.
+    What stays float by default: the first and the last of these layers, as everywhere in the literature, since they
+    hold few of the weights and lose most by binarization; and depthwise convolutions (one input channel a group), which
+    bits make hardly smaller and no faster: a byte holds up to eight input channels, and theirs hold one. Subclasses of
+    torch's layers are left alone, since their forward pass is theirs. A layer used in two places stays one layer.
+    `plan` tells for each layer what is done with it, and why.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+        >>> binary = convert(network, 2, 2, settings={"1": {"weight_bases": 5}, "3": {"activation_bases": None}})
+        >>> [(layer.weight_bases, layer.activation_bases) for layer in binary[1:]]
+        [(5, 2), (2, 2), (2, None)]
 
     Args:
         model: any module, or a single nn.Conv1d/2d/3d or nn.Linear (which is then converted itself).
@@ -725,33 +855,18 @@ def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settin
         filter_fn: filter_fn(layer, name) -> bool decides which layers are converted; replaces the default choice.
         settings: exceptions by name or by function, {name: {"weight_bases": 5}} or settings(name, layer): a dict of
             bases for that layer, or None for "leave it float". Names that the model lacks raise ValueError. An
-            entry also converts a layer that the default choice or filter_fn leaves out.
+            entry by name also converts a layer that the default choice or filter_fn leaves out.
         **bases: us, vs, betas, active, per_channel, learn_us, for every converted layer.
 
     Returns: the converted copy.
+    Raises: ValueError for settings of a layer that is not there or can't be converted, or that make no sense.
     """
-    candidates = {name: layer for name, layer in model.named_modules() if type(layer) in _ABC_OF}
-    if isinstance(settings, dict):
-        unknown = settings.keys() - candidates.keys()
-        if unknown:
-            raise ValueError(f"settings name layers that can't be converted: {sorted(unknown)}; "
-                             f"the model has {sorted(candidates)}")  # fmt: skip
-    ends = [next(iter(candidates)), next(reversed(candidates))] if len(candidates) > 1 else []
-
-    def choice(name, layer):
-        if isinstance(settings, dict) and name in settings:
-            return settings[name]
-        chosen = name not in ends if filter_fn is None else filter_fn(layer, name)
-        extra = settings(name, layer) if callable(settings) else {}
-        return extra if chosen and extra is not None else None
-
-    common = {"weight_bases": weight_bases, "activation_bases": activation_bases, **bases}
-    choices = {name: choice(name, layer) for name, layer in candidates.items()}
+    decisions = _plan(model, weight_bases, activation_bases, filter_fn, settings)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     replaced = {
-        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{**common, **own})
-        for name, own in choices.items() if own is not None
+        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{**bases, **own})
+        for name, (_, own) in decisions.items() if own
     }  # fmt: skip
     return _replace(model, replaced)
 
@@ -761,6 +876,11 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
         for name, child in parent._modules.items():
             if child in replaced:
                 setattr(parent, name, replaced[child])
+        # torch's fused inference path reads the weights of its linear layers without calling these.
+        if isinstance(parent, nn.TransformerEncoderLayer) and replaced:
+            parent.activation_relu_or_gelu = 0
+        elif isinstance(parent, nn.TransformerEncoder) and replaced:
+            parent.use_nested_tensor = False
     return replaced.get(model, model)
 
 
@@ -783,7 +903,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
     was calibrated or trained is not: to calibrate it again, give `float_model`.
 
     Works on any model: modules are met where they run, by hooks, whatever the code between them. A module that runs
-    several times is calibrated on its first run. All images go through together: a thousand small ones, or as many
+    several times is calibrated on its first run, one that never runs stays as it is, with a warning. A layer of more
+    than 8,192 weights a channel keeps its weights. All images go through together: a thousand small ones, or as many
     as an evaluation batch may hold.
 
     Args:
@@ -810,7 +931,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
         if module in done:
             return
         if isinstance(module, _ABCLayer):
-            _calibrate_layer(module, inputs[0], wanted[module][1] if compensate else None)
+            moved = compensate and module.weight[0].numel() <= _COMPENSATED_UP_TO
+            _calibrate_layer(module, inputs[0], wanted[module][1] if moved else None)
             done.add(module)
         elif done:  # a BatchNorm ahead of every binarized layer fits as it is
             _calibrate_statistics(module, inputs[0])
@@ -829,7 +951,15 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
     _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
     if bar is not None:
         bar.close()
+    unreached = [name for name, module in model.named_modules() if module in layers and module not in done]
+    if unreached:
+        warnings.warn(f"calibrate: the model never called {unreached}, which stay as they were. If they are in use all "
+                      "the same, some other module reads their weights: leave them float", stacklevel=2)  # fmt: skip
     return model
+
+
+# A layer with K weights a channel takes several K x K matrices to compensate; beyond this they would fill the memory.
+_COMPENSATED_UP_TO = 8192
 
 
 def _gather(batches, device) -> Tensor:
@@ -837,6 +967,9 @@ def _gather(batches, device) -> Tensor:
     if isinstance(batches, Tensor):
         batches = [batches]
     inputs = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    if not all(isinstance(input, Tensor) for input in inputs):
+        kinds = sorted({type(input).__name__ for input in inputs})
+        raise TypeError(f"calibrate takes batches that are tensors, or tuples whose first entry is one, got {kinds}")
     if sum(map(len, inputs)) == 0:
         raise ValueError("calibrate needs at least one image, got none")
     images = torch.cat(inputs).to(device)
@@ -1044,12 +1177,13 @@ def _progress_bar(total: int):
 
 
 class Summary(list):
-    """What `summary` returns: a list of dicts, one a layer. Prints as a table; `pandas.DataFrame(summary)` works."""
+    """What `summary` and `plan` return: a list of dicts, one a layer. Prints as a table, in Jupyter as an HTML one;
+    `pandas.DataFrame(summary)` works."""
 
     def total(self) -> dict:
         """The sums of the countable columns."""
-        columns = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
-        return {column: sum(row[column] for row in self) for column in columns}
+        countable = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
+        return {column: sum(row[column] for row in self) for column in countable if not self or column in self[0]}
 
     def _table(self) -> list[list[str]]:
         columns = list(self[0]) if self else ["layer"]
@@ -1059,7 +1193,7 @@ class Summary(list):
     def __str__(self) -> str:
         table = self._table()
         widths = [max(map(len, column)) for column in zip(*table)]
-        align = [str.ljust, str.ljust, *[str.rjust] * len(widths)]
+        align = [str.ljust if name in _WORDS else str.rjust for name in table[0]]
         lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths)).rstrip() for row in table]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
@@ -1067,12 +1201,18 @@ class Summary(list):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
         head, *body, total = self._table()
+        left = [' style="text-align: left"' if name in _WORDS else "" for name in head]
+
+        def row(cells, tag):
+            cells = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for style, cell in zip(left, cells))
+            return "<tr>" + "".join(cells) + "</tr>"
+
         body = "".join(row(cells, "td") for cells in body)
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
+
+
+_WORDS = ("layer", "kind", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:
@@ -1114,12 +1254,12 @@ def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
     if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
         if isinstance(layer, PackedLayer):
             kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
-            M, N, engine = len(layer.bits), len(layer.betas) or None, layer.engine
+            M, N, engine = *_bases_of(layer), layer.engine
         else:
             O, per_group, *sizes = layer.weight.shape
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
-                M, N = layer.weight_bases, layer.activation_bases
+                M, N = _bases_of(layer)
                 engine = "" if M is None else _choose_engine("auto", M, N or 0)
         biases = 0 if layer.bias is None else O
         parameters = O * per_group * kernel + biases + 2 * (N or 0)
