@@ -6,14 +6,27 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
     R ~ Aq = sum_n beta_n  A_n     A_n = +1 where R >= 1/2 - v_n, else -1      n = 1..N   activation bases
     conv(R, W) ~ conv(Aq, Wq) = sum_m sum_n alpha_m beta_n conv(A_n, B_m)
 
-This one file needs torch and nothing else: copy it into your project. It reads top to bottom: shifts and levels, the
-two quantizers, the layers, whole models (`binarize`, `convert`, `calibrate`, `summary`), packed inference (`pack`,
-`save_packed`, `load_packed`, `fuse`).
+This one file needs torch and nothing else: copy it into your project.
 
     model = abcnets.convert(resnet18, weight_bases=3, activation_bases=3)   # a binarized copy, weights kept
     abcnets.calibrate(model, batches)                                       # no training: a thousand images
     ...                                                                     # fine-tune it like any other model
     packed = abcnets.pack(model)                                            # 1 bit a weight and base
+
+What is in it, from top to bottom:
+
+    even_shifts, gaussian_shifts                       the shifts u of the weight bases
+    weight_bases, fit_weight, quantize_weight          B, alpha and Wq of a weight
+    quantize_activation                                Aq of what reaches a layer
+    ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear         the layers, drop-ins for torch's
+    binarize                                           switch them on and off
+    plan, convert                                      which layers become binary, and a copy in which they are
+    calibrate                                          fit it to some data, without training
+    summary                                            what each layer holds and does (a `Summary`: a table)
+    picture                                            what one layer does, as a figure
+    pack, PackedLayer                                  for inference: 1 bit a weight and base
+    save_packed, load_packed                           one file, no pickle
+    fuse                                               bits from layer to layer
 
 Symbols, used throughout:
 
@@ -49,6 +62,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 __version__ = "1.0.0"
+
+__all__ = [
+    "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
+    "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
+    "Summary", "picture", "pack", "PackedLayer", "save_packed", "load_packed", "fuse",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1278,6 +1297,173 @@ def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
         "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
         "macs": macs, "binary_macs": binary_macs, "engine": engine,
     }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture of a layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BLUE, _PALE, _RED, _DARK, _GREY = "#0072B2", "#B8D4E8", "#D55E00", "#333333", "#BBBBBB"  # Okabe and Ito's, and greys
+
+
+@torch.no_grad()
+def picture(layer: nn.Module, input: Tensor | None = None):
+    """What a layer does, as a matplotlib Figure: `picture(model[3], R)` in a cell of a notebook shows it.
+
+    - Its weights, each channel in standard deviations from its mean; where they are cut into bins (at -u_m, dashed) and
+      the M + 1 levels of Wq (dots: the channels' mean, bars: from the 10th to the 90th percentile of the channels).
+    - A few kernels W, their bases B_1..B_M with the scales alpha_m, and their sum Wq. Kernels of one tap and linear
+      layers are shown as a corner of the matrix outputs x inputs, 1-D kernels as inputs x taps, 3-D ones by slices.
+    - The staircase of its activations, Aq against R, with the thresholds 1/2 - v_n (dashed), over the histogram of the
+      input if one is given.
+
+    A side that stays float is left out. A packed layer has no W, and none of the first panel.
+
+    Args:
+        layer: an ABC layer, active or not, or a `PackedLayer`.
+        input: values that reach the layer, of any shape.
+
+    Returns: the Figure; `.savefig(path)` writes it.
+    Raises: TypeError for another module, ValueError for a layer with both sides float, ImportError without matplotlib.
+    """
+    if not isinstance(layer, (_ABCLayer, PackedLayer)):
+        raise TypeError(f"picture takes one ABC layer or packed layer, got {type(layer).__name__}; "
+                        "a layer of a model is model.get_submodule(name)")  # fmt: skip
+    packed = isinstance(layer, PackedLayer)
+    thresholds = layer.thresholds if packed else None if layer.vs is None else _thresholds(layer.vs)
+    has_weights, has_activations = packed or layer.us is not None, thresholds is not None and len(thresholds) > 0
+    if not has_weights and not has_activations:
+        raise ValueError("picture has nothing to show: both sides of this layer are float")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("picture needs matplotlib: pip install matplotlib") from None
+
+    tiles = _tiles(layer) if has_weights else [[]]
+    widths = [3.4] * (has_weights and not packed) + [0.85 * len(tiles[0]) + 0.2] * has_weights + [3.8] * has_activations
+    look = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+            "axes.spines.right": False, "axes.grid": False, "legend.frameon": False}  # fmt: skip
+    with plt.rc_context(look):
+        figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 2.9), width_ratios=widths,
+                                    squeeze=False, layout="constrained")  # fmt: skip
+        axes = list(axes[0])
+        if has_weights and not packed:
+            _draw_weights(axes.pop(0), layer)
+        if has_weights:
+            _draw_tiles(axes.pop(0), tiles)
+        if has_activations:
+            _draw_staircase(axes.pop(0), thresholds.cpu(), layer.betas.cpu(), input)
+        plt.close(figure)  # a notebook shows what is returned, once
+    return figure
+
+
+def _draw_weights(axis, layer: _ABCLayer) -> None:
+    W, us = _grouped(layer.weight, layer.per_channel).cpu(), layer.us.float().cpu()
+    std = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(W)
+    z = (W - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
+    levels = (_levels(W, us, True)[0] - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
+    reach = min(4.0, z.abs().max().item()) or 1.0
+    axis.hist(z.flatten().double().numpy(), bins=80, range=(-reach, reach), color=_PALE)
+    for u in us.tolist():
+        axis.axvline(-u, color=_DARK, linestyle="--", linewidth=1)
+    low, high = (levels.quantile(q, dim=0).tolist() for q in (0.1, 0.9))
+    height = -0.06 * axis.get_ylim()[1]
+    axis.hlines([height] * len(low), low, high, color=_RED, linewidth=3, alpha=0.4)
+    axis.plot(levels.mean(0).tolist(), [height] * len(low), "o", color=_RED, markersize=6)
+    axis.set_ylim(bottom=2 * height)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_title(f"{W.numel():,} weights, {len(low)} levels")
+    axis.set_xlabel("$W$, in deviations from the mean" + (" of its channel" if layer.per_channel else ""))
+
+
+def _tiles(layer: nn.Module, count: int = 3) -> list[list[tuple[Tensor, str, str]]]:
+    """Rows of (2-D image in [-1, 1], name, scale): of a few kernels W, B_1..B_M, Wq."""
+    if isinstance(layer, PackedLayer):
+        B = _unpack_bits(layer.bits, layer.channels // layer.groups).float().mul(2).sub(1).movedim(-1, 2)
+        alphas, W = layer.alphas, None
+        Wq = torch.einsum("mo,mo...->o...", alphas, B)
+    else:
+        W, us = layer.weight.float(), layer.us.float()
+        B, Wq = weight_bases(W, us, layer.per_channel), quantize_weight(W, us, layer.per_channel)
+        alphas = fit_weight(W, us, layer.per_channel).expand(-1, len(W))
+    shown = Wq if W is None else W
+    dims = [size for size in shown.shape[2:] if size > 1]
+    if not dims:  # a matrix
+        rows, scaled = [(slice(12), slice(12))], False
+    elif shown.ndim == 3:  # inputs x taps
+        rows, scaled = [(o, slice(8)) for o in shown.flatten(1).norm(dim=1).topk(min(2, len(shown))).indices], True
+    else:  # of the channels with the largest weights, the largest kernel
+        norms, inputs = shown.flatten(2).norm(dim=2).max(1)
+        rows, scaled = [(o, inputs[o]) for o in norms.topk(min(count, len(norms))).indices], True
+
+    def image(x):
+        x = x.reshape(len(x), -1) if not dims else x
+        if x.ndim == 3:  # slices side by side, NaN between them
+            x = torch.cat([F.pad(piece, (0, 1), value=math.nan) for piece in x], 1)[:, :-1]
+        return x.cpu()
+
+    tiles = []
+    for row in rows:
+        largest = max(x[row].abs().max().item() for x in (shown, Wq)) or 1.0
+        scales = [f"{alpha:.2g}" for alpha in alphas[:, row[0]].tolist()] if scaled else [""] * len(B)
+        tiles.append([
+            *([(image(W[row]) / largest, "$W$", "")] if W is not None else []),
+            *((image(base[row]), f"$B_{m + 1}$", f"× {scale}" if scaled else "")
+              for m, (base, scale) in enumerate(zip(B, scales))),
+            (image(Wq[row]) / largest, "$W_q$", ""),
+        ])  # fmt: skip
+    return tiles
+
+
+def _draw_tiles(axis, tiles) -> None:
+    """Each image into a cell of its own; black is negative, white is positive."""
+    from matplotlib import colormaps
+
+    grey, step = colormaps["gray"].with_extremes(bad=_PALE), 1.2  # of a row, in cell widths: room for the scales
+    for y, row in enumerate(tiles):
+        for x, (values, name, scale) in enumerate(row):
+            height, width = values.shape
+            half_width, half_height = 0.44 * width / max(height, width), 0.44 * height / max(height, width)
+            left, right, top, bottom = x - half_width, x + half_width, step * y - half_height, step * y + half_height
+            axis.imshow(values.numpy(), cmap=grey, vmin=-1, vmax=1, extent=(left, right, bottom, top))
+            axis.plot([left, right, right, left, left], [bottom, bottom, top, top, bottom], "-", color=_GREY, lw=0.8)
+            if y == 0:
+                axis.text(x, top - 0.08, name, ha="center", va="bottom", fontsize=10)
+            axis.text(x, bottom + 0.03, scale, ha="center", va="top", fontsize=7, color=_RED)
+    axis.set_xlim(-0.5, len(tiles[0]) - 0.5)
+    axis.set_ylim(step * (len(tiles) - 1) + 0.75, -0.8)
+    axis.set_aspect("equal")
+    axis.axis("off")
+
+
+def _draw_staircase(axis, thresholds: Tensor, betas: Tensor, input: Tensor | None) -> None:
+    low, high = thresholds.min().item(), thresholds.max().item()
+    low, high = min(low, 0.0) - 0.5, high + max(0.5, 0.6 * (high - low))
+    if input is not None:
+        values = input.detach().flatten()
+        values = values[:: max(1, len(values) // 1_000_000)].double().cpu()
+        low, high = min(low + 0.3, values.quantile(0.001).item()), max(high - 0.3, values.quantile(0.995).item())
+        behind = axis.twinx()
+        counts, _, _ = behind.hist(values.numpy(), bins=80, range=(low, high), color=_PALE)
+        # The pile of a rectified input at 0 is cut off where it would flatten all the rest.
+        behind.set_ylim(0, max(1, min(1.1 * max(counts), 2 * sorted(counts)[-2])))
+        behind.set_yticks([])
+        behind.spines[:].set_visible(False)
+        behind.set_zorder(-1)
+        axis.patch.set_visible(False)
+    R = torch.cat([torch.linspace(low, high, 400), thresholds.float()]).sort().values
+    Aq = _staircase(R, thresholds.float(), betas.float())
+    axis.plot(R.tolist(), R.tolist(), color=_GREY, linestyle="-", linewidth=1.2, label="$R$")
+    axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-", label="$A_q$")
+    for t in thresholds.tolist():
+        axis.axvline(t, color=_DARK, linestyle="--", linewidth=1)
+    room = 0.15 * (Aq.max() - Aq.min()).abs().item() + 0.1
+    axis.set_xlim(low, high)
+    axis.set_ylim(Aq.min().item() - room, Aq.max().item() + room)
+    axis.set_title("activations" + (", over what reaches the layer" if input is not None else ""))
+    axis.set_xlabel("$R$")
+    axis.legend(loc="lower right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
