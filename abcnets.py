@@ -416,7 +416,7 @@ class _QuantizeActivation(torch.autograd.Function):
 class _ABCLayer(nn.Module):
     """What the four layers share: the bases, the active flag, loading, and two more ways to construct one."""
 
-    stock: type[nn.Module]  # torch's layer of that name
+    _stock: type[nn.Module]  # torch's layer of that name
     spatial_dims: int  # 0 for a linear layer
 
     def _set_bases(self, weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us) -> None:
@@ -550,8 +550,8 @@ class _ABCLayer(nn.Module):
             layer: the torch layer of the same name (nn.Conv2d for ABCConv2d).
             **bases: weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us.
         """
-        if not isinstance(layer, cls.stock):
-            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.stock.__name__}, got {type(layer).__name__}")
+        if not isinstance(layer, cls._stock):
+            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls._stock.__name__}, got {type(layer).__name__}")
         names = ("stride", "padding", "dilation", "groups", "padding_mode") if cls.spatial_dims else ()
         geometry = cls._geometry(layer.weight, **{name: getattr(layer, name) for name in names})
         return cls._around(layer.weight, layer.bias, geometry, bases).train(layer.training)
@@ -664,26 +664,26 @@ _LAYER_DOC = """{kind} whose weights and input are sums of +1/-1 bases: a drop-i
 
 
 def _document(cls, **words):
-    cls.__doc__ = _LAYER_DOC.format(stock=cls.stock.__name__, **words)
+    cls.__doc__ = _LAYER_DOC.format(stock=cls._stock.__name__, **words)
 
 
 class ABCConv1d(_ABCConv, nn.Conv1d):
-    stock = nn.Conv1d
+    _stock = nn.Conv1d
     spatial_dims = 1
 
 
 class ABCConv2d(_ABCConv, nn.Conv2d):
-    stock = nn.Conv2d
+    _stock = nn.Conv2d
     spatial_dims = 2
 
 
 class ABCConv3d(_ABCConv, nn.Conv3d):
-    stock = nn.Conv3d
+    _stock = nn.Conv3d
     spatial_dims = 3
 
 
 class ABCLinear(_ABCLayer, nn.Linear):
-    stock = nn.Linear
+    _stock = nn.Linear
     spatial_dims = 0
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, weight_bases=3,
@@ -717,7 +717,7 @@ _document(
     example_input="torch.rand(128, 20)", example_output=[128, 30],
 )  # fmt: skip
 
-_ABC_OF = {cls.stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
+_ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1363,7 +1363,7 @@ def _draw_weights(axis, layer: _ABCLayer) -> None:
     z = (W - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
     levels = (_levels(W, us, True)[0] - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
     reach = min(4.0, z.abs().max().item()) or 1.0
-    axis.hist(z.flatten().double().numpy(), bins=80, range=(-reach, reach), color=_PALE)
+    axis.hist(z.flatten().double().numpy(), bins=60, range=(-reach, reach), color=_PALE)
     for u in us.tolist():
         axis.axvline(-u, color=_DARK, linestyle="--", linewidth=1)
     low, high = (levels.quantile(q, dim=0).tolist() for q in (0.1, 0.9))
@@ -1420,7 +1420,7 @@ def _draw_tiles(axis, tiles) -> None:
     """Each image into a cell of its own; black is negative, white is positive."""
     from matplotlib import colormaps
 
-    grey, step = colormaps["gray"].with_extremes(bad=_PALE), 1.2  # of a row, in cell widths: room for the scales
+    grey, step = colormaps["gray"].with_extremes(bad=_PALE), 1.25  # of a row, in cell widths: room for the scales
     for y, row in enumerate(tiles):
         for x, (values, name, scale) in enumerate(row):
             height, width = values.shape
@@ -1445,7 +1445,7 @@ def _draw_staircase(axis, thresholds: Tensor, betas: Tensor, input: Tensor | Non
         values = values[:: max(1, len(values) // 1_000_000)].double().cpu()
         low, high = min(low + 0.3, values.quantile(0.001).item()), max(high - 0.3, values.quantile(0.995).item())
         behind = axis.twinx()
-        counts, _, _ = behind.hist(values.numpy(), bins=80, range=(low, high), color=_PALE)
+        counts, _, _ = behind.hist(values.numpy(), bins=60, range=(low, high), color=_PALE)
         # The pile of a rectified input at 0 is cut off where it would flatten all the rest.
         behind.set_ylim(0, max(1, min(1.1 * max(counts), 2 * sorted(counts)[-2])))
         behind.set_yticks([])
@@ -1900,7 +1900,7 @@ def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
         if description["kind"] == "packed":
             return PackedLayer(layer, description["M"], description["N"], description["engine"]).eval()
         bases = {key: value for key, value in description.items() if key != "kind"}
-        stock = layer.stock if isinstance(layer, _ABCLayer) else type(layer)
+        stock = layer._stock if isinstance(layer, _ABCLayer) else type(layer)
         return _ABC_OF[stock].from_float(layer, **bases).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"a layer description in the file makes no sense: {description} ({error})") from None
