@@ -6,14 +6,28 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
     R ~ Aq = sum_n beta_n  A_n     A_n = +1 where R >= 1/2 - v_n, else -1      n = 1..N   activation bases
     conv(R, W) ~ conv(Aq, Wq) = sum_m sum_n alpha_m beta_n conv(A_n, B_m)
 
-This one file needs torch and nothing else: copy it into your project. It reads top to bottom: shifts and levels, the
-two quantizers, the layers, whole models (`binarize`, `convert`, `calibrate`, `summary`, `sensitivity`, `allocate`),
-packed inference (`pack`, `save_packed`, `load_packed`, `fuse`).
+This one file needs torch and nothing else: copy it into your project.
 
     model = abcnets.convert(resnet18, weight_bases=3, activation_bases=3)   # a binarized copy, weights kept
     abcnets.calibrate(model, batches)                                       # no training: a thousand images
     ...                                                                     # fine-tune it like any other model
     packed = abcnets.pack(model)                                            # 1 bit a weight and base
+
+What is in it, from top to bottom:
+
+    even_shifts, gaussian_shifts                       the shifts u of the weight bases
+    weight_bases, fit_weight, quantize_weight          B, alpha and Wq of a weight
+    quantize_activation                                Aq of what reaches a layer
+    ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear         the layers, drop-ins for torch's
+    binarize                                           switch them on and off
+    plan, convert                                      which layers become binary, and a copy in which they are
+    calibrate                                          fit it to some data, without training
+    summary                                            what each layer holds and does (a `Summary`: a table)
+    sensitivity, allocate                              which layers hurt most, and what to spend on each
+    picture                                            what one layer does, as a figure
+    pack, PackedLayer                                  for inference: 1 bit a weight and base
+    save_packed, load_packed                           one file, no pickle
+    fuse                                               bits from layer to layer
 
 Symbols, used throughout:
 
@@ -38,15 +52,24 @@ Where this departs from the paper, and why:
 
 import copy
 import functools
+import html
 import json
 import math
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 __version__ = "1.0.0"
+
+__all__ = [
+    "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
+    "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
+    "Summary", "sensitivity", "Sensitivity", "allocate", "picture", "pack", "PackedLayer", "save_packed", "load_packed",
+    "fuse",
+]  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -395,7 +418,7 @@ class _QuantizeActivation(torch.autograd.Function):
 class _ABCLayer(nn.Module):
     """What the four layers share: the bases, the active flag, loading, and two more ways to construct one."""
 
-    stock: type[nn.Module]  # torch's layer of that name
+    _stock: type[nn.Module]  # torch's layer of that name
     spatial_dims: int  # 0 for a linear layer
 
     def _set_bases(self, weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us) -> None:
@@ -529,8 +552,8 @@ class _ABCLayer(nn.Module):
             layer: the torch layer of the same name (nn.Conv2d for ABCConv2d).
             **bases: weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us.
         """
-        if not isinstance(layer, cls.stock):
-            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls.stock.__name__}, got {type(layer).__name__}")
+        if not isinstance(layer, cls._stock):
+            raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls._stock.__name__}, got {type(layer).__name__}")
         names = ("stride", "padding", "dilation", "groups", "padding_mode") if cls.spatial_dims else ()
         geometry = cls._geometry(layer.weight, **{name: getattr(layer, name) for name in names})
         return cls._around(layer.weight, layer.bias, geometry, bases).train(layer.training)
@@ -643,26 +666,26 @@ _LAYER_DOC = """{kind} whose weights and input are sums of +1/-1 bases: a drop-i
 
 
 def _document(cls, **words):
-    cls.__doc__ = _LAYER_DOC.format(stock=cls.stock.__name__, **words)
+    cls.__doc__ = _LAYER_DOC.format(stock=cls._stock.__name__, **words)
 
 
 class ABCConv1d(_ABCConv, nn.Conv1d):
-    stock = nn.Conv1d
+    _stock = nn.Conv1d
     spatial_dims = 1
 
 
 class ABCConv2d(_ABCConv, nn.Conv2d):
-    stock = nn.Conv2d
+    _stock = nn.Conv2d
     spatial_dims = 2
 
 
 class ABCConv3d(_ABCConv, nn.Conv3d):
-    stock = nn.Conv3d
+    _stock = nn.Conv3d
     spatial_dims = 3
 
 
 class ABCLinear(_ABCLayer, nn.Linear):
-    stock = nn.Linear
+    _stock = nn.Linear
     spatial_dims = 0
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, weight_bases=3,
@@ -696,7 +719,7 @@ _document(
     example_input="torch.rand(128, 20)", example_output=[128, 30],
 )  # fmt: skip
 
-_ABC_OF = {cls.stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
+_ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -712,12 +735,140 @@ def binarize(module: nn.Module, active: bool = True) -> nn.Module:
     return module
 
 
+def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None) -> "Summary":
+    """What `convert` would do with each layer that holds weights, and why: a table, and nothing is changed.
+
+        >>> up = nn.ConvTranspose2d(8, 8, 2)
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), up, nn.Conv2d(8, 2, 1))
+        >>> plan(network, weight_bases=2, activation_bases=3)
+        layer  kind                    weight  parameters  M  N  why
+        --------------------------------------------------------------------------------------
+        0      Conv2d           8 x 3 x 3 x 3         224        first layer: float by default
+        1      Conv2d           8 x 8 x 3 x 3         584  2  3  converted
+        2      ConvTranspose2d  8 x 8 x 2 x 2         264        has no binary form
+        3      Conv2d           2 x 8 x 1 x 1          18        last layer: float by default
+        --------------------------------------------------------------------------------------
+        total                                       1,090
+
+    Args: as in `convert`, which decides by this very plan.
+
+    Columns: layer, kind, weight (its shape), parameters (of the layer itself, its children not counted), M, N (None on
+    a side that stays float), why. Rows are all layers with a tensor of parameters of two or more dimensions.
+    Raises: as `convert`.
+    """
+    converted = _plan(model, weight_bases, activation_bases, filter_fn, settings)
+    rows = Summary()
+    for name, layer in model.named_modules():
+        why, bases = converted.get(name) or (_why_not(layer), {})
+        if why is None:
+            continue
+        if isinstance(layer, (_ABCLayer, PackedLayer)):
+            M, N = _bases_of(layer)
+        else:
+            M, N = bases.get("weight_bases"), bases.get("activation_bases")
+        sizes = [p.numel() for p in layer.parameters(False) if not nn.parameter.is_lazy(p)]
+        rows.append({"layer": name, "kind": type(layer).__name__, "weight": " x ".join(map(str, _weight_shape(layer))),
+                     "parameters": sum(sizes), "M": M, "N": N, "why": why})  # fmt: skip
+    return rows
+
+
+def _plan(model, weight_bases, activation_bases, filter_fn, settings) -> dict[str, tuple[str, dict]]:
+    """{name: (why, bases)} of the layers that can be binarized; the bases of those that stay float are {}."""
+    candidates = {name: layer for name, layer in model.named_modules() if _can_be_binarized(layer)}
+    if isinstance(settings, dict):
+        unknown = settings.keys() - candidates.keys()
+        if unknown:
+            raise ValueError(f"settings name layers that can't be converted: {sorted(unknown)}; "
+                             f"the model has {sorted(candidates)}")  # fmt: skip
+    names = list(candidates)
+    ends = {names[0]: "first", names[-1]: "last"} if len(names) > 1 else {}
+
+    def left_out(name, layer):
+        if filter_fn is not None:
+            return None if filter_fn(layer, name) else "filter_fn says no"
+        if name in ends:
+            return f"{ends[name]} layer: float by default"
+        if ends and layer.weight.shape[1:2] == (1,) and getattr(layer, "groups", 1) > 1:
+            return "depthwise: float by default"
+        return None
+
+    decisions = {}
+    for name, layer in candidates.items():
+        why, own = left_out(name, layer), {}
+        if isinstance(settings, dict) and name in settings:
+            own = settings[name]
+            why = None if own is not None else "settings say no"
+        elif why is None and callable(settings):
+            own = settings(name, layer)
+            why = "settings say no" if own is None else None
+        if why is None:
+            if not isinstance(own, dict) or own.keys() - _DEFAULT_BASES.keys():
+                raise ValueError(f"settings for a layer must be None or a dict with some of {sorted(_DEFAULT_BASES)}; "
+                                 f"for {name!r} they are {own!r}")  # fmt: skip
+            bases = {"weight_bases": weight_bases, "activation_bases": activation_bases, **own}
+            decisions[name] = ("converted", bases)
+            for side in ("weight_bases", "activation_bases"):
+                if bases[side] is not None:
+                    _check_bases(side, bases[side])
+        else:
+            decisions[name] = (why, {})
+    return decisions
+
+
+def _can_be_binarized(layer: nn.Module) -> bool:
+    # weight_norm, spectral_norm and pruning, in their older form, keep the layer's class and compute its weight.
+    return type(layer) in _ABC_OF and "weight" in layer._parameters
+
+
+def _why_not(layer: nn.Module) -> str | None:
+    """Why a layer that holds weights is not for `convert`; None for one that holds none."""
+    if isinstance(layer, PackedLayer):
+        return "packed already"
+    if isinstance(layer, _ABCLayer):
+        return "binary already"
+    if nn.parameter.is_lazy(getattr(layer, "weight", None)):
+        return "its shape is not known yet: run the model once"
+    if type(layer) in _ABC_OF:
+        return "its weight is computed: remove weight_norm, spectral_norm or pruning first"
+    for stock in _ABC_OF:
+        if isinstance(layer, stock):
+            return f"a subclass of {stock.__name__}: its forward pass is its own"
+    return "has no binary form" if len(_weight_shape(layer)) > 1 else None
+
+
+def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """The shape of a layer's weight; where there is none of that name, of its largest tensor of parameters."""
+    if isinstance(layer, PackedLayer):
+        return (layer.out_channels, layer.channels // layer.groups, *layer.kernel_size)
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        weight = max(layer.parameters(False), key=torch.numel, default=None)
+    if weight is None or nn.parameter.is_lazy(weight):
+        return ()
+    flat = max(weight.shape, default=0) == weight.numel()  # the scales and shifts of a norm, however they are shaped
+    return () if flat and not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) else tuple(weight.shape)
+
+
+def _bases_of(layer: nn.Module) -> tuple[int | None, int | None]:
+    """M and N of an ABC layer or a packed one; None on a side that is float."""
+    if isinstance(layer, PackedLayer):
+        return len(layer.bits), len(layer.betas) or None
+    return (layer.weight_bases, layer.activation_bases) if layer.active else (None, None)
+
+
 def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None, **bases):
     """A copy of a model with its convolutions and linear layers binarized, weights kept; the model itself is untouched.
 
-    The first and the last of these layers stay float by default, as everywhere in the literature: they hold few of
-    the weights and lose most by binarization. Subclasses of torch's layers are left alone, since their forward pass is
-    theirs. A layer used in two places stays one layer.
+    What stays float by default: the first and the last of these layers, as everywhere in the literature, since they
+    hold few of the weights and lose most by binarization; and depthwise convolutions (one input channel a group), which
+    bits make hardly smaller and no faster: a byte holds up to eight input channels, and theirs hold one. Subclasses of
+    torch's layers are left alone, since their forward pass is theirs. A layer used in two places stays one layer.
+    `plan` tells for each layer what is done with it, and why.
+
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 1))
+        >>> binary = convert(network, 2, 2, settings={"1": {"weight_bases": 5}, "3": {"activation_bases": None}})
+        >>> [(layer.weight_bases, layer.activation_bases) for layer in binary[1:]]
+        [(5, 2), (2, 2), (2, None)]
 
     Args:
         model: any module, or a single nn.Conv1d/2d/3d or nn.Linear (which is then converted itself).
@@ -725,33 +876,18 @@ def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settin
         filter_fn: filter_fn(layer, name) -> bool decides which layers are converted; replaces the default choice.
         settings: exceptions by name or by function, {name: {"weight_bases": 5}} or settings(name, layer): a dict of
             bases for that layer, or None for "leave it float". Names that the model lacks raise ValueError. An
-            entry also converts a layer that the default choice or filter_fn leaves out.
+            entry by name also converts a layer that the default choice or filter_fn leaves out.
         **bases: us, vs, betas, active, per_channel, learn_us, for every converted layer.
 
     Returns: the converted copy.
+    Raises: ValueError for settings of a layer that is not there or can't be converted, or that make no sense.
     """
-    candidates = {name: layer for name, layer in model.named_modules() if type(layer) in _ABC_OF}
-    if isinstance(settings, dict):
-        unknown = settings.keys() - candidates.keys()
-        if unknown:
-            raise ValueError(f"settings name layers that can't be converted: {sorted(unknown)}; "
-                             f"the model has {sorted(candidates)}")  # fmt: skip
-    ends = [next(iter(candidates)), next(reversed(candidates))] if len(candidates) > 1 else []
-
-    def choice(name, layer):
-        if isinstance(settings, dict) and name in settings:
-            return settings[name]
-        chosen = name not in ends if filter_fn is None else filter_fn(layer, name)
-        extra = settings(name, layer) if callable(settings) else {}
-        return extra if chosen and extra is not None else None
-
-    common = {"weight_bases": weight_bases, "activation_bases": activation_bases, **bases}
-    choices = {name: choice(name, layer) for name, layer in candidates.items()}
+    decisions = _plan(model, weight_bases, activation_bases, filter_fn, settings)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     replaced = {
-        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{**common, **own})
-        for name, own in choices.items() if own is not None
+        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{**bases, **own})
+        for name, (_, own) in decisions.items() if own
     }  # fmt: skip
     return _replace(model, replaced)
 
@@ -761,10 +897,12 @@ def _replace(model: nn.Module, replaced: dict[nn.Module, nn.Module]) -> nn.Modul
         for name, child in parent._modules.items():
             if child in replaced:
                 setattr(parent, name, replaced[child])
+        # torch's fused inference path reads the weights of its linear layers without calling these.
+        if isinstance(parent, nn.TransformerEncoderLayer) and replaced:
+            parent.activation_relu_or_gelu = 0
+        elif isinstance(parent, nn.TransformerEncoder) and replaced:
+            parent.use_nested_tensor = False
     return replaced.get(model, model)
-
-
-_MOVE_UP_TO = 8192  # weights an output channel: to move them costs memory by the square of that, time by the cube
 
 
 @torch.no_grad()
@@ -786,7 +924,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
     was calibrated or trained is not: to calibrate it again, give `float_model`.
 
     Works on any model: modules are met where they run, by hooks, whatever the code between them. A module that runs
-    several times is calibrated on its first run. All images go through together: a thousand small ones, or as many
+    several times is calibrated on its first run, one that never runs stays as it is, with a warning. A layer of more
+    than 8,192 weights a channel keeps its weights. All images go through together: a thousand small ones, or as many
     as an evaluation batch may hold.
 
     Args:
@@ -794,9 +933,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
         batches: an iterable of input tensors, or of (input, ...) tuples such as a DataLoader yields; or one tensor.
         float_model: the trained float network that the model was converted from; default: the model itself, with its
             bases switched off.
-        compensate: move the weights (of layers with up to 8 192 of them an output channel). False leaves them, and
-            spends one of N > 1 activation bases on the constant that a symmetric staircase lacks, which moved weights
-            and the bias or BatchNorm behind the layer make up for.
+        compensate: move the weights. False leaves them, and spends one of N > 1 activation bases on the constant that
+            a symmetric staircase lacks, which moved weights and the bias or BatchNorm behind the layer make up for.
         progress: show a bar, where tqdm is installed.
 
     Raises: ValueError where the model has no active ABC layer, float_model lacks one of them, or there are no images.
@@ -814,8 +952,8 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
         if module in done:
             return
         if isinstance(module, _ABCLayer):
-            small = module.weight[0].numel() <= _MOVE_UP_TO
-            _calibrate_layer(module, inputs[0], wanted[module][1] if compensate and small else None)
+            moved = compensate and module.weight[0].numel() <= _COMPENSATED_UP_TO
+            _calibrate_layer(module, inputs[0], wanted[module][1] if moved else None)
             done.add(module)
         elif done:  # a BatchNorm ahead of every binarized layer fits as it is
             _calibrate_statistics(module, inputs[0])
@@ -834,7 +972,15 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
     _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
     if bar is not None:
         bar.close()
+    unreached = [name for name, module in model.named_modules() if module in layers and module not in done]
+    if unreached:
+        warnings.warn(f"calibrate: the model never called {unreached}, which stay as they were. If they are in use all "
+                      "the same, some other module reads their weights: leave them float", stacklevel=2)  # fmt: skip
     return model
+
+
+# A layer with K weights a channel takes several K x K matrices to compensate; beyond this they would fill the memory.
+_COMPENSATED_UP_TO = 8192
 
 
 def _gather(batches, device) -> Tensor:
@@ -842,6 +988,9 @@ def _gather(batches, device) -> Tensor:
     if isinstance(batches, Tensor):
         batches = [batches]
     inputs = [batch[0] if isinstance(batch, (tuple, list)) else batch for batch in batches]
+    if not all(isinstance(input, Tensor) for input in inputs):
+        kinds = sorted({type(input).__name__ for input in inputs})
+        raise TypeError(f"calibrate takes batches that are tensors, or tuples whose first entry is one, got {kinds}")
     if sum(map(len, inputs)) == 0:
         raise ValueError("calibrate needs at least one image, got none")
     images = torch.cat(inputs).to(device)
@@ -1049,12 +1198,13 @@ def _progress_bar(total: int, description: str = "calibrate", unit: str = "layer
 
 
 class Summary(list):
-    """What `summary` returns: a list of dicts, one a layer. Prints as a table; `pandas.DataFrame(summary)` works."""
+    """What `summary` and `plan` return: a list of dicts, one a layer. Prints as a table, in Jupyter as an HTML one;
+    `pandas.DataFrame(summary)` works."""
 
     def total(self) -> dict:
         """The sums of the countable columns."""
-        columns = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
-        return {column: sum(row[column] for row in self) for column in columns}
+        countable = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
+        return {column: sum(row[column] for row in self) for column in countable if not self or column in self[0]}
 
     def _table(self) -> list[list[str]]:
         columns = list(self[0]) if self else ["layer"]
@@ -1064,7 +1214,7 @@ class Summary(list):
     def __str__(self) -> str:
         table = self._table()
         widths = [max(map(len, column)) for column in zip(*table)]
-        align = [str.ljust, str.ljust, *[str.rjust] * len(widths)]
+        align = [str.ljust if name in _WORDS else str.rjust for name in table[0]]
         lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths)).rstrip() for row in table]
         rule = "-" * max(map(len, lines))
         return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
@@ -1072,12 +1222,18 @@ class Summary(list):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        def row(cells, tag):
-            return "<tr>" + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>"
-
         head, *body, total = self._table()
+        left = [' style="text-align: left"' if name in _WORDS else "" for name in head]
+
+        def row(cells, tag):
+            cells = (f"<{tag}{style}>{html.escape(cell)}</{tag}>" for style, cell in zip(left, cells))
+            return "<tr>" + "".join(cells) + "</tr>"
+
         body = "".join(row(cells, "td") for cells in body)
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
+
+
+_WORDS = ("layer", "kind", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:
@@ -1119,12 +1275,12 @@ def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
     if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
         if isinstance(layer, PackedLayer):
             kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
-            M, N, engine = len(layer.bits), len(layer.betas) or None, layer.engine
+            M, N, engine = *_bases_of(layer), layer.engine
         else:
             O, per_group, *sizes = layer.weight.shape
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
-                M, N = layer.weight_bases, layer.activation_bases
+                M, N = _bases_of(layer)
                 engine = "" if M is None else _choose_engine("auto", M, N or 0)
         biases = 0 if layer.bias is None else O
         parameters = O * per_group * kernel + biases + 2 * (N or 0)
@@ -1356,6 +1512,173 @@ def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | 
     if solution.x is None:
         return None
     return [int(solution.x[of_layer == layer].argmax()) for layer in range(len(options))]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A picture of a layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+_BLUE, _PALE, _RED, _DARK, _GREY = "#0072B2", "#B8D4E8", "#D55E00", "#333333", "#BBBBBB"  # Okabe and Ito's, and greys
+
+
+@torch.no_grad()
+def picture(layer: nn.Module, input: Tensor | None = None):
+    """What a layer does, as a matplotlib Figure: `picture(model[3], R)` in a cell of a notebook shows it.
+
+    - Its weights, each channel in standard deviations from its mean; where they are cut into bins (at -u_m, dashed) and
+      the M + 1 levels of Wq (dots: the channels' mean, bars: from the 10th to the 90th percentile of the channels).
+    - A few kernels W, their bases B_1..B_M with the scales alpha_m, and their sum Wq. Kernels of one tap and linear
+      layers are shown as a corner of the matrix outputs x inputs, 1-D kernels as inputs x taps, 3-D ones by slices.
+    - The staircase of its activations, Aq against R, with the thresholds 1/2 - v_n (dashed), over the histogram of the
+      input if one is given.
+
+    A side that stays float is left out. A packed layer has no W, and none of the first panel.
+
+    Args:
+        layer: an ABC layer, active or not, or a `PackedLayer`.
+        input: values that reach the layer, of any shape.
+
+    Returns: the Figure; `.savefig(path)` writes it.
+    Raises: TypeError for another module, ValueError for a layer with both sides float, ImportError without matplotlib.
+    """
+    if not isinstance(layer, (_ABCLayer, PackedLayer)):
+        raise TypeError(f"picture takes one ABC layer or packed layer, got {type(layer).__name__}; "
+                        "a layer of a model is model.get_submodule(name)")  # fmt: skip
+    packed = isinstance(layer, PackedLayer)
+    thresholds = layer.thresholds if packed else None if layer.vs is None else _thresholds(layer.vs)
+    has_weights, has_activations = packed or layer.us is not None, thresholds is not None and len(thresholds) > 0
+    if not has_weights and not has_activations:
+        raise ValueError("picture has nothing to show: both sides of this layer are float")
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        raise ImportError("picture needs matplotlib: pip install matplotlib") from None
+
+    tiles = _tiles(layer) if has_weights else [[]]
+    widths = [3.4] * (has_weights and not packed) + [0.85 * len(tiles[0]) + 0.2] * has_weights + [3.8] * has_activations
+    look = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+            "axes.spines.right": False, "axes.grid": False, "legend.frameon": False}  # fmt: skip
+    with plt.rc_context(look):
+        figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 2.9), width_ratios=widths,
+                                    squeeze=False, layout="constrained")  # fmt: skip
+        axes = list(axes[0])
+        if has_weights and not packed:
+            _draw_weights(axes.pop(0), layer)
+        if has_weights:
+            _draw_tiles(axes.pop(0), tiles)
+        if has_activations:
+            _draw_staircase(axes.pop(0), thresholds.cpu(), layer.betas.cpu(), input)
+        plt.close(figure)  # a notebook shows what is returned, once
+    return figure
+
+
+def _draw_weights(axis, layer: _ABCLayer) -> None:
+    W, us = _grouped(layer.weight, layer.per_channel).cpu(), layer.us.float().cpu()
+    std = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(W)
+    z = (W - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
+    levels = (_levels(W, us, True)[0] - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
+    reach = min(4.0, z.abs().max().item()) or 1.0
+    axis.hist(z.flatten().double().numpy(), bins=60, range=(-reach, reach), color=_PALE)
+    for u in us.tolist():
+        axis.axvline(-u, color=_DARK, linestyle="--", linewidth=1)
+    low, high = (levels.quantile(q, dim=0).tolist() for q in (0.1, 0.9))
+    height = -0.06 * axis.get_ylim()[1]
+    axis.hlines([height] * len(low), low, high, color=_RED, linewidth=3, alpha=0.4)
+    axis.plot(levels.mean(0).tolist(), [height] * len(low), "o", color=_RED, markersize=6)
+    axis.set_ylim(bottom=2 * height)
+    axis.set_yticks([])
+    axis.spines["left"].set_visible(False)
+    axis.set_title(f"{W.numel():,} weights, {len(low)} levels")
+    axis.set_xlabel("$W$, in deviations from the mean" + (" of its channel" if layer.per_channel else ""))
+
+
+def _tiles(layer: nn.Module, count: int = 3) -> list[list[tuple[Tensor, str, str]]]:
+    """Rows of (2-D image in [-1, 1], name, scale): of a few kernels W, B_1..B_M, Wq."""
+    if isinstance(layer, PackedLayer):
+        B = _unpack_bits(layer.bits, layer.channels // layer.groups).float().mul(2).sub(1).movedim(-1, 2)
+        alphas, W = layer.alphas, None
+        Wq = torch.einsum("mo,mo...->o...", alphas, B)
+    else:
+        W, us = layer.weight.float(), layer.us.float()
+        B, Wq = weight_bases(W, us, layer.per_channel), quantize_weight(W, us, layer.per_channel)
+        alphas = fit_weight(W, us, layer.per_channel).expand(-1, len(W))
+    shown = Wq if W is None else W
+    dims = [size for size in shown.shape[2:] if size > 1]
+    if not dims:  # a matrix
+        rows, scaled = [(slice(12), slice(12))], False
+    elif shown.ndim == 3:  # inputs x taps
+        rows, scaled = [(o, slice(8)) for o in shown.flatten(1).norm(dim=1).topk(min(2, len(shown))).indices], True
+    else:  # of the channels with the largest weights, the largest kernel
+        norms, inputs = shown.flatten(2).norm(dim=2).max(1)
+        rows, scaled = [(o, inputs[o]) for o in norms.topk(min(count, len(norms))).indices], True
+
+    def image(x):
+        x = x.reshape(len(x), -1) if not dims else x
+        if x.ndim == 3:  # slices side by side, NaN between them
+            x = torch.cat([F.pad(piece, (0, 1), value=math.nan) for piece in x], 1)[:, :-1]
+        return x.cpu()
+
+    tiles = []
+    for row in rows:
+        largest = max(x[row].abs().max().item() for x in (shown, Wq)) or 1.0
+        scales = [f"{alpha:.2g}" for alpha in alphas[:, row[0]].tolist()] if scaled else [""] * len(B)
+        tiles.append([
+            *([(image(W[row]) / largest, "$W$", "")] if W is not None else []),
+            *((image(base[row]), f"$B_{m + 1}$", f"× {scale}" if scaled else "")
+              for m, (base, scale) in enumerate(zip(B, scales))),
+            (image(Wq[row]) / largest, "$W_q$", ""),
+        ])  # fmt: skip
+    return tiles
+
+
+def _draw_tiles(axis, tiles) -> None:
+    """Each image into a cell of its own; black is negative, white is positive."""
+    from matplotlib import colormaps
+
+    grey, step = colormaps["gray"].with_extremes(bad=_PALE), 1.25  # of a row, in cell widths: room for the scales
+    for y, row in enumerate(tiles):
+        for x, (values, name, scale) in enumerate(row):
+            height, width = values.shape
+            half_width, half_height = 0.44 * width / max(height, width), 0.44 * height / max(height, width)
+            left, right, top, bottom = x - half_width, x + half_width, step * y - half_height, step * y + half_height
+            axis.imshow(values.numpy(), cmap=grey, vmin=-1, vmax=1, extent=(left, right, bottom, top))
+            axis.plot([left, right, right, left, left], [bottom, bottom, top, top, bottom], "-", color=_GREY, lw=0.8)
+            if y == 0:
+                axis.text(x, top - 0.08, name, ha="center", va="bottom", fontsize=10)
+            axis.text(x, bottom + 0.03, scale, ha="center", va="top", fontsize=7, color=_RED)
+    axis.set_xlim(-0.5, len(tiles[0]) - 0.5)
+    axis.set_ylim(step * (len(tiles) - 1) + 0.75, -0.8)
+    axis.set_aspect("equal")
+    axis.axis("off")
+
+
+def _draw_staircase(axis, thresholds: Tensor, betas: Tensor, input: Tensor | None) -> None:
+    low, high = thresholds.min().item(), thresholds.max().item()
+    low, high = min(low, 0.0) - 0.5, high + max(0.5, 0.6 * (high - low))
+    if input is not None:
+        values = input.detach().flatten()
+        values = values[:: max(1, len(values) // 1_000_000)].double().cpu()
+        low, high = min(low + 0.3, values.quantile(0.001).item()), max(high - 0.3, values.quantile(0.995).item())
+        behind = axis.twinx()
+        counts, _, _ = behind.hist(values.numpy(), bins=60, range=(low, high), color=_PALE)
+        # The pile of a rectified input at 0 is cut off where it would flatten all the rest.
+        behind.set_ylim(0, max(1, min(1.1 * max(counts), 2 * sorted(counts)[-2])))
+        behind.set_yticks([])
+        behind.spines[:].set_visible(False)
+        behind.set_zorder(-1)
+        axis.patch.set_visible(False)
+    R = torch.cat([torch.linspace(low, high, 400), thresholds.float()]).sort().values
+    Aq = _staircase(R, thresholds.float(), betas.float())
+    axis.plot(R.tolist(), R.tolist(), color=_GREY, linestyle="-", linewidth=1.2, label="$R$")
+    axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-", label="$A_q$")
+    for t in thresholds.tolist():
+        axis.axvline(t, color=_DARK, linestyle="--", linewidth=1)
+    room = 0.15 * (Aq.max() - Aq.min()).abs().item() + 0.1
+    axis.set_xlim(low, high)
+    axis.set_ylim(Aq.min().item() - room, Aq.max().item() + room)
+    axis.set_title("activations" + (", over what reaches the layer" if input is not None else ""))
+    axis.set_xlabel("$R$")
+    axis.legend(loc="lower right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1792,7 +2115,7 @@ def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
         if description["kind"] == "packed":
             return PackedLayer(layer, description["M"], description["N"], description["engine"]).eval()
         bases = {key: value for key, value in description.items() if key != "kind"}
-        stock = layer.stock if isinstance(layer, _ABCLayer) else type(layer)
+        stock = layer._stock if isinstance(layer, _ABCLayer) else type(layer)
         return _ABC_OF[stock].from_float(layer, **bases).eval()
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"a layer description in the file makes no sense: {description} ({error})") from None

@@ -109,7 +109,7 @@ def test_only_the_main_process_writes(uninterrupted):
 
 
 def test_two_processes_do_what_one_does(uninterrupted):
-    """Without BatchNorm the global batch is all that counts: the same images, augmented alike, the same mean gradient."""
+    """Without BatchNorm the global batch is all that counts: the same images, augmented alike, one mean gradient."""
     data = digits()
     model, history = train_without_norm(data)
     for two, one in zip(uninterrupted["history"], history):

@@ -198,7 +198,8 @@ def test_calibration_can_be_done_again_with_the_float_network_to_aim_at(trained,
 def test_calibrate_works_on_any_forward_and_restores_the_mode(digits):
     model = abcnets.convert(Residual(), 2, 2).train()
     vs = model.never.vs.clone()
-    assert abcnets.calibrate(model, digits[0][:100], progress=False) is model
+    with pytest.warns(UserWarning, match=r"never called \['never'\]"):
+        assert abcnets.calibrate(model, digits[0][:100], progress=False) is model
     assert model.training and model.norm.training and torch.equal(model.never.vs, vs)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
@@ -260,3 +261,92 @@ def test_summary_of_the_packed_model_agrees_with_its_buffers(trained):
 def test_summary_says_where_bits_lose(trained):
     rows = abcnets.summary(abcnets.convert(trained, 5, 5), torch.rand(1, 1, 8, 8))
     assert {row["engine"] for row in rows if row["M"]} == {"float"}
+
+
+# plan
+
+
+def test_plan_says_what_convert_does_and_why():
+    class Own(nn.Conv2d):
+        pass
+
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), Own(8, 8, 3), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3),
+        nn.ConvTranspose2d(8, 8, 3), nn.Conv2d(8, 8, 1), nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+        nn.LazyConv2d(4, 1), nn.utils.weight_norm(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1),
+    )  # fmt: skip
+    table = abcnets.plan(model, 2, 3, settings={"6": {"weight_bases": 5}, "10": None})
+    assert {row["layer"]: (row["M"], row["N"], row["why"]) for row in table} == {
+        "0": (None, None, "first layer: float by default"),
+        "2": (None, None, "a subclass of Conv2d: its forward pass is its own"),
+        "3": (None, None, "depthwise: float by default"),
+        "4": (2, 3, "converted"),
+        "5": (None, None, "has no binary form"),
+        "6": (5, 3, "converted"),
+        "7": (None, None, "a subclass of Conv2d: its forward pass is its own"),
+        "7.parametrizations.weight": (None, None, "has no binary form"),
+        "8": (None, None, "its shape is not known yet: run the model once"),
+        "9": (None, None, "its weight is computed: remove weight_norm, spectral_norm or pruning first"),
+        "10": (None, None, "settings say no"),
+        "11": (None, None, "last layer: float by default"),
+    }
+    whys = {row["layer"]: row["why"] for row in abcnets.plan(model, filter_fn=lambda layer, name: name in ("0", "3"))}
+    assert [name for name, why in whys.items() if why == "converted"] == ["0", "3"]
+    assert whys["4"] == "filter_fn says no"
+    binary = abcnets.convert(nn.Sequential(*[nn.Conv2d(2, 2, 3) for _ in range(3)]), 2, None)
+    for converted, why in ((binary, "binary already"), (abcnets.pack(binary), "packed already")):
+        row = abcnets.plan(converted)[1]
+        assert (row["M"], row["N"], row["weight"], row["why"]) == (2, None, "2 x 2 x 3 x 3", why)
+
+
+@pytest.mark.parametrize("settings", [None, {"7": {"weight_bases": 1}, "3": None}, lambda name, layer: {"us": None}])
+@pytest.mark.parametrize("filter_fn", [None, lambda layer, name: name != "7"])
+def test_convert_does_what_plan_says(trained, settings, filter_fn):
+    options = {"settings": settings, "filter_fn": filter_fn}
+    model = abcnets.convert(trained, 2, None, **options)
+    found = {
+        name: (layer.weight_bases, layer.activation_bases)
+        for name, layer in model.named_modules() if isinstance(layer, (ABCConv2d, ABCLinear))
+    }  # fmt: skip
+    table = abcnets.plan(trained, 2, None, **options)
+    assert found == {row["layer"]: (row["M"], row["N"]) for row in table if row["why"] == "converted"}
+    assert table.total() == {"parameters": sum(p.numel() for p in trained.parameters()) - 2 * (16 + 32 + 32)}
+    assert "text-align" in table._repr_html_() and "converted" in str(table)
+
+
+@pytest.mark.parametrize("settings", [{"3": 5}, {"3": {"M": 5}}, {"3": {"weight_bases": 0}}, lambda name, layer: True])
+def test_settings_that_make_no_sense(trained, settings):
+    for function in (abcnets.plan, abcnets.convert):
+        with pytest.raises(ValueError, match="settings for a layer must|weight_bases must be a positive integer"):
+            function(trained, settings=settings)
+
+
+# What other modules do with the layers
+
+
+def test_transformer_encoders_call_their_binary_layers():
+    """torch's fused inference path would read their float weights instead, where no gradient is asked for."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2).eval()
+    model = abcnets.convert(encoder, 1, 1, filter_fn=lambda layer, name: True)
+    x = torch.randn(4, 5, 16)
+    abcnets.calibrate(model, x, progress=False)
+    mask = torch.arange(5) >= torch.tensor([[5], [4], [3], [2]])
+    for options in ({}, {"src_key_padding_mask": mask}):
+        expected = model(x, **options).detach()
+        with torch.no_grad():
+            assert torch.allclose(model(x, **options), expected, atol=1e-5)
+            assert torch.allclose(abcnets.pack(model)(x, **options), expected, atol=1e-5)
+            assert not torch.allclose(encoder(x), expected, atol=1e-2)
+
+
+def test_a_very_wide_layer_keeps_its_weights():
+    model = abcnets.convert(nn.Linear(9000, 4), 1, 1)
+    weight, vs = model.weight.clone(), model.vs.clone()
+    abcnets.calibrate(model, torch.rand(20, 9000), progress=False)
+    assert torch.equal(model.weight, weight) and not torch.equal(model.vs, vs)
+
+
+def test_calibrate_takes_tensors():
+    with pytest.raises(TypeError, match=r"\['dict'\]"):
+        abcnets.calibrate(abcnets.convert(nn.Linear(4, 4)), [{"x": torch.rand(2, 4)}])

@@ -1,5 +1,6 @@
 """What the README promises: its example runs, its links lead somewhere, its table is what the results say."""
 
+import doctest
 import re
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import experiment
 import pytest
+import torch
 
 import abcnets
 
@@ -14,13 +16,28 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_example_runs_as_it_stands(tmp_path):
-    code = re.findall(r"```python\n(.*?)```", README, re.S)[0]
-    (tmp_path / "example.py").write_text(code)
-    path = {"PYTHONPATH": str(ROOT), "PATH": "", "HOME": str(tmp_path)}
-    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, env=path, capture_output=True, text=True)
+def examples():
+    return re.findall(r"```python\n(.*?)```", README, re.S)
+
+
+def run(code, folder):
+    (folder / "example.py").write_text(code)
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'notebooks'}", "PATH": "", "HOME": str(folder), "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "example.py"], cwd=folder, env=path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "ABCConv2d" in done.stdout and (tmp_path / "model.safetensors").exists()
+    return done.stdout
+
+
+def test_the_example_runs_as_it_stands(tmp_path):
+    assert "ABCConv2d" in run(examples()[0], tmp_path) and (tmp_path / "model.safetensors").exists()
+
+
+def test_the_example_of_any_model_runs_without_a_network(tmp_path):
+    """As it stands, but for the trained weights: they would be downloaded."""
+    code = examples()[1]
+    assert code.count('weights="DEFAULT"') == 1
+    printed = run("import experiment; experiment._import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
+    assert "last layer" not in printed and "settings say no" in printed and (tmp_path / "layer.png").exists()
 
 
 def test_abcnets_alone_in_an_empty_folder(tmp_path):
@@ -72,7 +89,18 @@ def test_the_table_is_what_the_results_say():
     assert sentence.strip() == (experiment.mixed_sentence(experiment.read_csv(mixed)) if mixed.exists() else "")
 
 
-def test_public_functions_are_documented():
-    public = [getattr(abcnets, name) for name in dir(abcnets) if not name.startswith("_")]
-    own = [thing for thing in public if getattr(thing, "__module__", "") == "abcnets"]
-    assert len(own) >= 20 and all(thing.__doc__ for thing in own)
+def test_public_names_are_documented_and_listed():
+    for name in abcnets.__all__:
+        thing = getattr(abcnets, name)
+        assert thing.__module__ == "abcnets" and thing.__doc__ and re.search(rf"\b{name}\b", abcnets.__doc__), name
+    own = {
+        name for name, thing in vars(abcnets).items()
+        if getattr(thing, "__module__", "") == "abcnets" and not name.startswith("_")
+    }  # fmt: skip
+    assert own == set(abcnets.__all__)
+
+
+def test_examples_in_docstrings_are_right():
+    names = {**vars(abcnets), "torch": torch, "nn": torch.nn, "abcnets": abcnets}
+    result = doctest.testmod(abcnets, globs=names)
+    assert result.failed == 0 and result.attempted >= 12
