@@ -23,7 +23,7 @@ What is in it, from top to bottom:
     plan, convert                                      which layers become binary, and a copy in which they are
     calibrate                                          fit it to some data, without training
     summary                                            what each layer holds and does (a `Summary`: a table)
-    sensitivity, allocate                              which layers hurt most, and what to spend on each
+    sensitivity, allocate                              which layers hurt most (a `Sensitivity`), what to spend on each
     picture                                            what one layer does, as a figure
     pack, PackedLayer                                  for inference: 1 bit a weight and base
     save_packed, load_packed                           one file, no pickle
