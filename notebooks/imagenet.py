@@ -4,11 +4,11 @@
     python notebooks/imagenet.py PATH --network resnet34 --weight-bases 3 --activation-bases 3
     accelerate launch --multi_gpu notebooks/imagenet.py PATH --batch-size 512          all GPUs of this machine
 
-PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG, a folder per class. Classes are the folders' sorted names: ImageNet's
-1000 in that order are the classes of torchvision's weights. The command evaluates the float network, converts and
+PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG, a folder per class. Classes are the folders' sorted names, and with
+ImageNet's 1000 these are the classes of torchvision's weights. The command evaluates the float network, converts and
 calibrates it, fine-tunes it with the float network as its teacher, and evaluates it again: top-1 and top-5 of the
-validation images, printed beside what the paper reports and kept as a row in `results/imagenet.csv`. Started again after
-a kill, it goes on after the last complete epoch.
+validation images, printed beside what the paper reports and kept as a row in `results/imagenet.csv`. Started again
+after a kill, it goes on after the last complete epoch.
 
 The float network is torchvision's (`--weights DEFAULT`, downloaded once), a state dict of yours (`--weights FILE`) or
 freshly initialized (`--weights none`). Where its classes are not as many as the folder's, it gets a new last layer.
