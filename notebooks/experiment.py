@@ -389,7 +389,7 @@ def accelerator_on(device: torch.device, accumulate: int = 1, **parallel) -> Acc
         "mixed_precision": "bf16" if fast_bfloat16(device) else "no",
         "gradient_accumulation_steps": accumulate,
         "dataloader_config": DataLoaderConfiguration(split_batches=True),
-        "kwargs_handlers": [DistributedDataParallelKwargs(broadcast_buffers=False, **parallel)],
+        "kwargs_handlers": [DistributedDataParallelKwargs(**parallel)],
     }
     if PartialState(cpu=options["cpu"]).num_processes > 1:
         return Accelerator(**options)
@@ -520,6 +520,7 @@ def train(
     optimizer.zero_grad()
     loader = accelerator.prepare_data_loader(data.train_loader(batch_size, accumulate, seed))
     prepared = accelerator.prepare_model(_twin(model.to(device), synchronized=accelerator.use_distributed))
+    prepared.broadcast_buffers = False  # in every step, from the main process: `_average_statistics` takes them all
     prepared_optimizer = accelerator.prepare_optimizer(optimizer)
     if teacher is not None:
         teacher.to(device)
@@ -1090,8 +1091,8 @@ def main(arguments: list[str] | None = None) -> None:
         options.run(options)
     except DataError as error:
         sys.exit(str(error))
-    PartialState().destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()

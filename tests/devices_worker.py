@@ -1,9 +1,11 @@
-"""What tests/test_devices.py runs in each of two processes: some checks inside, then the command line's own training.
+"""What tests/test_devices.py runs in each of two processes, to be killed in the end: checks, a run, and half a run.
 
-    torchrun --nproc-per-node 2 tests/devices_worker.py OUT pretrain ...
+    WORLD_SIZE=2 RANK=... LOCAL_RANK=... MASTER_ADDR=... MASTER_PORT=... python tests/devices_worker.py WHOLE KILLED ...
 """
 
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -13,29 +15,39 @@ sys.path[:0] = [str(ROOT), str(ROOT / "notebooks"), str(ROOT / "tests")]
 import experiment  # noqa: E402
 import torch  # noqa: E402
 from accelerate.utils import gather_object  # noqa: E402
-from test_devices import digits, train_without_norm  # noqa: E402
+from test_devices import digits, places, train_small  # noqa: E402
 
 import abcnets  # noqa: E402
 
 
-def main(out: Path, arguments: list[str]) -> None:
+def main(whole: Path, killed: Path, arguments: list[str]) -> None:
     experiment.own_device(torch.device("cpu"))
-    data = digits()
-    model, history = train_without_norm(data)
-    found = {"history": history, "weights": [weight.tolist() for weight in model.parameters()]}
-    found["predictions"] = experiment.predict(model, data).tolist()  # 500 images, in batches that leave a rest
+    data, found = digits(), {}
+    for norm in (False, True):
+        model, history = train_small(data, norm)
+        weights = [weight.tolist() for weight in model.parameters()]
+        found[f"norm={norm}"] = {"history": history, "weights": weights}
+        found[f"norm={norm}"]["predictions"] = experiment.predict(model, data).tolist()
 
-    layered, _ = experiment.pretrain(data, epochs=1, batch_size=100)
-    binary = abcnets.convert(layered, 2, 2)
-    abcnets.calibrate(binary, data.calibration_batches(100), progress=False)
-    experiment.finetune(binary, data, layered, epochs=1, batch_size=100)
-    experiment.finetune(abcnets.binarize(binary, False), data, epochs=1, batch_size=100)  # vs, betas: no gradient
+    binary = abcnets.convert(model, 2, 2, filter_fn=lambda layer, name: True)
+    experiment.finetune(binary, data, model, epochs=1, batch_size=80)
+    experiment.finetune(abcnets.binarize(binary, False), data, epochs=1, batch_size=80)  # vs, betas: no gradient
     states = gather_object([{name: value.tolist() for name, value in binary.state_dict().items()}])
     found["same everywhere"] = states[0] == states[1]
     if experiment.is_main_process():
-        out.write_text(json.dumps(found))
-    experiment.main(arguments)
+        (whole / "found.json").write_text(json.dumps(found))
+    experiment.main([*arguments, *places(whole)])
+
+    processes, save = gather_object([os.getpid()]), experiment.save
+
+    def save_and_die(what, path):
+        save(what, path)
+        for process in reversed(processes):
+            os.kill(process, signal.SIGKILL)
+
+    experiment.save = save_and_die
+    experiment.main([*arguments, *places(killed)])
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
