@@ -1122,18 +1122,15 @@ def _pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
     width = 8 * dtype.itemsize
     spare = -flags.shape[-1] % width
     groups = F.pad(flags, (0, spare)).unflatten(-1, (-1, width))
-    return (groups * _masks(dtype, flags.device)).sum(-1, dtype=dtype)
+    shifts = torch.arange(width, device=flags.device)
+    return (groups.to(torch.int64) << shifts).sum(-1).to(dtype)
 
 
 def _unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The inverse of `_pack_bits`: booleans (..., count)."""
-    return (packed[..., None] & _masks(packed.dtype, packed.device)).flatten(-2)[..., :count].bool()
-
-
-def _masks(dtype: torch.dtype, device) -> Tensor:
-    """1, 2, 4, ...: each bit of an integer of that type by itself."""
-    places = torch.arange(8 * dtype.itemsize, device=device)
-    return torch.bitwise_left_shift(torch.ones_like(places), places).to(dtype)
+    shifts = torch.arange(8 * packed.dtype.itemsize, device=packed.device)
+    masks = torch.bitwise_left_shift(torch.ones_like(shifts), shifts).to(packed.dtype)
+    return (packed[..., None] & masks).flatten(-2)[..., :count].bool()
 
 
 def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
@@ -1165,19 +1162,39 @@ def _packed_conv_reference(
 
     A NaN in x gives NaN where the float simulation has it. Bits cannot be NaN: then it raises ValueError.
     """
+    result = x.dtype if x.is_floating_point() else torch.float32
+    if x.dtype == torch.int64:
+        x = _unpack_words(x, channels)
     y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
-    if out_thresholds is not None and y.isnan().any():
+    if out_thresholds is None:
+        return y.to(result).contiguous()
+    if y.isnan().any():
         raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
-    return _packed_output(y, x, out_thresholds, out_flips)
+    return _pack_words(_compared(y, out_thresholds, out_flips))
+
+
+# Flags (N, B, *S, C) are what words (B, *S, P, N) hold, as booleans.
+
+
+def _pack_words(flags: Tensor) -> Tensor:
+    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+
+
+def _unpack_words(words: Tensor, channels: int) -> Tensor:
+    return _unpack_bits(words.movedim(-1, 0), channels)
+
+
+def _compared(y: Tensor, thresholds: Tensor, flips: Tensor) -> Tensor:
+    """Flags (N, B, *S, C) of floats y (B, C, *S)."""
+    return (y.movedim(1, -1)[None] >= thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) ^ flips
 
 
 def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups):
-    """The sums of `packed_conv` as floats (B, O, *S'), in float32 or wider."""
+    """y (B, O, *S') of `packed_conv`, in float32 or wider, for x in floats (B, C, *S) or flags."""
     dims = bits.ndim - 3
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.dtype == torch.int64:
-        signs = 2 * _unpack_bits(x.movedim(-1, 0), channels).to(compute) - 1
-        Aq = torch.einsum("n,n...->...", betas.to(compute), signs).movedim(-1, 1)
+    if x.dtype == torch.bool:
+        Aq = torch.einsum("n,n...->...", betas.to(compute), 2 * x.to(compute) - 1).movedim(-1, 1)
     else:
         Aq = x = x.to(compute)
         if len(betas):
@@ -1194,14 +1211,6 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
     return _CONVOLUTIONS[dims](F.pad(Aq, _for_pad(padding)), Wq, bias, stride, 0, dilation, groups)
 
 
-def _packed_output(y: Tensor, x: Tensor, out_thresholds: Tensor | None, out_flips: Tensor | None) -> Tensor:
-    """The sums y in the form that `packed_conv` returns for an input x: floats, or words if thresholds are given."""
-    if out_thresholds is None:
-        return y.to(torch.float32 if x.dtype == torch.int64 else x.dtype).contiguous()
-    flags = (y.movedim(1, -1)[None] >= out_thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) ^ out_flips
-    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
-
-
 def _packed_max_pool_reference(
     words: Tensor, flips: Tensor, channels: int,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
@@ -1211,11 +1220,16 @@ def _packed_max_pool_reference(
     Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
     OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides).
     """
-    raw = _unpack_bits(words.movedim(-1, 0), channels) ^ flips  # (N, B, *S, C)
+    flags = _unpack_words(words, channels)
+    return _pack_words(_pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode))
+
+
+def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor:
+    """Flags (N, B, *S', C) of the max-pooled tensor from flags (N, B, *S, C)."""
+    raw = flags ^ flips
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
     pooled = pool(raw.flatten(0, 1).movedim(-1, 1).float(), kernel_size, stride, padding, dilation, ceil_mode)
-    pooled = pooled.movedim(1, -1).unflatten(0, raw.shape[:2]).bool()
-    return _pack_bits(pooled ^ flips, torch.int64).movedim(0, -1).contiguous()
+    return pooled.movedim(1, -1).unflatten(0, raw.shape[:2]).bool() ^ flips
 
 
 def _pairs(padding) -> list[tuple[int, int]]:
@@ -1782,8 +1796,8 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
     Takes a model with ABC layers (its quantized weights become float32 constants), what `pack` or `load_packed`
     returned, or what `fuse` made of that. Packed weights stay bits in the file: uint8 initializers in the order of
     `PackedLayer.bits`, which standard operators unpack; ONNX Runtime does so once, when it loads the file. It then runs
-    float convolutions: the file is as small as that of `save_packed`, not faster than a float network's. Of a fused
-    model the bits between layers are packed and unpacked in every run; the packed model is the one to export.
+    float convolutions: the file is as small as that of `save_packed`, but no faster than a float network's. Between
+    the layers of a fused model it hands on booleans.
 
     Input and output are called "input" and "output", and their first dimension, the batch, may be of any size.
 
@@ -1847,11 +1861,18 @@ def _plain_program(model: nn.Module, example: Tensor) -> "torch.export.ExportedP
     except Exception as error:
         raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error
 
-    def packed_conv(*arguments):
+    # With flags in the place of words: no format has to be kept, and ONNX Runtime adds int64 only up to 53 bits.
+    def packed_conv(x, *arguments):
         *arguments, out_thresholds, out_flips = arguments
-        return _packed_output(_packed_sums(*arguments), arguments[0], out_thresholds, out_flips)
+        y = _packed_sums(x, *arguments)
+        if out_thresholds is not None:
+            return _compared(y, out_thresholds, out_flips)
+        return y.to(x.dtype) if x.is_floating_point() else y
+
+    def packed_max_pool(flags, flips, channels, *sizes):
+        return _pooled(flags, flips, *sizes)
 
     operators = torch.ops.abcnets
     return program.run_decompositions(
-        {operators.packed_conv.default: packed_conv, operators.packed_max_pool.default: _packed_max_pool_reference}
+        {operators.packed_conv.default: packed_conv, operators.packed_max_pool.default: packed_max_pool}
     )
