@@ -28,6 +28,7 @@ What is in it, from top to bottom:
     pack, PackedLayer                                  for inference: 1 bit a weight and base
     save_packed, load_packed                           one file, no pickle
     fuse                                               bits from layer to layer
+    export_onnx                                        one ONNX file, which runs without torch
 
 Symbols, used throughout:
 
@@ -68,7 +69,7 @@ __all__ = [
     "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
     "Summary", "sensitivity", "Sensitivity", "allocate", "picture", "pack", "PackedLayer", "save_packed", "load_packed",
-    "fuse",
+    "fuse", "export_onnx",
 ]  # fmt: skip
 
 
@@ -363,6 +364,10 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
 
 def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
     """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
+    if torch.compiler.is_compiling():  # in one expression, which a compiler fuses and an exporter translates as it is
+        r = R.to(torch.promote_types(R.dtype, torch.float32))
+        steps = [torch.where(r >= t, 2 * beta, 0) for t, beta in zip(thresholds, betas.to(r.dtype))]
+        return torch.where(r.isnan(), r, sum(steps, -betas.sum())).to(R.dtype)
     thresholds, order = thresholds.sort()
     steps = 2 * betas.to(thresholds.dtype)[order]
     lowest, steps, thresholds = -steps.sum() / 2, _scalars(steps), _scalars(thresholds)
@@ -1706,13 +1711,14 @@ def _pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The inverse of `_pack_bits`: booleans (..., count)."""
-    shifts = torch.arange(8 * packed.dtype.itemsize, device=packed.device, dtype=packed.dtype)
-    return ((packed[..., None] >> shifts) & 1).flatten(-2)[..., :count].bool()
+    shifts = torch.arange(8 * packed.dtype.itemsize, device=packed.device)
+    masks = torch.bitwise_left_shift(torch.ones_like(shifts), shifts).to(packed.dtype)
+    return (packed[..., None] & masks).flatten(-2)[..., :count].bool()
 
 
 def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
     """Wq (O, C, *K) from its bits (M, O, *K, bytes) and alphas (M, O)."""
-    signs = _unpack_bits(bits, channels).to(alphas.dtype).mul_(2).sub_(1)
+    signs = 2 * _unpack_bits(bits, channels).to(alphas.dtype) - 1
     Wq = torch.einsum("mo,mo...->o...", alphas, signs)
     return Wq.movedim(-1, 1).contiguous()
 
@@ -1739,35 +1745,53 @@ def _packed_conv_reference(
 
     A NaN in x gives NaN where the float simulation has it. Bits cannot be NaN: then it raises ValueError.
     """
+    result = x.dtype if x.is_floating_point() else torch.float32
+    if x.dtype == torch.int64:
+        x = _unpack_words(x, channels)
+    y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
+    if out_thresholds is None:
+        return y.to(result).contiguous()
+    if y.isnan().any():
+        raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
+    return _pack_words(_compared(y, out_thresholds, out_flips))
+
+
+# Flags (N, B, *S, C) are what words (B, *S, P, N) hold, as booleans.
+
+
+def _pack_words(flags: Tensor) -> Tensor:
+    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+
+
+def _unpack_words(words: Tensor, channels: int) -> Tensor:
+    return _unpack_bits(words.movedim(-1, 0), channels)
+
+
+def _compared(y: Tensor, thresholds: Tensor, flips: Tensor) -> Tensor:
+    """Flags (N, B, *S, C) of floats y (B, C, *S)."""
+    return (y.movedim(1, -1)[None] >= thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) ^ flips
+
+
+def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups):
+    """y (B, O, *S') of `packed_conv`, in float32 or wider, for x in floats (B, C, *S) or flags."""
     dims = bits.ndim - 3
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.dtype == torch.int64:
-        signs = _unpack_bits(x.movedim(-1, 0), channels).to(compute).mul_(2).sub_(1)
-        Aq = torch.einsum("n,n...->...", betas.to(compute), signs).movedim(-1, 1)
-        result = torch.float32
+    if x.dtype == torch.bool:
+        Aq = torch.einsum("n,n...->...", betas.to(compute), 2 * x.to(compute) - 1).movedim(-1, 1)
     else:
-        result = x.dtype
         Aq = x = x.to(compute)
         if len(betas):
             per_channel = (-1, *[1] * dims)
             Aq = sum(
-                beta * torch.where((x >= t.view(per_channel)) != flips.view(per_channel), 1.0, -1.0).to(compute)
+                beta * torch.where((x >= t.view(per_channel)) ^ flips.view(per_channel), 1.0, -1.0).to(compute)
                 for beta, t in zip(betas.to(compute), thresholds)
             )
             Aq = torch.where(x.isnan(), x, Aq)
     Wq = _unpack_weight(bits, alphas.to(compute), channels // groups)
     bias = None if bias is None else bias.to(compute)
     if dims == 0:
-        y = F.linear(Aq, Wq, bias)
-    else:
-        Aq = F.pad(Aq, _for_pad(padding))
-        y = _CONVOLUTIONS[dims](Aq, Wq, bias, stride, 0, dilation, groups)
-    if out_thresholds is None:
-        return y.to(result).contiguous()
-    if y.isnan().any():
-        raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
-    flags = (y.movedim(1, -1)[None] >= out_thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) != out_flips
-    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+        return F.linear(Aq, Wq, bias)
+    return _CONVOLUTIONS[dims](F.pad(Aq, _for_pad(padding)), Wq, bias, stride, 0, dilation, groups)
 
 
 def _packed_max_pool_reference(
@@ -1779,11 +1803,16 @@ def _packed_max_pool_reference(
     Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
     OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides).
     """
-    raw = _unpack_bits(words.movedim(-1, 0), channels) != flips  # (N, B, *S, C)
+    flags = _unpack_words(words, channels)
+    return _pack_words(_pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode))
+
+
+def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor:
+    """Flags (N, B, *S', C) of the max-pooled tensor from flags (N, B, *S, C)."""
+    raw = flags ^ flips
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
     pooled = pool(raw.flatten(0, 1).movedim(-1, 1).float(), kernel_size, stride, padding, dilation, ceil_mode)
-    pooled = pooled.movedim(1, -1).unflatten(0, raw.shape[:2]) != 0
-    return _pack_bits(pooled != flips, torch.int64).movedim(0, -1).contiguous()
+    return pooled.movedim(1, -1).unflatten(0, raw.shape[:2]).bool() ^ flips
 
 
 def _pairs(padding) -> list[tuple[int, int]]:
@@ -1959,10 +1988,14 @@ class PackedLayer(nn.Module):
         )  # fmt: skip
 
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
-        if self._Wq is None:
-            self._Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
+        if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
+            Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
+        else:
+            if self._Wq is None:
+                self._Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
+            Wq = self._Wq
         Aq = _staircase(x, self.thresholds, self.betas) if len(self.betas) else x
-        Wq, bias = self._Wq.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        Wq, bias = Wq.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)
         symmetric = padding[::2]
@@ -2333,3 +2366,95 @@ def _key_of_float(x: Tensor) -> Tensor:
 def _float_of_key(key: Tensor) -> Tensor:
     bits = torch.where(key < 0, -key | -0x80000000, key)
     return bits.to(torch.int32).view(torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Export
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
+    """Write a model as one ONNX file, which runs without torch; replaces the file atomically.
+
+    Takes a model with ABC layers (its quantized weights become float32 constants), what `pack` or `load_packed`
+    returned, or what `fuse` made of that. Packed weights stay bits in the file: uint8 initializers in the order of
+    `PackedLayer.bits`, which standard operators unpack; ONNX Runtime does so once, when it loads the file. It then runs
+    float convolutions: the file is as small as that of `save_packed`, but no faster than a float network's. Between
+    the layers of a fused model it hands on booleans.
+
+    Input and output are called "input" and "output", and their first dimension, the batch, may be of any size.
+
+    Args:
+        model: the model, which is exported as it is in eval mode; it is not touched.
+        example_input: a batch of the right shape and dtype; its values don't matter.
+        path: the file to write.
+
+    Raises: ImportError without the packages onnx and onnxscript; ValueError for an example without a batch, and where
+        torch.export can't trace the model. A NaN that would have to become bits in a fused model raises nothing in the
+        file: it counts as below every threshold.
+
+    Example::
+
+        abcnets.export_onnx(abcnets.pack(model), images[:1], "model.onnx")
+        session = onnxruntime.InferenceSession("model.onnx")
+        (logits,) = session.run(None, {"input": images.numpy()})
+    """
+    try:
+        import onnx_ir
+        import onnx_ir.passes.common
+        from onnxscript.optimizer import optimize_ir
+    except ImportError as error:
+        raise ImportError(f"export_onnx needs two more packages, `pip install onnx onnxscript`: {error}") from None
+
+    def from_bits(node) -> bool | None:  # folded into a constant, they would be 32 times as large
+        bits = any(value is not None and value.dtype == onnx_ir.DataType.UINT8 for value in node.inputs)
+        return False if bits else None
+
+    names = {"input_names": ["input"], "output_names": ["output"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about torch's own code
+        program = torch.onnx.export(_plain_program(model, example_input), **names, optimize=False, verbose=False)
+    optimize_ir(program.model, should_fold=from_bits)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces, longer than a small network
+    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
+    try:
+        program.save(temporary, external_data=False)
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+@torch.no_grad()
+def _plain_program(model: nn.Module, example: Tensor) -> "torch.export.ExportedProgram":
+    """The model in eval mode as operations that every exporter knows, for batches of any size."""
+    if not isinstance(example, Tensor) or example.ndim == 0 or len(example) == 0:
+        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
+        raise ValueError(f"export_onnx needs a batch of at least one example input, got {got}")
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    for layer in model.modules():
+        if isinstance(layer, _ABCLayer) and layer.active:
+            layer.weight = nn.Parameter(layer.quantized_weight(), requires_grad=False)
+            layer.us = None
+    # torch.export takes sizes 0 and 1 for constants: the example must be a batch of two or more.
+    example = example.detach().cpu().expand(max(2, len(example)), *example.shape[1:])
+    try:
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    except Exception as error:
+        raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error
+
+    # With flags in the place of words: no format has to be kept, and ONNX Runtime adds int64 only up to 53 bits.
+    def packed_conv(x, *arguments):
+        *arguments, out_thresholds, out_flips = arguments
+        y = _packed_sums(x, *arguments)
+        if out_thresholds is not None:
+            return _compared(y, out_thresholds, out_flips)
+        return y.to(x.dtype) if x.is_floating_point() else y
+
+    def packed_max_pool(flags, flips, channels, *sizes):
+        return _pooled(flags, flips, *sizes)
+
+    operators = torch.ops.abcnets
+    return program.run_decompositions(
+        {operators.packed_conv.default: packed_conv, operators.packed_max_pool.default: packed_max_pool}
+    )

@@ -6,6 +6,7 @@
     python notebooks/experiment.py table --dataset fashion-mnist
     python notebooks/experiment.py sensitivity --dataset fashion-mnist
     python notebooks/experiment.py step
+    python notebooks/experiment.py compile
 
 Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
 exactly where it was if it is started again after a kill, and leaves a row in `results/runs.csv` and its training curve
@@ -747,7 +748,8 @@ def median_times(functions, rounds: int) -> list[float]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool):
+def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool,
+                  compiled: bool = False):  # fmt: skip
     """A function that makes one full step (forward, backward, optimizer) of the nine-layer network."""
     torch.manual_seed(0)
     model = nine_layer()
@@ -757,10 +759,11 @@ def training_step(M: int | None, N: int | None, batch_size: int, device: torch.d
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch_size,), device=device)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
 
     def step():
         with mixed_precision(device) if mixed else contextlib.nullcontext():
-            loss = F.cross_entropy(model(images).float(), labels)
+            loss = F.cross_entropy(forward(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -768,6 +771,27 @@ def training_step(M: int | None, N: int | None, batch_size: int, device: torch.d
             torch.cuda.synchronize()
 
     return step
+
+
+def inference(form: str, M: int, N: int, batch_size: int, device: torch.device, compiled: bool):
+    """A function that runs the nine-layer network once: "float", "binarized" or "packed" (with one convolution)."""
+    torch.manual_seed(0)
+    model = nine_layer().eval()
+    images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    if form != "float":
+        model = abcnets.convert(model, M, N)
+    if form == "packed":
+        model = abcnets.pack(model, engine="float")
+    model = model.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+
+    @torch.inference_mode()
+    def run():
+        forward(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
 
 
 def step_memory(kind: tuple, **options) -> float:
@@ -977,6 +1001,30 @@ def run_step(options) -> None:
     write_csv(options.results / "step.csv", rows)
 
 
+def run_compile(options) -> None:
+    """torch.compile (Inductor, one graph) against eager, in turns: training steps in both precisions, and inference."""
+    M, N = options.weight_bases, options.activation_bases
+    common = {"batch_size": options.batch_size, "device": options.device}
+    cases = {}
+    for mixed in (False, True):
+        for form, kind in (("float", (None, None)), ("binarized", (M, N))):
+            key = "training step, " + ("mixed" if mixed else "float32"), form
+            cases[key] = [training_step(*kind, mixed=mixed, compiled=compiled, **common) for compiled in (False, True)]
+    for form in ("float", "binarized", "packed"):
+        cases["inference, float32", form] = [inference(form, M, N, compiled=on, **common) for on in (False, True)]
+    times = iter(median_times([function for pair in cases.values() for function in pair], options.rounds))
+    rows = []
+    for (what, form), eager, compiled in zip(cases, times, times):
+        rows.append({
+            "network": "nine-layer", "what": what, "form": form,
+            "M": "" if form == "float" else M, "N": "" if form == "float" else N, "batch_size": options.batch_size,
+            "eager_ms": round(eager, 2), "compiled_ms": round(compiled, 2), "speedup": round(eager / compiled, 3),
+            **machine(),
+        })  # fmt: skip
+        print("{what}, {form}: {eager_ms} -> {compiled_ms} ms, {speedup} x as fast".format(**rows[-1]), flush=True)
+    write_csv(options.results / "compile.csv", rows)
+
+
 def _use_threads(count: int | None) -> None:
     if count:
         torch.set_num_threads(count)
@@ -1082,6 +1130,9 @@ def main(arguments: list[str] | None = None) -> None:
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--batch-size", type=int, default=128)
     step.add_argument("--rounds", type=int, default=25)
+    compiling = command("compile", run_compile, "time of torch.compile against eager", bases, where)
+    compiling.add_argument("--batch-size", type=int, default=128)
+    compiling.add_argument("--rounds", type=int, default=25)
 
     options = parser.parse_args(arguments)
     if "device" in options:

@@ -28,13 +28,14 @@ def run(code, folder):
     return done.stdout
 
 
-def test_the_example_runs_as_it_stands(tmp_path):
-    assert "ABCConv2d" in run(examples()[0], tmp_path) and (tmp_path / "model.safetensors").exists()
+def test_the_first_examples_run_as_they_stand_one_after_the_other(tmp_path):
+    assert "ABCConv2d" in run("\n".join(examples()[:2]), tmp_path)
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.safetensors").stat().st_size + 20_000
 
 
 def test_the_example_of_any_model_runs_without_a_network(tmp_path):
     """As it stands, but for the trained weights: they would be downloaded."""
-    code = examples()[1]
+    code = examples()[2]
     assert code.count('weights="DEFAULT"') == 1
     printed = run("import experiment; experiment._import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
     assert "last layer" not in printed and "settings say no" in printed and (tmp_path / "layer.png").exists()
