@@ -1005,19 +1005,19 @@ def run_compile(options) -> None:
     """torch.compile (Inductor, one graph) against eager, in turns: training steps in both precisions, and inference."""
     M, N = options.weight_bases, options.activation_bases
     common = {"batch_size": options.batch_size, "device": options.device}
-    cases = {}
+    cases = []
     for mixed in (False, True):
         for form, kind in (("float", (None, None)), ("binarized", (M, N))):
-            key = "training step, " + ("mixed" if mixed else "float32"), form
-            cases[key] = [training_step(*kind, mixed=mixed, compiled=compiled, **common) for compiled in (False, True)]
+            step = functools.partial(training_step, *kind, mixed=mixed, **common)
+            cases.append(("training step, " + ("mixed" if mixed else "float32"), form, step))
     for form in ("float", "binarized", "packed"):
-        cases["inference, float32", form] = [inference(form, M, N, compiled=on, **common) for on in (False, True)]
-    times = iter(median_times([function for pair in cases.values() for function in pair], options.rounds))
+        cases.append(("inference, float32", form, functools.partial(inference, form, M, N, **common)))
     rows = []
-    for (what, form), eager, compiled in zip(cases, times, times):
+    for what, form, make in cases:
+        eager, compiled = median_times([make(compiled=False), make(compiled=True)], options.rounds)
+        bases = {"M": "", "N": ""} if form == "float" else {"M": M, "N": N}
         rows.append({
-            "network": "nine-layer", "what": what, "form": form,
-            "M": "" if form == "float" else M, "N": "" if form == "float" else N, "batch_size": options.batch_size,
+            "network": "nine-layer", "what": what, "form": form, **bases, "batch_size": options.batch_size,
             "eager_ms": round(eager, 2), "compiled_ms": round(compiled, 2), "speedup": round(eager / compiled, 3),
             **machine(),
         })  # fmt: skip
