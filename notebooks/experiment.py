@@ -432,7 +432,8 @@ def pretrain(data: Data, *, epochs: int | None = None, lr: float = 0.1, seed: in
     """A float network trained from scratch: (model, history). Options: those of `train`."""
     model = build_network(data, seed).to(data.train_images.device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(_parameter_groups(model, lr, lr, 5e-4), momentum=0.9, nesterov=True)
-    return model, train(model, data, optimizer, epochs=default_epochs(data) if epochs is None else epochs, seed=seed, **options)
+    epochs = default_epochs(data) if epochs is None else epochs
+    return model, train(model, data, optimizer, epochs=epochs, seed=seed, **options)
 
 
 def finetune(
@@ -448,7 +449,8 @@ def finetune(
 ) -> list[dict]:
     """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`."""
     optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
-    return train(model, data, optimizer, teacher, epochs=default_epochs(data) if epochs is None else epochs, **options)
+    epochs = default_epochs(data) if epochs is None else epochs
+    return train(model, data, optimizer, teacher, epochs=epochs, **options)
 
 
 def default_epochs(data: Data) -> int:
