@@ -442,12 +442,18 @@ def finetune(
     teacher: nn.Module | None = None,
     *,
     epochs: int | None = None,
-    lr: float = 3e-3,
+    lr: float | None = None,
     lr_activation: float = 1e-3,
     weight_decay: float = 0.0,
     **options,
 ) -> list[dict]:
-    """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`."""
+    """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`.
+
+    The default lr is 1e-3, and 3e-3 where a layer has one base on a side: its signs need larger steps to change.
+    """
+    single = any(1 in (getattr(layer, side, None) for side in ("weight_bases", "activation_bases"))
+                 for layer in model.modules())  # fmt: skip
+    lr = lr or (3e-3 if single else 1e-3)
     optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
     epochs = default_epochs(data) if epochs is None else epochs
     return train(model, data, optimizer, teacher, epochs=epochs, **options)
@@ -906,7 +912,8 @@ def results_table(rows: list[dict], dataset: str) -> str:
     for row in sorted(rows, key=lambda row: (row["M"] == row["N"] == "", row["M"] != row["N"], row["N"], row["M"])):
         cells = [row[name] or "float" for name in ("M", "N")]
         cells += [f"{float(row[name]):.2f} %" if row[name] else "" for name in ("binarized", "calibrated")]
-        cells += [f"**{float(row['accuracy']):.2f} %** ({row['epochs']})", f"{int(row['packed_bytes']) / 1000:.0f} kB"]
+        trained = f"**{float(row['accuracy']):.2f} %** ({row['epochs']})" if row["epochs"] != "0" else "not trained"
+        cells += [trained, f"{int(row['packed_bytes']) / 1000:.0f} kB"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

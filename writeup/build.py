@@ -287,7 +287,7 @@ def accuracy_table() -> str:
         bases = ["float" if b is None else str(b) for b in (M, N)]
         trained = percent(run.get("accuracy"))
         if run:
-            trained += f" ({run['epochs']})"
+            trained = f"{trained} ({run['epochs']})" if run["epochs"] else "not trained"
         before = [percent(run.get(key)) if M or N else "" for key in ("binarized", "calibrated")]
         size = f"{run['packed_bytes'] / 1000:.0f} kB" if run else MISSING
         rows.append([*bases, *before, trained, size])
@@ -331,15 +331,15 @@ def weights_only() -> str:
 
 
 def cifar_table() -> str:
-    rows = []
-    for M, N in [(None, None), (1, 1), (3, 3), (1, None), (3, None)]:
-        if run := run_of(M, N, "cifar10-jpeg"):
-            bases = ["float" if b is None else str(b) for b in (M, N)]
-            before = [percent(run[key]) if M or N else "" for key in ("binarized", "calibrated")]
-            trained, size = f"{percent(run['accuracy'])} ({run['epochs']})", f"{run['packed_bytes'] / 1000:.0f} kB"
-            rows.append([*bases, *before, trained, size])
-    if not rows:
+    runs = [run for run in RUNS if run["dataset"] == "cifar10-jpeg" and run["seed"] == 0]
+    if not runs:
         return f"These rows were {MISSING} yet."
+    rows = []
+    for run in sorted(runs, key=lambda run: (run["M"] or 9, run["N"] or 9)):
+        bases = ["float" if run[side] is None else str(run[side]) for side in "MN"]
+        before = [percent(run[key]) if run["M"] or run["N"] else "" for key in ("binarized", "calibrated")]
+        trained = f"{percent(run['accuracy'])} ({run['epochs']})" if run["epochs"] else "not trained"
+        rows.append([*bases, *before, trained, f"{run['packed_bytes'] / 1000:.0f} kB"])
     return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "file"], rows, "rrrrrr")
 
 
