@@ -303,7 +303,7 @@ def accuracy_words() -> str:
     best, M, N, run = max(done, key=lambda item: item[:2])
     return (
         f"The float network reaches {reference['accuracy']:.2f} %. The best network with both sides binary, $M = {M}$ "
-        f"and $N = {N}$, reaches {best:.2f} % after {run['epochs']} epochs, {reference['accuracy'] - best:.2f} points "
+        f"and $N = {N}$, reaches {best:.2f} % {trained_for(run)}, {reference['accuracy'] - best:.2f} points "
         f"below it, in {run['packed_bytes'] / 1000:.0f} kB instead of {reference['float_bytes'] / 1000:.0f} kB."
     )
 
@@ -326,8 +326,16 @@ def weights_only() -> str:
     runs = {M: run for M, N in PLANNED if not N and (run := run_of(M, N))}
     if not reference or not runs:
         return f"Those rows were {MISSING} yet."
-    losses = (f"{reference['accuracy'] - run['accuracy']:.2f} points at $M = {M}$" for M, run in runs.items())
+    losses = [
+        f"{reference['accuracy'] - run['accuracy']:.2f} points at $M = {M}$ {trained_for(run)}"
+        for M, run in runs.items()
+    ]
     return f"They lose {', '.join(losses)}."
+
+
+def trained_for(run: dict) -> str:
+    epochs = run["epochs"]
+    return f"after {epochs} epoch{'s' * (epochs > 1)}" if epochs else "calibrated, not trained"
 
 
 def cifar_table() -> str:
