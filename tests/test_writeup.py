@@ -41,7 +41,7 @@ def test_every_block_stands_in_the_text_once(build):
 
 
 def test_missing_results_are_said_to_be_missing(build, monkeypatch):
-    for name in ("RUNS", "SPEED", "STEP", "COMPETITORS", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
+    for name in ("RUNS", "SPEED", "STEP", "COMPETITORS", "MIXED", "CALIBRATION", "WEIGHTS", "CPU", "CUDA"):
         monkeypatch.setattr(build, name, [])
     blocks = {function.__name__: function() for function in build.BLOCKS}
     tables = ("accuracy_table", "calibration_table", "network_table", "gaussian_table", "competitors_table")

@@ -55,6 +55,7 @@ def read(path: str) -> list[dict]:
 RUNS = read("notebooks/results/runs.csv")
 SPEED = read("notebooks/results/speed.csv")
 STEP = read("notebooks/results/step.csv")
+MIXED = read("notebooks/results/mixed.csv")
 COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")
@@ -349,6 +350,21 @@ def cifar_table() -> str:
         trained = f"{percent(run['accuracy'])} ({run['epochs']})" if run["epochs"] else "not trained"
         rows.append([*bases, *before, trained, f"{run['packed_bytes'] / 1000:.0f} kB"])
     return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "file"], rows, "rrrrrr")
+
+
+KINDS = ("uniform", "mixed")
+
+
+def mixed_table() -> str:
+    if not MIXED:
+        return f"These were {MISSING} yet."
+    rows = [
+        [r["dataset"], f"$M = N = {r['uniform']}$", *(f"{r[f'{kind}_bytes'] / 1000:.0f} kB" for kind in KINDS),
+         *(percent(r[f"{kind}_accuracy"]) for kind in KINDS)]
+        for r in MIXED
+    ]  # fmt: skip
+    head = ["data", "budget", "bytes, uniform", "bytes, mixed", "accuracy, uniform", "accuracy, mixed"]
+    return table(head, rows, "llrrrr")
 
 
 ABLATED = {"calibrate=512", "limit=6000", "float-seed=0"}  # what all runs of `make ablation` have in common
@@ -694,6 +710,7 @@ def _authors(text: str) -> str:
 BLOCKS = (
     bits_table, bits_xor, bits_and, bits_padding, alpha_example, gaussian_table, per_channel_gain, calibration_table,
     calibration_about, accuracy_table, accuracy_words, accuracy_33, accuracy_float, cifar_table, ablation_table,
+    mixed_table,
     machine_of_runs,
     step_words, weights_only, cpu_estimate, cpu_estimate_words, cpu_table, cpu_about, cpu_crossover,
     cpu_int8_advice, network_table, gpu_estimate, gpu_tile, gpu_measured, competitors_table, competitors_about,
