@@ -886,9 +886,10 @@ def run_table(options) -> None:
             cells = (f"{float(row[key]):.2f} %" if row[key] else "-" for key in columns)
             print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
 
-
     if options.readme:
-        table = results_table(read_csv(options.results / "runs.csv"), options.dataset or "fashion-mnist")
+        dataset = options.dataset or "fashion-mnist"
+        times = fastest(read_csv(options.results / "competitors.csv")) if dataset == "fashion-mnist" else {}
+        table = results_table(read_csv(options.results / "runs.csv"), dataset, times)
         table += "\n\n" + speed_sentence(read_csv(options.results / "speed.csv"))
         _write_readme("results", table)
         if (options.results / "mixed.csv").exists():
@@ -902,20 +903,37 @@ def _write_readme(part: str, text: str) -> None:
     path.write_text(f"{before}<!-- {part} -->\n{text}\n<!-- /{part} -->{rest.split(f'<!-- /{part} -->')[1]}")
 
 
-def results_table(rows: list[dict], dataset: str) -> str:
-    """The recorded runs of a data set with default options, as Markdown: accuracies in percent, bytes, epochs."""
-    lines = [
-        "| M | N | after binarizing | calibrated, not trained | fine-tuned (epochs) | packed |",
-        "|---|---|---|---|---|---|",
-    ]
+def results_table(rows: list[dict], dataset: str, times: dict | None = None) -> str:
+    """The recorded runs of a data set with default options, as Markdown: accuracies in percent, bytes, epochs.
+
+    times: {(M, N): milliseconds} for one more column.
+    """
+    head = ["M", "N", "after binarizing", "calibrated, not trained", "fine-tuned (epochs)", "packed"]
+    head += ["an image"] if times else []
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     rows = [row for row in rows if row["dataset"] == dataset and not row["options"] and row["seed"] == "0"]
     for row in sorted(rows, key=lambda row: (row["M"] == row["N"] == "", row["M"] != row["N"], row["N"], row["M"])):
         cells = [row[name] or "float" for name in ("M", "N")]
         cells += [f"{float(row[name]):.2f} %" if row[name] else "" for name in ("binarized", "calibrated")]
         trained = f"**{float(row['accuracy']):.2f} %** ({row['epochs']})" if row["epochs"] != "0" else "not trained"
         cells += [trained, f"{int(row['packed_bytes']) / 1000:.0f} kB"]
+        if times:
+            cells.append(f"{times[key]:.2f} ms" if (key := (row["M"], row["N"])) in times else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def fastest(rows: list[dict]) -> dict[tuple[str, str], float]:
+    """{(M, N): milliseconds an image} from notebooks/compare.py: 32 at once on one thread, the faster memory layout.
+
+    Without bases: torch in float32, in its best form.
+    """
+    times = {}
+    for row in rows:
+        if row["form"] in ("abcnets", "torch float32") and row["batch"] == "32" and row["threads"] == "1":
+            key = row["M"], row["N"]
+            times[key] = min(float(row["ms_per_image"]), times.get(key, math.inf))
+    return times
 
 
 def speed_sentence(rows: list[dict]) -> str:
