@@ -1249,10 +1249,11 @@ def _format(value) -> str:
 def summary(model: nn.Module, example_input: Tensor) -> Summary:
     """What each layer holds and does on an example input, as a table that prints well and becomes a pandas DataFrame.
 
-    Columns: layer, kind, output (shape), M, N (None where that side is float), parameters, bits (stored by binarized
-    weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
-    (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
-    (how a packed layer computes; with engine="auto", "float" says that M * N is beyond what bits can win).
+    Columns: layer, kind, output (shape of its first tensor), M, N (None where that side is float), parameters, bits
+    (stored by binarized weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after
+    `pack`), macs (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are
+    binary), engine (how a packed layer computes; with engine="auto", "float" says that M * N is beyond what bits can
+    win).
     """
     rows: dict[nn.Module, dict] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -1270,7 +1271,7 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     return Summary(rows.values())
 
 
-def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
+def _summary_row(name: str, layer: nn.Module, output) -> dict:
     tensors = [*layer.parameters(False), *layer.buffers(False)]
     parameters = sum(p.numel() for p in layer.parameters(False))
     float_bytes = packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
@@ -1298,7 +1299,8 @@ def _summary_row(name: str, layer: nn.Module, output: Tensor) -> dict:
         else:
             bits = M * O * kernel * per_group
             packed_bytes = M * O * kernel * -(-per_group // 8) + 4 * (M * O + 2 * (N or 0) + biases)
-    shape = " x ".join(map(str, output.shape))
+    tensor = _first_tensor(output)
+    shape = "" if tensor is None else " x ".join(map(str, tensor.shape))
     return {
         "layer": name, "kind": type(layer).__name__, "output": shape, "M": M, "N": N, "parameters": parameters,
         "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
@@ -1430,12 +1432,19 @@ def _output(model: nn.Module, images: Tensor) -> Tensor:
     """What a model puts out in eval mode; of several outputs the first."""
     outputs = []
     _run_with_hooks(model, images, {model: (None, lambda module, inputs, output: outputs.append(output))})
-    output = outputs[0]
-    while isinstance(output, (tuple, list, dict)) and output:
-        output = next(iter(output.values())) if isinstance(output, dict) else output[0]
-    if not isinstance(output, Tensor) or output.shape[:1] != images.shape[:1]:
-        raise ValueError(f"sensitivity compares outputs that are tensors with an entry an image, got {type(output)}")
+    output = _first_tensor(outputs[0])
+    if output is None or output.shape[:1] != images.shape[:1]:
+        kind = type(outputs[0])
+        raise ValueError(f"sensitivity compares outputs that are tensors with an entry an image, got {kind}")
     return output
+
+
+def _first_tensor(output) -> Tensor | None:
+    """The first tensor of what a module puts out: a tensor, or tuples, lists and dicts of them, however nested."""
+    if isinstance(output, Tensor):
+        return output
+    parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((tensor for part in parts if (tensor := _first_tensor(part)) is not None), None)
 
 
 def _unexplained(y: Tensor, Y: Tensor) -> float:

@@ -887,11 +887,10 @@ def run_table(options) -> None:
             print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
 
     if options.readme:
-        dataset = options.dataset or "fashion-mnist"
-        times = fastest(read_csv(options.results / "competitors.csv")) if dataset == "fashion-mnist" else {}
-        table = results_table(read_csv(options.results / "runs.csv"), dataset, times)
-        table += "\n\n" + speed_sentence(read_csv(options.results / "speed.csv"))
-        _write_readme("results", table)
+        runs = read_csv(options.results / "runs.csv")
+        table = results_table(runs, "fashion-mnist", fastest(read_csv(options.results / "competitors.csv")))
+        _write_readme("results", table + "\n\n" + speed_sentence(read_csv(options.results / "speed.csv")))
+        _write_readme("cifar10-jpeg", results_table(runs, "cifar10-jpeg"))
         if (options.results / "mixed.csv").exists():
             _write_readme("mixed", mixed_sentence(read_csv(options.results / "mixed.csv")))
 
@@ -1149,7 +1148,7 @@ def main(arguments: list[str] | None = None) -> None:
     command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
-    table.add_argument("--readme", action="store_true", help="write the README's table too")
+    table.add_argument("--readme", action="store_true", help="write the README's tables too")
     layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
     layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
     layers.add_argument("--images", type=int, default=1024, help="training images to measure on (default: 1024)")

@@ -259,6 +259,20 @@ def test_summary_of_the_packed_model_agrees_with_its_buffers(trained):
     assert table[2]["packed_bytes"] == stored
 
 
+def test_summary_takes_modules_that_put_out_more_than_a_tensor():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.scale = nn.LSTM(4, 5, batch_first=True), nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            return {"loss": None, "logits": self.lstm(x)[0] * self.scale}
+
+    rows = abcnets.summary(Model(), torch.randn(2, 3, 4))
+    assert {row["layer"]: row["output"] for row in rows} == {"lstm": "2 x 3 x 5", "": "2 x 3 x 5"}
+    assert rows.total()["parameters"] == 1 + 4 * 5 * (4 + 5 + 2)
+
+
 def test_summary_says_where_bits_lose(trained):
     rows = abcnets.summary(abcnets.convert(trained, 5, 5), torch.rand(1, 1, 8, 8))
     assert {row["engine"] for row in rows if row["M"]} == {"float"}

@@ -84,7 +84,9 @@ def test_local_links_lead_somewhere(page):
 def test_the_table_is_what_the_results_say():
     results = ROOT / "notebooks/results"
     times = experiment.fastest(experiment.read_csv(results / "competitors.csv"))
-    assert experiment.results_table(experiment.read_csv(results / "runs.csv"), "fashion-mnist", times) in README
+    runs = experiment.read_csv(results / "runs.csv")
+    assert experiment.results_table(runs, "fashion-mnist", times) in README
+    assert experiment.results_table(runs, "cifar10-jpeg") in README
     assert experiment.speed_sentence(experiment.read_csv(results / "speed.csv")) in README
     mixed = results / "mixed.csv"
     (sentence,) = re.findall(r"<!-- mixed -->\n(.*?)<!-- /mixed -->", README, re.S)
