@@ -10,8 +10,8 @@ import abcnets
 NOTEBOOKS = [ROOT / "notebooks" / "FinalProject.ipynb", ROOT / "notebooks" / "Eval.ipynb"]
 FIGURES = {
     "FinalProject": {"bases", "staircase", "data", "weights", "curves", "thresholds", "stages"},
-    "Eval": {"weight_error", "activation_training", "calibrated", "runs", "confusion", "learned_staircases",
-             "learned_weights", "weight_levels"},
+    "Eval": {"weight_error", "activation_training", "calibrated", "runs", "ablation", "accuracy_and_time", "confusion",
+             "learned_staircases", "learned_weights", "weight_levels"},
 }  # fmt: skip
 
 
