@@ -155,8 +155,10 @@ def _fit_activations(samples: Tensor, N: int, constant: bool) -> tuple[Tensor, T
     betas = levels.diff() / 2
     if constant:
         low, high = samples.min().item(), samples.max().item()
-        # Far below signed samples, since a stray value under this threshold would fall to -c_N; rectified ones cannot.
-        always = 0.0 if low >= 0 else low - (high - low)
+        # Below all samples, since a value under this threshold falls to -c_N: far below signed ones, which may stray.
+        # Rectified ones stop at 0, where half of them are. There the first step of training could push all of these
+        # under it; from where the surrogate's window holds none of them, its v gets no gradient and stays.
+        always = low - (1.0 if low >= 0 else max(1.0, high - low))
         thresholds = torch.cat([thresholds.new_tensor([always]), thresholds])
         betas = torch.cat([(levels[:1] + levels[-1:]) / 2, betas])
     return (0.5 - thresholds).float(), betas.float()

@@ -142,7 +142,7 @@ def test_calibration_fits_what_really_reaches_each_layer(trained, digits):
         assert torch.allclose(model[4].running_var, model[:4](images).var((0, 2, 3)), rtol=1e-4)
         # Lloyd-Max: a constant base, thresholds midway between the means of their cells, levels at the means
         thresholds = 0.5 - model[7].vs
-        assert thresholds[0] == 0 and (thresholds.diff() > 0).all()
+        assert thresholds[0] == -1 and (thresholds.diff() > 0).all()
         cells = torch.bucketize(reaching, thresholds[1:], right=True)
         means = torch.stack([reaching[cells == j].mean() for j in range(3)])
         assert torch.allclose(thresholds[1:], (means[1:] + means[:-1]) / 2, atol=1e-3)
@@ -214,6 +214,23 @@ def test_calibrate_says_what_is_missing(trained, digits):
         abcnets.calibrate(abcnets.convert(trained), torch.full((2, 1, 8, 8), float("nan")))
     with pytest.raises(ValueError, match="has no layer"):
         abcnets.calibrate(abcnets.convert(trained), digits[0][:10], nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("N", [2, 3, 5])
+def test_steps_of_training_leave_a_constant_base_constant(N):
+    """Its threshold at 0, the lowest input, one step would make it -1 on half of a rectified input."""
+    layer = abcnets.ABCConv2d(1, 4, 1, activation_bases=N)
+    R = torch.randn(2000, 1, 3, 3).relu()
+    optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
+    vs = layer.vs.detach().clone()
+    before = abcnets.quantize_activation(torch.zeros(1), layer.vs, layer.betas).item()
+    for sign in (1, -1):
+        optimizer.zero_grad()
+        (sign * layer(R)).square().sum().backward()
+        optimizer.step()
+    assert layer.vs[0] == vs[0] and (layer.vs[1:] != vs[1:]).all()
+    after = abcnets.quantize_activation(torch.zeros(1), layer.vs, layer.betas).item()
+    assert after == pytest.approx(before, abs=0.02 * N)  # as far as two steps move N betas
 
 
 def test_constant_activations_keep_the_start_values():
