@@ -449,10 +449,9 @@ def finetune(
 ) -> list[dict]:
     """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`.
 
-    The default lr is 1e-3, and 3e-3 where a layer has one base on a side: its signs need larger steps to change.
+    The default lr is 1e-3, and 3e-3 where inputs have one base: such a network is calibrated far below its goal.
     """
-    single = any(1 in (getattr(layer, side, None) for side in ("weight_bases", "activation_bases"))
-                 for layer in model.modules())  # fmt: skip
+    single = any(getattr(layer, "activation_bases", None) == 1 for layer in model.modules())
     lr = lr or (3e-3 if single else 1e-3)
     optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
     epochs = default_epochs(data) if epochs is None else epochs
