@@ -381,13 +381,13 @@ def is_main_process() -> bool:
 
 
 def accelerator_on(device: torch.device, accumulate: int = 1, **parallel) -> Accelerator:
-    """Accelerate set up for `train`: batches divided among the processes, the precision that is fast on the device.
+    """Accelerate set up for `train`: batches divided among the processes, gradients of `accumulate` parts added up.
 
     parallel: options of torch.nn.parallel.DistributedDataParallel.
     """
     options = {
         "cpu": device.type == "cpu",
-        "mixed_precision": "bf16" if fast_bfloat16(device) else "no",
+        "mixed_precision": "no",  # `train` decides that itself, step by step
         "gradient_accumulation_steps": accumulate,
         "dataloader_config": DataLoaderConfiguration(split_batches=True),
         "kwargs_handlers": [DistributedDataParallelKwargs(**parallel)],
@@ -407,9 +407,9 @@ def fast_bfloat16(device: torch.device) -> bool:
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
-def mixed_precision(device: torch.device):
+def mixed_precision(device: torch.device, enabled: bool = True):
     """A bfloat16 autocast where that is fast, else one that does nothing."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
+    return torch.autocast(device.type, torch.bfloat16, enabled=enabled and fast_bfloat16(device))
 
 
 @torch.no_grad()
@@ -486,6 +486,7 @@ def train(
     batch_size: int = 128,
     accumulate: int = 1,
     warmup: float = 0.1,
+    exact: float = 0.1,
     distill: float = 0.5,
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -494,6 +495,8 @@ def train(
     """Train in place; returns the history: for each epoch loss, training and test accuracy in percent, and seconds.
 
     The learning rates in `optimizer` are peaks: up in a line for a fraction `warmup` of the time, then down a cosine.
+    Steps are computed in bfloat16 where that is fast, but the last fraction `exact` of them in float32, as inference
+    is: which side of a threshold a value falls on hangs on the rounding, and a network gets used to its own.
     With a teacher, that fraction `distill` of the loss is the cross entropy to the teacher's probabilities.
     With a checkpoint, a run that was killed goes on after its last complete epoch and ends with the very same weights:
     all that is random in an epoch follows from the seed and the epoch's number. A checkpoint of another recipe is
@@ -522,8 +525,8 @@ def train(
                          f" {accumulate} part(s)), got {batch_size} for {images} training images")  # fmt: skip
     steps = images // batch_size
     peaks = [group["lr"] for group in optimizer.param_groups]
-    recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "seed": seed, "peaks": peaks,
-              "distill": distill if teacher else None, "images": images}  # fmt: skip
+    recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "exact": exact, "seed": seed,
+              "peaks": peaks, "distill": distill if teacher else None, "images": images}  # fmt: skip
     history = _resume(checkpoint, recipe, model, optimizer) if checkpoint else []
     optimizer.zero_grad()
     loader = accelerator.prepare_data_loader(data.train_loader(batch_size, accumulate, seed))
@@ -541,10 +544,11 @@ def train(
             loader.set_epoch(epoch)
             prepared.train()
             for part, (images, labels) in enumerate(loader):
+                progress = (epoch * steps + part // accumulate + 1) / (epochs * steps)
                 for group, peak in zip(optimizer.param_groups, peaks):
-                    group["lr"] = peak * _schedule((epoch * steps + part // accumulate + 1) / (epochs * steps), warmup)
+                    group["lr"] = peak * _schedule(progress, warmup)
                 with accelerator.accumulate(prepared):
-                    with accelerator.autocast():
+                    with mixed_precision(device, progress <= 1 - exact):
                         logits = prepared(images).float()
                         loss = F.cross_entropy(logits, labels)
                         if teacher is not None:
@@ -559,8 +563,7 @@ def train(
                 bar.update(accelerator.sync_gradients)
             seconds = time.perf_counter() - started
             _average_statistics(model, accelerator)
-            with accelerator.autocast():
-                tested = accuracy(model, data)
+            tested = accuracy(model, data)
             history.append({
                 "epoch": epoch + 1,
                 "loss": round(accelerator.reduce(loss_sum, "mean").item() / (steps * accumulate), 5),
@@ -769,7 +772,7 @@ def training_step(M: int | None, N: int | None, batch_size: int, device: torch.d
     forward = torch.compile(model, fullgraph=True) if compiled else model
 
     def step():
-        with mixed_precision(device) if mixed else contextlib.nullcontext():
+        with mixed_precision(device, mixed):
             loss = F.cross_entropy(forward(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -87,6 +87,17 @@ def test_a_killed_run_goes_on_to_the_very_same_weights(digits, tmp_path, monkeyp
     assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint"]
 
 
+def test_the_last_steps_and_every_test_compute_in_float32(digits, monkeypatch):
+    monkeypatch.setattr(experiment, "fast_bfloat16", lambda device: True)
+    model, steps, tests = experiment.build_network(digits), [], []
+    *_, last = model.children()
+    last.register_forward_hook(lambda layer, _, logits: (steps if layer.training else tests).append(logits.dtype))
+    experiment.train(model, digits, torch.optim.SGD(model.parameters(), 0.01), **SMALL, exact=0.25)
+    mixed = len(steps) * 3 // 4
+    assert steps == [torch.bfloat16] * mixed + [torch.float32] * (len(steps) - mixed) and 0 < mixed < len(steps)
+    assert set(tests) == {torch.float32}
+
+
 def test_ctrl_c_keeps_what_was_learned(digits, monkeypatch, capsys):
     def interrupted(*arguments):
         raise KeyboardInterrupt
