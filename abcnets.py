@@ -1069,7 +1069,8 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, wanted: Tensor | None) -> None
     fits = [None]
     if layer.vs is not None:
         # Without compensation the constant counts; with it, what zero padding (0, not the constant) makes of it at the
-        # borders has to be weighed against the threshold it takes: both are tried.
+        # borders has to be weighed against the threshold it takes: both are tried. The constant must save a good part
+        # of the error: a little in each layer does not make the network better, and its base learns nothing more.
         choices = [True] if not compensate else [False, True][: layer.activation_bases]
         fits = [_fit_activations(values, layer.activation_bases, constant) for constant in choices]
     best, W, kept = math.inf, layer.weight.clone(), ()
@@ -1080,7 +1081,7 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, wanted: Tensor | None) -> None
             layer.betas.copy_(betas)
         if compensate:
             weight, error = _compensated(layer, W, R, wanted)
-            if error < best:
+            if error < (0.85 if fit is not fits[0] else 1) * best:
                 best, kept = error, (weight, layer.vs, layer.betas)
                 kept = [None if value is None else value.clone() for value in kept]
     if compensate:

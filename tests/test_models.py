@@ -233,6 +233,16 @@ def test_steps_of_training_leave_a_constant_base_constant(N):
     assert after == pytest.approx(before, abs=0.02 * N)  # as far as two steps move N betas
 
 
+@pytest.mark.parametrize("size, padding, thresholds", [(9, 0, 4), (9, 1, 3), (1, 1, 4)])
+def test_calibration_spends_a_base_on_the_constant_only_where_borders_need_it(size, padding, thresholds):
+    """A bias takes up the constant where all places see as much padding: none, or all the same as on a 1x1 image."""
+    network = nn.Sequential(nn.Conv2d(2, 8, 1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=padding), nn.Conv2d(8, 2, 1))
+    model = abcnets.convert(network, 2, 4)
+    R = abcnets.calibrate(model, torch.randn(500, 2, size, size), progress=False)[:2](torch.randn(500, 2, size, size))
+    crossed = [(R < 0.5 - v).any() and (R >= 0.5 - v).any() for v in model[2].vs]
+    assert sum(crossed) == thresholds
+
+
 def test_constant_activations_keep_the_start_values():
     model = abcnets.convert(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Conv2d(2, 2, 3)), 2, 2)
     nn.init.zeros_(model[0].weight)
