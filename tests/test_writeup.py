@@ -52,9 +52,9 @@ def test_missing_results_are_said_to_be_missing(build, monkeypatch):
     build.figure_data()
 
 
-def competitor(form, accuracy, ms, batch=1, M=None, N=None, size=1000):
+def competitor(form, accuracy, ms, batch=1, M=None, N=None, size=1000, threads=1):
     return {"form": form, "variant": None, "M": M, "N": N, "accuracy": accuracy, "bytes": size, "batch": batch,
-            "threads": 1, "ms_per_image": ms, "hardware": "an abacus", "versions": "1"}  # fmt: skip
+            "threads": threads, "ms_per_image": ms, "hardware": "an abacus", "versions": "1"}  # fmt: skip
 
 
 def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_layout(build, monkeypatch):
@@ -69,6 +69,15 @@ def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_la
     assert "only these are faster: $M = 1$, $N = 1$ in batches of 1 on 1 thread" in build.competitors_words()
     monkeypatch.setattr(build, "COMPETITORS", [row for row in rows if row["M"] != 1])
     assert "faster than all of these one image" in build.opening() and "none is faster" in build.competitors_words()
+
+
+def test_int8_is_taken_on_one_thread_where_two_slow_it_down(build, monkeypatch):
+    rows = [competitor(form, 94.0, ms, threads=threads, M=M, N=M) for form, M, ms, threads in [
+        ("onnxruntime int8", None, 1.0, 1), ("onnxruntime int8", None, 2.0, 2),
+        ("abcnets", 3, 3.0, 1), ("abcnets", 3, 1.5, 2), ("abcnets", 1, 1.5, 1), ("abcnets", 1, 0.9, 2),
+    ]]  # fmt: skip
+    monkeypatch.setattr(build, "COMPETITORS", rows)
+    assert "only these are faster: $M = 1$, $N = 1$ in batches of 1 on 2 threads." in build.competitors_words()
 
 
 def test_labels_keep_their_distance(build):
