@@ -871,7 +871,9 @@ def draw_accuracy(plt, data):
                 label=None if label in shown else label)  # fmt: skip
         shown.add(label)
         name = "float" if run["M"] is None else f"{run['M']}, {run['N'] or 'float'}"
-        ax.annotate(name, (run["kB"], run["accuracy"]), (5, 4), textcoords="offset points", fontsize=8)
+        left, below = run["N"] is None and run["M"] is not None, run["N"] not in (None, run["M"])  # of its neighbours
+        ax.annotate(name, (run["kB"], run["accuracy"]), (-5 if left else 5, -10 if below else 4), fontsize=8,
+                    textcoords="offset points", ha="right" if left else "left")  # fmt: skip
         if run["calibrated"] is not None and run["calibrated"] >= 80:
             ax.plot(run["kB"], run["calibrated"], marker, color=color, markersize=5, fillstyle="none", linestyle="none")
             ax.plot([run["kB"]] * 2, [run["calibrated"], run["accuracy"]], color=color, linewidth=0.7, linestyle=":")
