@@ -6,12 +6,12 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
     R ~ Aq = sum_n beta_n  A_n     A_n = +1 where R >= 1/2 - v_n, else -1      n = 1..N   activation bases
     conv(R, W) ~ conv(Aq, Wq) = sum_m sum_n alpha_m beta_n conv(A_n, B_m)
 
-This one file needs torch and nothing else: copy it into your project.
+This one file needs torch and nothing else: copy it into your project, and kernels/ with it if you want speed.
 
     model = abcnets.convert(resnet18, weight_bases=3, activation_bases=3)   # a binarized copy, weights kept
     abcnets.calibrate(model, batches)                                       # no training: a thousand images
     ...                                                                     # fine-tune it like any other model
-    packed = abcnets.pack(model)                                            # 1 bit a weight and base
+    packed = abcnets.pack(model)                                            # 1 bit a weight and base, and fast
 
 What is in it, from top to bottom:
 
@@ -23,12 +23,16 @@ What is in it, from top to bottom:
     plan, convert                                      which layers become binary, and a copy in which they are
     calibrate                                          fit it to some data, without training
     summary                                            what each layer holds and does (a `Summary`: a table)
-    sensitivity, allocate                              which layers hurt most (a `Sensitivity`), what to spend on each
-    picture                                            what one layer does, as a figure
+    pack_bits, unpack_bits                             signs as bits
+    packed_conv, packed_max_pool                       the two operators on bits, in plain torch
     pack, PackedLayer                                  for inference: 1 bit a weight and base
     save_packed, load_packed                           one file, no pickle
+    engines                                            which device runs packed layers how fast
     fuse                                               bits from layer to layer
     export_onnx                                        one ONNX file, which runs without torch
+
+Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
+found at the first packed call. Without it they run as float convolutions.
 
 Symbols, used throughout:
 
@@ -54,10 +58,15 @@ Where this departs from the paper, and why:
 import copy
 import functools
 import html
+import importlib
+import importlib.util
 import json
 import math
 import os
+import sys
+import threading
 import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,8 +77,8 @@ __version__ = "1.0.0"
 __all__ = [
     "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
-    "Summary", "sensitivity", "Sensitivity", "allocate", "picture", "pack", "PackedLayer", "save_packed", "load_packed",
-    "fuse", "export_onnx",
+    "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "pack", "PackedLayer", "save_packed",
+    "load_packed", "engines", "fuse", "export_onnx",
 ]  # fmt: skip
 
 
@@ -521,7 +530,7 @@ class _ABCLayer(nn.Module):
         return {"in_features": weight.shape[1], "out_features": weight.shape[0], **arguments}
 
     @classmethod
-    def from_parameters(cls, weight, bias=None, us=None, vs=None, betas=None, *, active=True, per_channel=True,
+    def from_parameters(cls, weight, bias=None, us=None, vs=None, betas=None, *, active=False, per_channel=True,
                         learn_us=False, **geometry):  # fmt: skip
         """The original's second constructor: a layer around given parameters, dimensions read off the weight.
 
@@ -568,7 +577,7 @@ class _ABCLayer(nn.Module):
 
 _DEFAULT_BASES = {
     "weight_bases": 3, "activation_bases": 3, "us": None, "vs": None, "betas": None,
-    "active": True, "per_channel": True, "learn_us": False,
+    "active": False, "per_channel": True, "learn_us": False,
 }  # fmt: skip
 
 
@@ -582,7 +591,7 @@ def _start_values(name: str, values, count: int, like: dict) -> Tensor:
 
 
 class _ABCConv(_ABCLayer):
-    """The convolutions' constructor and forward pass; its `super()` is torch's own layer."""
+    """The convolutions' constructor; its `super()` is torch's own layer."""
 
     def __init__(
         self,
@@ -605,7 +614,7 @@ class _ABCConv(_ABCLayer):
         betas=None,
         weight_init=None,
         bias_init=None,
-        active=True,
+        active=False,
         per_channel=True,
         learn_us=False,
     ):
@@ -613,11 +622,6 @@ class _ABCConv(_ABCLayer):
                          device, dtype)  # fmt: skip
         _initialize(self, weight_init, bias_init)
         self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us)
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.active:
-            return super().forward(input)
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
 
     @classmethod
     def _geometry(cls, weight: Tensor, groups=1, **arguments) -> dict:
@@ -635,15 +639,17 @@ def _initialize(layer: nn.Module, weight_init, bias_init) -> None:
             bias_init(layer.bias)
 
 
-_LAYER_DOC = """{kind} whose weights and input are sums of +1/-1 bases: a drop-in for nn.{stock} (arXiv:1711.11294).
+class ABCConv2d(_ABCConv, nn.Conv2d):
+    """A 2-D convolution whose weights and input are sums of +1/-1 bases: a drop-in for nn.Conv2d (arXiv:1711.11294).
 
-        y = {operation}(Aq, Wq) + bias,   Wq = sum_m alpha_m B_m,   Aq = sum_n beta_n A_n
+        y = conv2d(Aq, Wq) + bias,   Wq = sum_m alpha_m B_m,   Aq = sum_n beta_n A_n
 
-    Training runs this one float {what}; `pack` turns it into M x N bitwise ones. Inactive, or with both sides
-    None, it is bit for bit the stock layer. A stock layer's checkpoint loads into it with strict=True.
+    Training runs this one float convolution; `pack` turns it into M x N bitwise ones. As in the original, a layer that
+    is constructed is inactive: bit for bit an nn.Conv2d, until `binarize` switches it on. A stock layer's checkpoint
+    loads into it with strict=True.
 
     Args:
-        {arguments}: as in nn.{stock}.
+        in_channels ... dtype: as in nn.Conv2d.
         weight_bases: M, or None to leave the weights float.
         activation_bases: N, or None to leave the input float.
         us: M shifts of the weight bases, as numbers or as a function of M. Default: `gaussian_shifts`.
@@ -654,10 +660,10 @@ _LAYER_DOC = """{kind} whose weights and input are sums of +1/-1 bases: a drop-i
         per_channel: mean, std and alpha per output channel, or one for the layer.
         learn_us: make us a parameter.
 
-    Shape: input {input_shape} -> {output_shape}, as nn.{stock}. Under autocast, what torch does with {operation}.
+    Shape: input (B, C, H, W) -> (B, O, H', W'), as nn.Conv2d. Under autocast, what torch does with conv2d.
 
     Attributes:
-        weight, bias: the float parameters, as in nn.{stock}.
+        weight, bias: the float parameters, as in nn.Conv2d.
         us (M,), vs (N,), betas (N,): the bases' shifts and scales; None on a side that stays float.
         active (bool): travels in the state dict.
 
@@ -666,37 +672,92 @@ _LAYER_DOC = """{kind} whose weights and input are sums of +1/-1 bases: a drop-i
 
     Example::
 
-        >>> layer = {example}
-        >>> layer({example_input}).shape
-        torch.Size({example_output})
+        >>> layer = binarize(ABCConv2d(16, 33, 3, padding=1, weight_bases=3, activation_bases=3))
+        >>> layer(torch.rand(2, 16, 32, 32)).shape
+        torch.Size([2, 33, 32, 32])
     """
 
-
-def _document(cls, **words):
-    cls.__doc__ = _LAYER_DOC.format(stock=cls._stock.__name__, **words)
-
-
-class ABCConv1d(_ABCConv, nn.Conv1d):
-    _stock = nn.Conv1d
-    spatial_dims = 1
-
-
-class ABCConv2d(_ABCConv, nn.Conv2d):
     _stock = nn.Conv2d
     spatial_dims = 2
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(input)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
+
+class ABCConv1d(_ABCConv, nn.Conv1d):
+    """A 1-D convolution whose weights and input are sums of +1/-1 bases: a drop-in for nn.Conv1d (arXiv:1711.11294).
+
+        y = conv1d(Aq, Wq) + bias,   Wq = sum_m alpha_m B_m,   Aq = sum_n beta_n A_n
+
+    Arguments, attributes and errors are those of `ABCConv2d`, the geometry that of nn.Conv1d.
+
+    Shape: input (B, C, L) -> (B, O, L'), as nn.Conv1d.
+
+    Example::
+
+        >>> layer = binarize(ABCConv1d(16, 33, 3, padding=1, weight_bases=3, activation_bases=3))
+        >>> layer(torch.rand(2, 16, 50)).shape
+        torch.Size([2, 33, 50])
+    """
+
+    _stock = nn.Conv1d
+    spatial_dims = 1
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(input)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
 
 class ABCConv3d(_ABCConv, nn.Conv3d):
+    """A 3-D convolution whose weights and input are sums of +1/-1 bases: a drop-in for nn.Conv3d (arXiv:1711.11294).
+
+        y = conv3d(Aq, Wq) + bias,   Wq = sum_m alpha_m B_m,   Aq = sum_n beta_n A_n
+
+    Arguments, attributes and errors are those of `ABCConv2d`, the geometry that of nn.Conv3d.
+
+    Shape: input (B, C, D, H, W) -> (B, O, D', H', W'), as nn.Conv3d.
+
+    Example::
+
+        >>> layer = binarize(ABCConv3d(16, 33, 3, padding=1, weight_bases=3, activation_bases=3))
+        >>> layer(torch.rand(2, 16, 8, 9, 9)).shape
+        torch.Size([2, 33, 8, 9, 9])
+    """
+
     _stock = nn.Conv3d
     spatial_dims = 3
 
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.active:
+            return super().forward(input)
+        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+
 
 class ABCLinear(_ABCLayer, nn.Linear):
+    """A linear layer whose weights and input are sums of +1/-1 bases: a drop-in for nn.Linear (arXiv:1711.11294).
+
+        y = linear(Aq, Wq) + bias,   Wq = sum_m alpha_m B_m,   Aq = sum_n beta_n A_n
+
+    Args: in_features, out_features, bias, device, dtype as in nn.Linear; the others, attributes and errors as in
+        `ABCConv2d`.
+
+    Shape: input (..., C) -> (..., O), as nn.Linear.
+
+    Example::
+
+        >>> layer = binarize(ABCLinear(20, 30, weight_bases=3, activation_bases=3))
+        >>> layer(torch.rand(128, 20)).shape
+        torch.Size([128, 30])
+    """
+
     _stock = nn.Linear
     spatial_dims = 0
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, weight_bases=3,
-                 activation_bases=3, us=None, vs=None, betas=None, weight_init=None, bias_init=None, active=True,
+                 activation_bases=3, us=None, vs=None, betas=None, weight_init=None, bias_init=None, active=False,
                  per_channel=True, learn_us=False):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         _initialize(self, weight_init, bias_init)
@@ -707,24 +768,6 @@ class ABCLinear(_ABCLayer, nn.Linear):
             return super().forward(input)
         return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
 
-
-for _cls, _size, _example in (
-    (ABCConv1d, "L", (50,)),
-    (ABCConv2d, "H, W", (32, 32)),
-    (ABCConv3d, "D, H, W", (8, 9, 9)),
-):
-    _document(
-        _cls, kind=f"A {_cls.spatial_dims}-D convolution", what="convolution", operation=f"conv{_cls.spatial_dims}d",
-        arguments="in_channels ... dtype", input_shape=f"(B, C, {_size})", output_shape="(B, O, ...)",
-        example=f"{_cls.__name__}(16, 33, 3, padding=1, weight_bases=3, activation_bases=3)",
-        example_input="torch.rand(" + ", ".join(map(str, (2, 16, *_example))) + ")",
-        example_output=[2, 33, *_example],
-    )  # fmt: skip
-_document(
-    ABCLinear, kind="A linear layer", what="product", operation="linear", arguments="in_features ... dtype",
-    input_shape="(..., C)", output_shape="(..., O)", example="ABCLinear(20, 30, weight_bases=3, activation_bases=3)",
-    example_input="torch.rand(128, 20)", example_output=[128, 30],
-)  # fmt: skip
 
 _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
 
@@ -884,7 +927,7 @@ def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settin
         settings: exceptions by name or by function, {name: {"weight_bases": 5}} or settings(name, layer): a dict of
             bases for that layer, or None for "leave it float". Names that the model lacks raise ValueError. An
             entry by name also converts a layer that the default choice or filter_fn leaves out.
-        **bases: us, vs, betas, active, per_channel, learn_us, for every converted layer.
+        **bases: us, vs, betas, active (default here: True), per_channel, learn_us, for every converted layer.
 
     Returns: the converted copy.
     Raises: ValueError for settings of a layer that is not there or can't be converted, or that make no sense.
@@ -893,7 +936,7 @@ def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settin
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     replaced = {
-        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{**bases, **own})
+        modules[name]: _ABC_OF[type(modules[name])].from_float(modules[name], **{"active": True, **bases, **own})
         for name, (_, own) in decisions.items() if own
     }  # fmt: skip
     return _replace(model, replaced)
@@ -1255,8 +1298,7 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     Columns: layer, kind, output (shape of its first tensor), M, N (None where that side is float), parameters, bits
     (stored by binarized weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after
     `pack`), macs (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are
-    binary), engine (how a packed layer computes; with engine="auto", "float" says that M * N is beyond what bits can
-    win).
+    binary), engine ("bits" or "float": how a packed layer computes where it is now).
     """
     rows: dict[nn.Module, dict] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -1284,13 +1326,13 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
     if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
         if isinstance(layer, PackedLayer):
             kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
-            M, N, engine = *_bases_of(layer), layer.engine
+            M, N = _bases_of(layer)
+            engine = "bits" if layer.runs_bits() else "float"
         else:
             O, per_group, *sizes = layer.weight.shape
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
                 M, N = _bases_of(layer)
-                engine = "" if M is None else _choose_engine("auto", M, N or 0)
         biases = 0 if layer.bias is None else O
         parameters = O * per_group * kernel + biases + 2 * (N or 0)
         float_bytes = 4 * (O * per_group * kernel + biases)
@@ -1311,391 +1353,12 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
     }  # fmt: skip
 
 
-class Sensitivity(Summary):
-    """What `sensitivity` returns: a list of dicts, one a layer and setting. Prints as a table, and has a picture."""
-
-    def _table(self) -> list[list[str]]:
-        columns = list(self[0]) if self else ["layer"]
-        cells = [{**row, "error": f"{row['error']:.3g}"} for row in self]
-        return [columns, *([_format(row[column]) for column in columns] for row in cells)]
-
-    def picture(self):
-        """A heat map of the errors, layers down, settings across; a matplotlib Figure (needs matplotlib)."""
-        try:
-            import matplotlib.pyplot as plt
-            from matplotlib.colors import LogNorm
-        except ImportError:
-            raise ImportError("the picture of a sensitivity table needs matplotlib: pip install matplotlib") from None
-        errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in self if row["M"] or row["N"]}
-        layers, settings = (list(dict.fromkeys(keys)) for keys in ([k[0] for k in errors], [k[1:] for k in errors]))
-        # Logarithmic, since errors span decades; what is 0 takes the colour of the least that is not.
-        least = min((error for error in errors.values() if error > 0), default=1e-6)
-        norm = LogNorm(least, max(*errors.values(), 10 * least))
-        values = [[errors.get((layer, *setting), math.nan) for setting in settings] for layer in layers]
-        figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(settings), 1.3 + 0.3 * len(layers)), layout="constrained")
-        image = axes.imshow([[max(value, least) for value in row] for row in values], cmap="cividis_r", norm=norm,
-                            aspect="auto")  # fmt: skip
-        for y, row in enumerate(values):
-            for x, value in enumerate(row):
-                if not math.isnan(value):
-                    colour = "white" if norm(max(value, least)) > 0.5 else "black"
-                    axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
-        names = [", ".join("float" if count is None else str(count) for count in setting) for setting in settings]
-        axes.set_xticks(range(len(settings)), names)
-        axes.set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers])
-        axes.set(xlabel="M, N", ylabel="layer", title="Error, one layer binarized")
-        axes.grid(False)
-        figure.colorbar(image, label="error")
-        plt.close(figure)  # it is shown where it is returned to, once
-        return figure
-
-
-_REST = "everything else"
-
-
-@torch.no_grad()
-def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, filter_fn=None, progress=True, **bases):
-    """Which layers hurt most when binarized: one layer and one choice of (M, N) at a time, without labels.
-
-    In a copy of the model this layer alone is binarized and calibrated on one half of the images. On the other half
-    the copy's output Y is compared with the float model's y: the part of the variance of y that Y does not explain,
-
-        error = min_{a >= 0} sum (y - a Y)^2 / sum y^2,   y and Y less their means over the images,
-
-    0 where the output only changes its scale and offset, which a decision does not see, and 1 where nothing is left of
-    it. The errors of several layers all but add up, which is what `allocate` builds on. A little of it is due to the
-    BatchNorm statistics behind the layer, estimated anew on few images: the same for all choices of one layer.
-
-    Args:
-        model: a float model, in which `convert` finds layers to binarize; it is not touched. Its output is a
-            tensor with the images in dimension 0, or a tuple or dict whose first entry is one.
-        batches: as in `calibrate`; a thousand images are plenty.
-        choices: pairs (M, N); None in a pair leaves that side float, (None, None) the layer.
-        filter_fn, **bases: as in `convert`.
-        progress: show a bar, where tqdm is installed.
-
-    Returns: a table, one dict a layer and choice: layer, M, N, error, packed_bytes (of the layer's tensors in the file
-        that `save_packed` writes), binary_macs (M * N times the multiply-accumulates on one image, 0 where a side is
-        float). Other layers that `convert` could binarize have one row, as they stay, M and N None; a last row is what
-        the file holds besides, so that the packed_bytes of one row a layer add up to the whole model.
-    Raises: ValueError where no layer is to be binarized, or for fewer than two images, or no or bad choices.
-    """
-    choices = list(dict.fromkeys(tuple(choice) for choice in choices))
-    if not choices or any(len(choice) != 2 for choice in choices):
-        raise ValueError(f"choices must be pairs of weight bases and activation bases (M, N), got {choices}")
-    whole = convert(model, 1, 1, filter_fn=filter_fn)
-    candidates = {name: layer for name, layer in model.named_modules() if type(layer) in _ABC_OF}
-    chosen = [name for name in candidates if isinstance(whole.get_submodule(name), _ABCLayer)]
-    if not chosen:
-        raise ValueError(f"sensitivity found no layer to binarize: of the model's {sorted(candidates)}, convert takes "
-                         "all but the first and the last unless filter_fn says otherwise")  # fmt: skip
-    images = _gather(batches, candidates[chosen[0]].weight.device)
-    if len(images) < 2:
-        raise ValueError("sensitivity needs at least two images, one to calibrate on and one to measure on; got 1")
-    fitted, measured = images[::2], images[1::2]
-    wanted = _output(model, measured)
-    macs = dict.fromkeys(candidates, 0)
-
-    def counting(name):
-        def after(module, inputs, output):
-            macs[name] += _summary_row(name, module, output)["macs"]
-
-        return after
-
-    _run_with_hooks(model, images[:1], {layer: (None, counting(name)) for name, layer in candidates.items()})
-
-    def row(name, layer, M=None, N=None, error=0.0):
-        stored = _summary_row(name, layer, layer.weight.new_empty(0))["packed_bytes"]
-        return {"layer": name, "M": M, "N": N, "error": error, "packed_bytes": stored,
-                "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
-
-    rows = Sensitivity()
-    bar = _progress_bar(len(chosen) * len(choices), "sensitivity", "setting") if progress else None
-    for name, layer in candidates.items():
-        for M, N in choices if name in chosen else [(None, None)]:
-            if M is None and N is None:
-                rows.append(row(name, layer))
-            else:
-                setting = {name: {"weight_bases": M, "activation_bases": N}}
-                copied = convert(model, filter_fn=lambda layer, name: False, settings=setting, **bases)
-                calibrate(copied, fitted, progress=False)
-                error = _unexplained(wanted, _output(copied, measured))
-                rows.append(row(name, copied.get_submodule(name), M, N, error))
-            if bar is not None and name in chosen:
-                bar.update()
-    if bar is not None:
-        bar.close()
-    others = [module for name, module in model.named_modules() if name not in candidates]
-    held = sum(_summary_row("", module, images)["packed_bytes"] for module in others)
-    return Sensitivity([*rows, {"layer": _REST, "M": None, "N": None, "error": 0.0, "packed_bytes": held,
-                                "binary_macs": 0}])  # fmt: skip
-
-
-def _output(model: nn.Module, images: Tensor) -> Tensor:
-    """What a model puts out in eval mode; of several outputs the first."""
-    outputs = []
-    _run_with_hooks(model, images, {model: (None, lambda module, inputs, output: outputs.append(output))})
-    output = _first_tensor(outputs[0])
-    if output is None or output.shape[:1] != images.shape[:1]:
-        kind = type(outputs[0])
-        raise ValueError(f"sensitivity compares outputs that are tensors with an entry an image, got {kind}")
-    return output
-
-
 def _first_tensor(output) -> Tensor | None:
     """The first tensor of what a module puts out: a tensor, or tuples, lists and dicts of them, however nested."""
     if isinstance(output, Tensor):
         return output
     parts = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
     return next((tensor for part in parts if (tensor := _first_tensor(part)) is not None), None)
-
-
-def _unexplained(y: Tensor, Y: Tensor) -> float:
-    """min_{a >= 0} |y - a Y|^2 / |y|^2 of outputs less their means over dimension 0: 1 - max(0, correlation)^2."""
-    if torch.equal(y, Y):
-        return 0.0
-    y, Y = (x.double().reshape(len(x), -1) for x in (y, Y))
-    y, Y = y - y.mean(0), Y - Y.mean(0)
-    power = (y.square().sum() * Y.square().sum()).item()
-    # Rounding could make the difference negative. Where one of both does not vary, nothing is explained.
-    return max(0.0, 1 - (y * Y).sum().clamp(min=0).square().item() / power) if power != 0 else 1.0
-
-
-def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[str, dict | None]:
-    """The settings of least summed error within a budget, in the form that `convert` takes.
-
-        minimize sum_l error[l, c_l]   over the choices c_l of the layers l
-        subject to   sum_l packed_bytes[l, c_l] <= budget_bytes   and   sum_l binary_macs[l, c_l] <= budget_macs
-
-    The solution is that of SciPy's integer programming, exact to a millionth of a budget. The budget in bytes is that
-    of the whole packed model: all tensors in the file of `save_packed`, whose header adds some hundred bytes a layer.
-    Bytes depend on M alone: without a budget of binary_macs, the time on one image, every layer gets the N of least
-    error that there is.
-
-        table = abcnets.sensitivity(model, images)
-        binary = abcnets.convert(model, settings=abcnets.allocate(table, 100_000))
-        abcnets.calibrate(binary, images)
-
-    Args:
-        table: what `sensitivity` returned, or those of its rows that may be chosen from.
-        budget_bytes, budget_macs: what the rows chosen, one a layer, may add up to.
-
-    Returns: {layer: {"weight_bases": M, "activation_bases": N}}, or {layer: None} for a layer that stays float.
-    Raises: ValueError where nothing fits the budgets, saying the smallest that is possible, or for an empty table or
-        an error that is not a number.
-    """
-    layers: dict[str, list[dict]] = {}
-    for row in table:
-        if not math.isfinite(row["error"]):
-            raise ValueError(f"allocate can't weigh an error of {row['error']}, that of layer {row['layer']!r}")
-        layers.setdefault(row["layer"], []).append(row)
-    if not layers:
-        raise ValueError("allocate needs a table of at least one layer, as sensitivity returns it")
-    budgets = {"packed_bytes": budget_bytes}
-    if budget_macs is not None:
-        budgets["binary_macs"] = budget_macs
-    for name, budget in budgets.items():
-        smallest = sum(min(row[name] for row in rows) for rows in layers.values())
-        if not budget >= smallest:
-            raise ValueError(f"a budget of {budget:,} {name} is too small: the smallest possible is {smallest:,}")
-    options = [[(row["error"], *(row[name] for name in budgets)) for row in rows] for rows in layers.values()]
-    picks = _least_error(options, list(budgets.values()))
-    if picks is None:
-        raise ValueError(f"no choice of settings meets both budgets, {budget_bytes:,} bytes and {budget_macs:,} "
-                         "binary macs, though each alone can be met")  # fmt: skip
-    chosen = {name: rows[pick] for (name, rows), pick in zip(layers.items(), picks) if name != _REST}
-    return {
-        name: {"weight_bases": row["M"], "activation_bases": row["N"]} if row["M"] or row["N"] else None
-        for name, row in chosen.items()
-    }
-
-
-def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | None:
-    """The index of one option (error, cost, ...) a layer, of least summed error with costs within the budgets.
-
-    An integer program: x_lc in {0, 1}, one of each layer's is 1. Costs are integers, errors scaled to the largest.
-    """
-    try:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-    except ImportError:
-        raise ImportError("allocate needs SciPy's solver of integer programs: pip install scipy") from None
-    error, *costs = np.array([option for choices in options for option in choices], dtype=float).T
-    of_layer = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
-    one_each = LinearConstraint(np.arange(len(options))[:, None] == of_layer, 1, 1)
-    within = [LinearConstraint(cost[None] / max(budget, 1), ub=min(budget, 1)) for cost, budget in zip(costs, budgets)]
-    solution = milp(error / (error.max() or 1), integrality=np.ones(len(error)), bounds=Bounds(0, 1),
-                    constraints=[one_each, *within], options={"mip_rel_gap": 0})  # fmt: skip
-    if solution.x is None:
-        return None
-    return [int(solution.x[of_layer == layer].argmax()) for layer in range(len(options))]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A picture of a layer
-# ---------------------------------------------------------------------------------------------------------------------
-
-_BLUE, _PALE, _RED, _DARK, _GREY = "#0072B2", "#B8D4E8", "#D55E00", "#333333", "#BBBBBB"  # Okabe and Ito's, and greys
-
-
-@torch.no_grad()
-def picture(layer: nn.Module, input: Tensor | None = None):
-    """What a layer does, as a matplotlib Figure: `picture(model[3], R)` in a cell of a notebook shows it.
-
-    - Its weights, each channel in standard deviations from its mean; where they are cut into bins (at -u_m, dashed) and
-      the M + 1 levels of Wq (dots: the channels' mean, bars: from the 10th to the 90th percentile of the channels).
-    - A few kernels W, their bases B_1..B_M with the scales alpha_m, and their sum Wq. Kernels of one tap and linear
-      layers are shown as a corner of the matrix outputs x inputs, 1-D kernels as inputs x taps, 3-D ones by slices.
-    - The staircase of its activations, Aq against R, with the thresholds 1/2 - v_n (dashed), over the histogram of the
-      input if one is given.
-
-    A side that stays float is left out. A packed layer has no W, and none of the first panel.
-
-    Args:
-        layer: an ABC layer, active or not, or a `PackedLayer`.
-        input: values that reach the layer, of any shape.
-
-    Returns: the Figure; `.savefig(path)` writes it.
-    Raises: TypeError for another module, ValueError for a layer with both sides float, ImportError without matplotlib.
-    """
-    if not isinstance(layer, (_ABCLayer, PackedLayer)):
-        raise TypeError(f"picture takes one ABC layer or packed layer, got {type(layer).__name__}; "
-                        "a layer of a model is model.get_submodule(name)")  # fmt: skip
-    packed = isinstance(layer, PackedLayer)
-    thresholds = layer.thresholds if packed else None if layer.vs is None else _thresholds(layer.vs)
-    has_weights, has_activations = packed or layer.us is not None, thresholds is not None and len(thresholds) > 0
-    if not has_weights and not has_activations:
-        raise ValueError("picture has nothing to show: both sides of this layer are float")
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise ImportError("picture needs matplotlib: pip install matplotlib") from None
-
-    tiles = _tiles(layer) if has_weights else [[]]
-    widths = [3.4] * (has_weights and not packed) + [0.85 * len(tiles[0]) + 0.2] * has_weights + [3.8] * has_activations
-    look = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
-            "axes.spines.right": False, "axes.grid": False, "legend.frameon": False}  # fmt: skip
-    with plt.rc_context(look):
-        figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 2.9), width_ratios=widths,
-                                    squeeze=False, layout="constrained")  # fmt: skip
-        axes = list(axes[0])
-        if has_weights and not packed:
-            _draw_weights(axes.pop(0), layer)
-        if has_weights:
-            _draw_tiles(axes.pop(0), tiles)
-        if has_activations:
-            _draw_staircase(axes.pop(0), thresholds.cpu(), layer.betas.cpu(), input)
-        plt.close(figure)  # a notebook shows what is returned, once
-    return figure
-
-
-def _draw_weights(axis, layer: _ABCLayer) -> None:
-    W, us = _grouped(layer.weight, layer.per_channel).cpu(), layer.us.float().cpu()
-    std = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(W)
-    z = (W - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
-    levels = (_levels(W, us, True)[0] - W.mean(1, keepdim=True)) / std.clamp(min=torch.finfo(W.dtype).tiny)
-    reach = min(4.0, z.abs().max().item()) or 1.0
-    axis.hist(z.flatten().double().numpy(), bins=60, range=(-reach, reach), color=_PALE)
-    for u in us.tolist():
-        axis.axvline(-u, color=_DARK, linestyle="--", linewidth=1)
-    low, high = (levels.quantile(q, dim=0).tolist() for q in (0.1, 0.9))
-    height = -0.06 * axis.get_ylim()[1]
-    axis.hlines([height] * len(low), low, high, color=_RED, linewidth=3, alpha=0.4)
-    axis.plot(levels.mean(0).tolist(), [height] * len(low), "o", color=_RED, markersize=6)
-    axis.set_ylim(bottom=2 * height)
-    axis.set_yticks([])
-    axis.spines["left"].set_visible(False)
-    axis.set_title(f"{W.numel():,} weights, {len(low)} levels")
-    axis.set_xlabel("$W$, in deviations from the mean" + (" of its channel" if layer.per_channel else ""))
-
-
-def _tiles(layer: nn.Module, count: int = 3) -> list[list[tuple[Tensor, str, str]]]:
-    """Rows of (2-D image in [-1, 1], name, scale): of a few kernels W, B_1..B_M, Wq."""
-    if isinstance(layer, PackedLayer):
-        B = _unpack_bits(layer.bits, layer.channels // layer.groups).float().mul(2).sub(1).movedim(-1, 2)
-        alphas, W = layer.alphas, None
-        Wq = torch.einsum("mo,mo...->o...", alphas, B)
-    else:
-        W, us = layer.weight.float(), layer.us.float()
-        B, Wq = weight_bases(W, us, layer.per_channel), quantize_weight(W, us, layer.per_channel)
-        alphas = fit_weight(W, us, layer.per_channel).expand(-1, len(W))
-    shown = Wq if W is None else W
-    dims = [size for size in shown.shape[2:] if size > 1]
-    if not dims:  # a matrix
-        rows, scaled = [(slice(12), slice(12))], False
-    elif shown.ndim == 3:  # inputs x taps
-        rows, scaled = [(o, slice(8)) for o in shown.flatten(1).norm(dim=1).topk(min(2, len(shown))).indices], True
-    else:  # of the channels with the largest weights, the largest kernel
-        norms, inputs = shown.flatten(2).norm(dim=2).max(1)
-        rows, scaled = [(o, inputs[o]) for o in norms.topk(min(count, len(norms))).indices], True
-
-    def image(x):
-        x = x.reshape(len(x), -1) if not dims else x
-        if x.ndim == 3:  # slices side by side, NaN between them
-            x = torch.cat([F.pad(piece, (0, 1), value=math.nan) for piece in x], 1)[:, :-1]
-        return x.cpu()
-
-    tiles = []
-    for row in rows:
-        largest = max(x[row].abs().max().item() for x in (shown, Wq)) or 1.0
-        scales = [f"{alpha:.2g}" for alpha in alphas[:, row[0]].tolist()] if scaled else [""] * len(B)
-        tiles.append([
-            *([(image(W[row]) / largest, "$W$", "")] if W is not None else []),
-            *((image(base[row]), f"$B_{m + 1}$", f"× {scale}" if scaled else "")
-              for m, (base, scale) in enumerate(zip(B, scales))),
-            (image(Wq[row]) / largest, "$W_q$", ""),
-        ])  # fmt: skip
-    return tiles
-
-
-def _draw_tiles(axis, tiles) -> None:
-    """Each image into a cell of its own; black is negative, white is positive."""
-    from matplotlib import colormaps
-
-    grey, step = colormaps["gray"].with_extremes(bad=_PALE), 1.25  # of a row, in cell widths: room for the scales
-    for y, row in enumerate(tiles):
-        for x, (values, name, scale) in enumerate(row):
-            height, width = values.shape
-            half_width, half_height = 0.44 * width / max(height, width), 0.44 * height / max(height, width)
-            left, right, top, bottom = x - half_width, x + half_width, step * y - half_height, step * y + half_height
-            axis.imshow(values.numpy(), cmap=grey, vmin=-1, vmax=1, extent=(left, right, bottom, top))
-            axis.plot([left, right, right, left, left], [bottom, bottom, top, top, bottom], "-", color=_GREY, lw=0.8)
-            if y == 0:
-                axis.text(x, top - 0.08, name, ha="center", va="bottom", fontsize=10)
-            axis.text(x, bottom + 0.03, scale, ha="center", va="top", fontsize=7, color=_RED)
-    axis.set_xlim(-0.5, len(tiles[0]) - 0.5)
-    axis.set_ylim(step * (len(tiles) - 1) + 0.75, -0.8)
-    axis.set_aspect("equal")
-    axis.axis("off")
-
-
-def _draw_staircase(axis, thresholds: Tensor, betas: Tensor, input: Tensor | None) -> None:
-    low, high = thresholds.min().item(), thresholds.max().item()
-    low, high = min(low, 0.0) - 0.5, high + max(0.5, 0.6 * (high - low))
-    if input is not None:
-        values = input.detach().flatten()
-        values = values[:: max(1, len(values) // 1_000_000)].double().cpu()
-        low, high = min(low + 0.3, values.quantile(0.001).item()), max(high - 0.3, values.quantile(0.995).item())
-        behind = axis.twinx()
-        counts, _, _ = behind.hist(values.numpy(), bins=60, range=(low, high), color=_PALE)
-        # The pile of a rectified input at 0 is cut off where it would flatten all the rest.
-        behind.set_ylim(0, max(1, min(1.1 * max(counts), 2 * sorted(counts)[-2])))
-        behind.set_yticks([])
-        behind.spines[:].set_visible(False)
-        behind.set_zorder(-1)
-        axis.patch.set_visible(False)
-    R = torch.cat([torch.linspace(low, high, 400), thresholds.float()]).sort().values
-    Aq = _staircase(R, thresholds.float(), betas.float())
-    axis.plot(R.tolist(), R.tolist(), color=_GREY, linestyle="-", linewidth=1.2, label="$R$")
-    axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-", label="$A_q$")
-    for t in thresholds.tolist():
-        axis.axvline(t, color=_DARK, linestyle="--", linewidth=1)
-    room = 0.15 * (Aq.max() - Aq.min()).abs().item() + 0.1
-    axis.set_xlim(low, high)
-    axis.set_ylim(Aq.min().item() - room, Aq.max().item() + room)
-    axis.set_title("activations" + (", over what reaches the layer" if input is not None else ""))
-    axis.set_xlabel("$R$")
-    axis.legend(loc="lower right")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1708,12 +1371,12 @@ def _draw_staircase(axis, thresholds: Tensor, betas: Tensor, input: Tensor | Non
 # Activations travel between layers as int64 words (B, *S, P, N), P = ceil(C / 64): bit c % 64 of word c // 64 is 1
 # where A_n = +1 at channel c, spare bits are 0.
 #
-# The two operators below have a plain torch implementation, which unpacks and runs a float convolution: right
-# everywhere, fast nowhere. Engines override them for a device (`import kernels`), on the same tensors.
+# The two operators below are in plain torch: they unpack and run a float convolution, right everywhere, fast nowhere.
+# Engines (abcnets_kernels) implement them for a device, on the same tensors.
 
 
-def _pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
-    """Booleans (..., C) -> integers (..., ceil(C / width)) of that width, the first flag in the lowest bit."""
+def pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
+    """Booleans (..., C) -> integers (..., ceil(C / width)) of that dtype's width, the first flag in the lowest bit."""
     width = 8 * dtype.itemsize
     spare = -flags.shape[-1] % width
     groups = F.pad(flags, (0, spare)).unflatten(-1, (-1, width))
@@ -1721,27 +1384,31 @@ def _pack_bits(flags: Tensor, dtype: torch.dtype) -> Tensor:
     return (groups.to(torch.int64) << shifts).sum(-1).to(dtype)
 
 
-def _unpack_bits(packed: Tensor, count: int) -> Tensor:
-    """The inverse of `_pack_bits`: booleans (..., count)."""
+def unpack_bits(packed: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_bits`: booleans (..., count)."""
     shifts = torch.arange(8 * packed.dtype.itemsize, device=packed.device)
     masks = torch.bitwise_left_shift(torch.ones_like(shifts), shifts).to(packed.dtype)
     return (packed[..., None] & masks).flatten(-2)[..., :count].bool()
 
 
+def _unpack_bases(bits: Tensor, channels: int) -> Tensor:
+    """B (M, O, C, *K), +1.0 and -1.0, from the bits (M, O, *K, bytes)."""
+    return unpack_bits(bits, channels).float().mul_(2).sub_(1).movedim(-1, 2)
+
+
 def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
     """Wq (O, C, *K) from its bits (M, O, *K, bytes) and alphas (M, O)."""
-    signs = 2 * _unpack_bits(bits, channels).to(alphas.dtype) - 1
-    Wq = torch.einsum("mo,mo...->o...", alphas, signs)
-    return Wq.movedim(-1, 1).contiguous()
+    B = _unpack_bases(bits, channels).to(alphas.dtype)
+    return torch.einsum("mo,mo...->o...", alphas, B).contiguous()
 
 
 _CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
-def _packed_conv_reference(
+def packed_conv(
     x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor, bias: Tensor | None,
     channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    out_thresholds: Tensor | None, out_flips: Tensor | None,
+    out_thresholds: Tensor | None, out_flips: Tensor | None, *, as_flags: bool = False,
 ) -> Tensor:  # fmt: skip
     """abcnets::packed_conv: y = bias + sum_m sum_n alphas[m] betas[n] conv(A_n, B_m), thresholded to bits if asked.
 
@@ -1754,8 +1421,9 @@ def _packed_conv_reference(
         returns (B, O, *S') in x's dtype (float32 for words), contiguous whatever the order of x; or, given
         out_thresholds (N', O) and out_flips (O,), words (B, *S', ceil(O / 64), N') with bit
         (y >= out_thresholds[n]) != out_flips.
+        as_flags: hand on booleans (N', B, *S', O) in the place of words, in and out, where no format has to be kept.
 
-    A NaN in x gives NaN where the float simulation has it. Bits cannot be NaN: then it raises ValueError.
+    A NaN in x gives NaN where the float simulation has it. Words cannot be NaN: then it raises ValueError.
     """
     result = x.dtype if x.is_floating_point() else torch.float32
     if x.dtype == torch.int64:
@@ -1763,6 +1431,8 @@ def _packed_conv_reference(
     y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
     if out_thresholds is None:
         return y.to(result).contiguous()
+    if as_flags:
+        return _compared(y, out_thresholds, out_flips)
     if y.isnan().any():
         raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
     return _pack_words(_compared(y, out_thresholds, out_flips))
@@ -1772,11 +1442,11 @@ def _packed_conv_reference(
 
 
 def _pack_words(flags: Tensor) -> Tensor:
-    return _pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+    return pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
 
 
 def _unpack_words(words: Tensor, channels: int) -> Tensor:
-    return _unpack_bits(words.movedim(-1, 0), channels)
+    return unpack_bits(words.movedim(-1, 0), channels)
 
 
 def _compared(y: Tensor, thresholds: Tensor, flips: Tensor) -> Tensor:
@@ -1806,17 +1476,20 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
     return _CONVOLUTIONS[dims](F.pad(Aq, _for_pad(padding)), Wq, bias, stride, 0, dilation, groups)
 
 
-def _packed_max_pool_reference(
+def packed_max_pool(
     words: Tensor, flips: Tensor, channels: int,
     kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
+    *, as_flags: bool = False,
 ) -> Tensor:  # fmt: skip
     """abcnets::packed_max_pool: words (B, *S, P, N) of a thresholded tensor -> those of the max-pooled tensor.
 
     Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
-    OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides).
+    OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides). as_flags:
+    booleans (N, B, *S, C) in and out in the place of words.
     """
-    flags = _unpack_words(words, channels)
-    return _pack_words(_pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode))
+    flags = words if as_flags else _unpack_words(words, channels)
+    pooled = _pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode)
+    return pooled if as_flags else _pack_words(pooled)
 
 
 def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor:
@@ -1864,38 +1537,116 @@ def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, 
     return words.new_empty((B, *out, P, N))
 
 
+_INTERFACE = 1  # of the operators, and of what this file and abcnets_kernels ask of one another
+
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
-for _name, _schema, _reference, _fake in (
-    (
-        "packed_conv",
-        "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor flips, Tensor? bias, "
-        "int channels, int[] stride, int[] padding, int[] dilation, int groups, "
-        "Tensor? out_thresholds, Tensor? out_flips) -> Tensor",
-        _packed_conv_reference,
-        _packed_conv_fake,
-    ),
-    (
-        "packed_max_pool",
-        "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-        "bool ceil_mode) -> Tensor",
-        _packed_max_pool_reference,
-        _packed_max_pool_fake,
-    ),
-):
-    if not hasattr(torch.ops.abcnets, _name):  # a second copy of this file in one process shares the first one's
-        _library.define(_name + _schema)
-        _library.impl(_name, _reference, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"abcnets::{_name}", _fake, lib=_library)
+
+def _define_operators() -> None:
+    """Define abcnets::packed_conv and packed_max_pool; another copy of this file may have done it in this process."""
+    existing = torch.ops.abcnets.interface() if hasattr(torch.ops.abcnets, "interface") else 0
+    if hasattr(torch.ops.abcnets, "packed_conv"):
+        if existing == _INTERFACE:
+            return
+        raise ImportError(f"this process has loaded another version of abcnets, whose operators have interface "
+                          f"{existing}; those of {__file__} have {_INTERFACE}. Use one of both")  # fmt: skip
+    _library.define("interface() -> int")
+    _library.impl("interface", lambda: _INTERFACE, "CompositeExplicitAutograd")
+    for plain, fake, schema in (
+        (packed_conv, _packed_conv_fake,
+         "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor flips, Tensor? bias, "
+         "int channels, int[] stride, int[] padding, int[] dilation, int groups, "
+         "Tensor? out_thresholds, Tensor? out_flips) -> Tensor"),
+        (packed_max_pool, _packed_max_pool_fake,
+         "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
+         "bool ceil_mode) -> Tensor"),
+    ):  # fmt: skip
+        _library.define(plain.__name__ + schema)
+        _library.impl(plain.__name__, functools.partial(_run_operator, plain), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"abcnets::{plain.__name__}", fake, lib=_library)
+
+
+def _run_operator(plain, x: Tensor, *arguments) -> Tensor:
+    """What runs where no engine is registered: perhaps none was looked for yet, as in a program that was exported."""
+    if "engine" in _engines().get(x.device.type, {}):
+        return getattr(torch.ops.abcnets, plain.__name__)(x, *arguments)
+    return plain(x, *arguments)
+
+
+_define_operators()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Packed inference: engines
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PACKAGE = "abcnets_kernels"
+_loading = threading.Lock()
+_loaded: dict[str, dict] = {}  # what `register` of the package returned, once it was asked
+
+
+def _kernels(part: str = ""):
+    """The package abcnets_kernels or a module of it: loaded already, in the folder kernels/ beside this file, or
+    installed. A folder of that name which is not ours is left alone. Raises ImportError, in one sentence."""
+    beside = Path(__file__).resolve().with_name("kernels") / "__init__.py"
+    if _PACKAGE not in sys.modules:
+        if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
+            spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
+            sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+            try:
+                spec.loader.exec_module(sys.modules[_PACKAGE])
+            except BaseException:
+                del sys.modules[_PACKAGE]
+                raise
+        elif importlib.util.find_spec(_PACKAGE) is None:
+            raise ImportError(f"the package {_PACKAGE} is neither installed nor a folder kernels/ beside {__file__}")
+    package = importlib.import_module(_PACKAGE)
+    if package.INTERFACE != _INTERFACE:
+        raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {__file__} has {_INTERFACE}: "
+                          "they are of different versions")  # fmt: skip
+    return importlib.import_module(f"{_PACKAGE}.{part}") if part else package
+
+
+def _engines() -> dict[str, dict]:
+    """What there is for each device (see `register` in abcnets_kernels); looked for once."""
+    if not _loaded:
+        with _loading:
+            if not _loaded:
+                try:
+                    _loaded.update(_kernels().register(sys.modules[__name__]))
+                except Exception as error:
+                    none = {"missing": str(error), "install": "pip install abcnets, or copy kernels/ beside abcnets.py"}
+                    _loaded.update(cpu=none, cuda=none)
+    return _loaded
+
+
+def engines() -> dict[str, str]:
+    """What runs packed layers on each device, such as {"cpu": "numba", "cuda": "float convolutions: no NVIDIA GPU"}."""
+    return {
+        device: found.get("engine") or f"float convolutions: {found['missing']}" for device, found in _engines().items()
+    }
+
+
+@torch.compiler.assume_constant_result
+def _bits_pay(device: str, M: int, N: int) -> bool:
+    """Whether a device's engine runs M x N binary convolutions faster than one float convolution."""
+    found = _engines().get(device, {})
+    if "engine" not in found:
+        _warn_once(device)
+    return 0 < M * N <= found.get("products", 0)
+
+
+@functools.cache
+def _warn_once(device: str) -> None:
+    found = _engines().get(device, {})
+    if found.get("install"):
+        warnings.warn(f"packed layers run as float convolutions on {device}, since {found['missing']}; for speed: "
+                      f"{found['install']}", stacklevel=2)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed inference: layers and models
 # ---------------------------------------------------------------------------------------------------------------------
-
-# On CPUs with a vector popcount bits beat oneDNN's float32 up to about this many binary convolutions a layer.
-_BITS_PAY_UP_TO = 16
-
 
 class PackedLayer(nn.Module):
     """The inference form of an ABC layer, convolution or linear: bits, scales and thresholds. Made by `pack`.
@@ -1905,14 +1656,17 @@ class PackedLayer(nn.Module):
         alphas (M, O), bias (O,) or None: float32.
         thresholds (N,), betas (N,): float32, A_n = +1 where input >= thresholds[n]; empty where the input stays float.
 
-    `engine` is "bits", which runs M x N binary convolutions through the operator abcnets::packed_conv, or "float",
-    which runs one float convolution with the weights unpacked (and kept, outside the state dict).
+    `engine` is "bits", which runs M x N binary convolutions through the operator abcnets::packed_conv; "float", which
+    runs one float convolution with the weights unpacked (and kept, outside the state dict); or "auto", whichever is
+    faster with the engine of the input's device, decided at each call.
 
     Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
     """
 
-    def __init__(self, layer: nn.Module, M: int, N: int, engine: str):
+    def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto"):
         """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict."""
+        if engine not in ("auto", "bits", "float"):
+            raise ValueError(f"engine must be 'auto', 'bits' or 'float', got {engine!r}")
         super().__init__()
         self.spatial_dims = layer.weight.ndim - 2
         self.out_channels, per_group, *kernel = layer.weight.shape
@@ -1939,35 +1693,52 @@ class PackedLayer(nn.Module):
         self._Wq = None
 
     @classmethod
-    def from_layer(cls, layer: _ABCLayer, engine: str):
+    def from_layer(cls, layer: _ABCLayer, engine: str = "auto"):
+        """The packed form of an ABC layer that has weight bases, active or not."""
         M, N = layer.weight_bases, layer.activation_bases or 0
-        packed = cls(layer, M, N, _choose_engine(engine, M, N))
+        packed = cls(layer, M, N, engine)
         with torch.no_grad():
             weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
             us = layer.us.to(weight.dtype)
             flags = weight_bases(weight, us, layer.per_channel) > 0
-            packed.bits.copy_(_pack_bits(flags.movedim(2, -1), torch.uint8))
+            packed.bits.copy_(pack_bits(flags.movedim(2, -1), torch.uint8))
             packed.alphas.copy_(fit_weight(weight, us, layer.per_channel).expand_as(packed.alphas))
             if N:
                 packed.thresholds.copy_(_thresholds(layer.vs))
                 packed.betas.copy_(layer.betas)
             if layer.bias is not None:
                 packed.bias.copy_(layer.bias)
-        packed._refresh()
+        packed._spread_thresholds()
         return packed.eval()
 
-    def _refresh(self):
-        self._Wq = None
+    def _spread_thresholds(self) -> None:
         self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
 
     def _load_from_state_dict(self, *arguments):
         super()._load_from_state_dict(*arguments)
-        self._refresh()
+        self.refresh()
+        self._spread_thresholds()
 
     def _apply(self, fn, recurse=True):
-        self._Wq = None
+        self.refresh()
         # Flat, since a memory format means nothing to bits: (M, O, kH, kW, bytes) is no 5-dimensional image.
         return super()._apply(lambda tensor: fn(tensor.reshape(-1)).view(tensor.shape), recurse)
+
+    def unpack(self) -> Tensor:
+        """The weight bases B (M, O, C / groups, *K), +1.0 and -1.0; Wq = sum_m alphas[m] B[m]."""
+        return _unpack_bases(self.bits, self.channels // self.groups)
+
+    def runs_bits(self, device: str | None = None) -> bool:
+        """Whether the layer runs binary convolutions on such a device ("cpu", "cuda"), by default where it is now."""
+        if self.engine != "auto":
+            return self.engine == "bits"
+        if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
+            return len(self.betas) > 0
+        return _bits_pay(device or self.bits.device.type, len(self.bits), len(self.betas))
+
+    def refresh(self) -> None:
+        """Forget what was derived from the tensors (the unpacked weights); for when these were changed in place."""
+        self._Wq = None
 
     def forward(self, input: Tensor) -> Tensor:
         words = input.dtype == torch.int64
@@ -1992,7 +1763,7 @@ class PackedLayer(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
-        if self.engine == "float":
+        if x.dtype != torch.int64 and not self.runs_bits(x.device.type):
             return self._float_convolve(x, padding)
         return torch.ops.abcnets.packed_conv(
             x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
@@ -2036,28 +1807,19 @@ def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:
     return tuple(p for side in padding for p in (side, side))
 
 
-def _choose_engine(engine: str, M: int, N: int) -> str:
-    if engine not in ("auto", "bits", "float"):
-        raise ValueError(f"engine must be 'auto', 'bits' or 'float', got {engine!r}")
-    if engine == "auto":
-        return "bits" if 0 < M * N <= _BITS_PAY_UP_TO else "float"
-    return engine
-
-
 def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
     """An inference copy in which every active ABC layer is a `PackedLayer`, with 1 bit a weight and base.
 
-    It puts out what the model does in eval mode, to rounding. The model itself is untouched. With stock torch the
-    packed layers are right but slow; `import kernels` (this project's CPU and CUDA engines) makes them fast.
+    It puts out what the model does in eval mode, to rounding. The model itself is untouched. How fast it is depends on
+    the device's engine: see `engines`.
 
     Args:
         model: a model with ABC layers, or one such layer. Inactive ones and those with float weights stay as they are.
-        engine: how the packed layers compute: "bits", "float" (see `PackedLayer`), or "auto": bits where M * N is at
-            most 16, beyond which one float convolution is faster, and float where the activations are.
+        engine: how the packed layers compute: "auto", whichever is faster where they run, "bits" or "float" (see
+            `PackedLayer`). It can be set later too, and no file holds it.
 
     Raises: ValueError where the model has no layer to pack, or for another engine.
     """
-    _choose_engine(engine, 1, 1)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     layers = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active and m.us is not None]
     if not layers:
@@ -2065,14 +1827,15 @@ def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
     return _replace(model, {layer: PackedLayer.from_layer(layer, engine) for layer in layers})
 
 
-_FORMAT_VERSION = 1
+_FORMAT_VERSION = 2
+_READABLE = ("1", "2")  # version 1 said, for each packed layer, what it was to run as
 
 
 def save_packed(model: nn.Module, path) -> None:
     """Write a packed model to one safetensors file (needs the `safetensors` package); replaces the file atomically.
 
     The file holds the state dict, and in its metadata {"format": "abcnets", "version", "sha256", "layers"}: for each
-    packed layer M, N, engine and geometry, for each ABC layer left as it is its bases, as JSON.
+    packed layer M, N and geometry, for each ABC layer left as it is its bases, as JSON.
 
     Args:
         model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
@@ -2147,7 +1910,7 @@ def _describe(layer: nn.Module) -> dict:
     if isinstance(layer, _ABCLayer):
         bases = {"weight_bases": layer.weight_bases, "activation_bases": layer.activation_bases}
         return {"kind": "abc", **bases, "per_channel": layer.per_channel}
-    names = ("channels", "out_channels", "groups", "padding_mode", "engine")
+    names = ("channels", "out_channels", "groups", "padding_mode")
     lists = ("kernel_size", "stride", "padding", "dilation")
     return {
         "kind": "packed", "M": len(layer.bits), "N": len(layer.betas),
@@ -2158,7 +1921,7 @@ def _describe(layer: nn.Module) -> dict:
 def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
     try:
         if description["kind"] == "packed":
-            return PackedLayer(layer, description["M"], description["N"], description["engine"]).eval()
+            return PackedLayer(layer, description["M"], description["N"]).eval()
         bases = {key: value for key, value in description.items() if key != "kind"}
         stock = layer._stock if isinstance(layer, _ABCLayer) else type(layer)
         return _ABC_OF[stock].from_float(layer, **bases).eval()
@@ -2171,8 +1934,8 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
     if metadata.get("format") != "abcnets":
         raise ValueError(f"{path} is a safetensors file, but no packed model: its format is {metadata.get('format')!r}")
     version = metadata.get("version", "")
-    if not version.isdecimal() or int(version) != _FORMAT_VERSION:
-        raise ValueError(f"{path} has format version {version!r}; this abcnets reads version {_FORMAT_VERSION}")
+    if version not in _READABLE:
+        raise ValueError(f"{path} has format version {version!r}; this abcnets reads {' and '.join(_READABLE)}")
     if metadata.get("sha256") != _digest(tensors):
         raise ValueError(f"{path} was changed after it was written: its checksum does not match its contents")
     try:
@@ -2180,6 +1943,8 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
         assert isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
     except (KeyError, ValueError, AssertionError):
         raise ValueError(f"{path} lacks a readable description of its layers") from None
+    if version == "1":
+        layers = {name: {k: v for k, v in layer.items() if k != "engine"} for name, layer in layers.items()}
     return layers
 
 
@@ -2194,195 +1959,25 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: bits from layer to layer
+# Packed inference: fused, and exported (both in abcnets_kernels)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     """Keep bits between the layers of a packed model: BatchNorm, ReLU and max-pool become thresholds and ORs.
 
-    Between two packed layers, whatever is elementwise and monotone in each channel (BatchNorm, ReLU and its kin, the
-    identity of Dropout) is followed by a comparison with the next layer's thresholds, so it only moves these: each
-    channel of the earlier layer's output is compared once a base, with a constant that folds all of it in, and max-pool
-    commutes with the comparison. No float tensor is written on the way. Behind any other producer (the first, float
-    convolution; a residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them.
-    A BatchNorm whose result is needed in float folds into the scales and bias of the convolution in front of it.
-
-    The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide
-    as those do, to the last bit.
+    Between two packed layers, whatever is elementwise and monotone in each channel only moves the next layer's
+    thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. How, and what
+    is folded where that cannot be, is told in kernels/fuse.py.
 
     Args:
         model: what `pack` or `load_packed` returned; it is not touched.
 
     Returns: a torch.fx.GraphModule with the same outputs, to rounding. NaN in the input raises ValueError where it
         would have to become bits.
-    Raises: ValueError where the model can't be traced by torch.fx.
+    Raises: ValueError where the model can't be traced by torch.fx, ImportError without the package abcnets_kernels.
     """
-    model = copy.deepcopy(model).eval()
-    try:
-        graph = _PackedTracer().trace(model)
-    except Exception as error:
-        raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
-    fused = torch.fx.GraphModule(model, graph)
-    for node in list(graph.nodes):
-        layer = _module_of(fused, node)
-        if isinstance(layer, PackedLayer) and _reads_bits(layer):
-            _fuse_input(fused, node, layer)
-    for node in list(graph.nodes):
-        if type(_module_of(fused, node)) in _BATCH_NORMS:
-            _fold_norm(fused, node)
-    graph.eliminate_dead_code()
-    fused.delete_all_unused_submodules()
-    fused.recompile()
-    return fused
-
-
-class _PackedTracer(torch.fx.Tracer):
-    def is_leaf_module(self, module, name):
-        return isinstance(module, (PackedLayer, _ABCLayer)) or super().is_leaf_module(module, name)
-
-
-def _reads_bits(layer: PackedLayer) -> bool:
-    return layer.engine == "bits" and len(layer.betas) > 0 and layer.padding_mode == "zeros" and layer.groups == 1
-
-
-def _fuse_input(fused, node, layer: PackedLayer) -> None:
-    """Fold what lies between a packed layer and its producer into thresholds: the producer's, or else its own."""
-    chain, producer = _monotone_chain(fused, node)
-    producing = _module_of(fused, producer)
-    pools = [i for i, link in enumerate(chain) if _pool_of(fused, link)]
-    if isinstance(producing, PackedLayer) and producing.engine == "bits" and len(producer.users) == 1:
-        functions = [_function_of(fused, link) for link in chain]
-        producing.out_thresholds, producing.out_flips = _fold(functions, layer)
-        source = producer
-        for i in pools:
-            after = _fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
-            source = _insert_pool(fused, chain[i], source, after, layer.channels)
-    else:
-        rest = chain[pools[-1] + 1 :] if pools else chain
-        layer.in_thresholds, layer.in_flips = _fold([_function_of(fused, link) for link in rest], layer)
-        source = chain[pools[-1]] if pools else producer
-    node.replace_input_with(node.args[0], source)
-
-
-def _fold_norm(fused, node) -> None:
-    """Fold a BatchNorm whose float output is wanted into the convolution that feeds it alone, packed or stock."""
-    norm, producer = _module_of(fused, node), node.args[0]
-    layer = _module_of(fused, producer)
-    if len(producer.users) > 1 or not norm.track_running_stats:
-        return
-    if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-        fused.set_submodule(producer.target, torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm))
-    elif isinstance(layer, PackedLayer) and layer.engine == "bits" and layer.spatial_dims > 0:
-        scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-        shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
-        layer.alphas = layer.alphas * scale
-        layer.bias = shift if layer.bias is None else layer.bias * scale + shift
-    else:
-        return
-    node.replace_all_uses_with(producer)
-
-
-def _monotone_chain(fused, node) -> tuple[list, "torch.fx.Node"]:
-    """The single-use links in front of a node that only move its thresholds, first to last, and what feeds them."""
-    chain = []
-    link = node.args[0]
-    while len(link.users) == 1 and (_function_of(fused, link) or _pool_of(fused, link)):
-        chain.insert(0, link)
-        link = link.args[0]
-    return chain, link
-
-
-def _module_of(fused, node):
-    return fused.get_submodule(node.target) if node.op == "call_module" else None
-
-
-# Non-decreasing, elementwise. BatchNorm is monotone in each channel, in either direction.
-_MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
-_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-
-
-def _function_of(fused, node):
-    """What a graph node does to a tensor with channels in dimension 1, where that is monotone; else None."""
-    module = _module_of(fused, node)
-    if type(module) in _MONOTONE_MODULES:
-        return module
-    if type(module) in _BATCH_NORMS and module.track_running_stats:
-        statistics = (module.running_mean, module.running_var, module.weight, module.bias)
-        return lambda z: F.batch_norm(z, *statistics, eps=module.eps)
-    if node.op in ("call_function", "call_method") and node.target in _RELUS:
-        return torch.relu
-    return None
-
-
-def _pool_of(fused, node):
-    module = _module_of(fused, node)
-    return module if type(module) in _POOLS and not module.return_indices else None
-
-
-def _insert_pool(fused, link, source, flips: Tensor, channels: int):
-    pool = _pool_of(fused, link)
-    dims = _POOLS[type(pool)]
-    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-    sizes = [[size] * dims if isinstance(size, int) else list(size) for size in sizes]
-    name = f"{link.name}_flips"
-    fused.register_buffer(name, flips, persistent=False)
-    with fused.graph.inserting_after(source):
-        flips_node = fused.graph.get_attr(name)
-    with fused.graph.inserting_after(flips_node):
-        arguments = (source, flips_node, channels, *sizes, pool.ceil_mode)
-        return fused.graph.call_function(torch.ops.abcnets.packed_max_pool.default, arguments)
-
-
-def _fold(functions: list, layer: PackedLayer) -> tuple[Tensor, Tensor]:
-    """Thresholds (N, C) and flips (C,) on z with (z >= thresholds) != flips where f(z) >= the layer's own thresholds.
-
-    f, the composition, is monotone in each channel, so each threshold is the smallest float32 for which a comparison
-    comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
-    32 evaluations. Max-pools have no entry: they commute.
-    """
-    N, C = layer.in_thresholds.shape
-    wanted = layer.thresholds[:, None]
-
-    def f(z):
-        for function in functions:
-            z = z if function is None else function(z)
-        return z
-
-    extreme = torch.finfo(torch.float32).max
-    low, high = (f(wanted.new_full((1, C), value))[0] for value in (-extreme, extreme))
-    flips = high < low
-
-    def passed(key):  # monotone in the key: False, then True
-        return (f(_float_of_key(key)) >= wanted) != flips
-
-    infinity = _key_of_float(wanted.new_tensor(math.inf))
-    below = wanted.new_zeros((N, C), dtype=torch.int64) - infinity - 1  # one step below -inf: never passed
-    above = torch.zeros_like(below) + infinity  # if nothing smaller passes, +inf is the threshold
-    below_all = passed(-infinity.expand(N, C))
-    while (above - below > 1).any():
-        middle = torch.div(below + above, 2, rounding_mode="floor")
-        is_true = passed(middle.clamp(min=-infinity))
-        above, below = torch.where(is_true, middle, above), torch.where(is_true, below, middle)
-    return torch.where(below_all, -math.inf, _float_of_key(above.clamp(min=-infinity))), flips
-
-
-def _key_of_float(x: Tensor) -> Tensor:
-    """An integer that is ordered as the float32 is: its bits, the magnitude negated below zero."""
-    bits = x.view(torch.int32).to(torch.int64)
-    return torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-
-
-def _float_of_key(key: Tensor) -> Tensor:
-    bits = torch.where(key < 0, -key | -0x80000000, key)
-    return bits.to(torch.int32).view(torch.float32)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Export
-# ---------------------------------------------------------------------------------------------------------------------
+    return _kernels("fuse").fuse(sys.modules[__name__], model)
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
@@ -2401,9 +1996,9 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
         example_input: a batch of the right shape and dtype; its values don't matter.
         path: the file to write.
 
-    Raises: ImportError without the packages onnx and onnxscript; ValueError for an example without a batch, and where
-        torch.export can't trace the model. A NaN that would have to become bits in a fused model raises nothing in the
-        file: it counts as below every threshold.
+    Raises: ImportError without the packages abcnets_kernels, onnx and onnxscript; ValueError for an example without a
+        batch, and where torch.export can't trace the model. A NaN that would have to become bits in a fused model
+        raises nothing in the file: it counts as below every threshold.
 
     Example::
 
@@ -2411,62 +2006,4 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
         session = onnxruntime.InferenceSession("model.onnx")
         (logits,) = session.run(None, {"input": images.numpy()})
     """
-    try:
-        import onnx_ir
-        import onnx_ir.passes.common
-        from onnxscript.optimizer import optimize_ir
-    except ImportError as error:
-        raise ImportError(f"export_onnx needs two more packages, `pip install onnx onnxscript`: {error}") from None
-
-    def from_bits(node) -> bool | None:  # folded into a constant, they would be 32 times as large
-        bits = any(value is not None and value.dtype == onnx_ir.DataType.UINT8 for value in node.inputs)
-        return False if bits else None
-
-    names = {"input_names": ["input"], "output_names": ["output"]}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about torch's own code
-        program = torch.onnx.export(_plain_program(model, example_input), **names, optimize=False, verbose=False)
-    optimize_ir(program.model, should_fold=from_bits)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces, longer than a small network
-    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
-        program.save(temporary, external_data=False)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-
-
-@torch.no_grad()
-def _plain_program(model: nn.Module, example: Tensor) -> "torch.export.ExportedProgram":
-    """The model in eval mode as operations that every exporter knows, for batches of any size."""
-    if not isinstance(example, Tensor) or example.ndim == 0 or len(example) == 0:
-        got = tuple(example.shape) if isinstance(example, Tensor) else type(example).__name__
-        raise ValueError(f"export_onnx needs a batch of at least one example input, got {got}")
-    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
-    for layer in model.modules():
-        if isinstance(layer, _ABCLayer) and layer.active:
-            layer.weight = nn.Parameter(layer.quantized_weight(), requires_grad=False)
-            layer.us = None
-    # torch.export takes sizes 0 and 1 for constants: the example must be a batch of two or more.
-    example = example.detach().cpu().expand(max(2, len(example)), *example.shape[1:])
-    try:
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:
-        raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error
-
-    # With flags in the place of words: no format has to be kept, and ONNX Runtime adds int64 only up to 53 bits.
-    def packed_conv(x, *arguments):
-        *arguments, out_thresholds, out_flips = arguments
-        y = _packed_sums(x, *arguments)
-        if out_thresholds is not None:
-            return _compared(y, out_thresholds, out_flips)
-        return y.to(x.dtype) if x.is_floating_point() else y
-
-    def packed_max_pool(flags, flips, channels, *sizes):
-        return _pooled(flags, flips, *sizes)
-
-    operators = torch.ops.abcnets
-    return program.run_decompositions(
-        {operators.packed_conv.default: packed_conv, operators.packed_max_pool.default: packed_max_pool}
-    )
+    _kernels("export").export_onnx(sys.modules[__name__], model, example_input, path)

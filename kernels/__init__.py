@@ -1,45 +1,116 @@
-"""`import kernels` registers the fastest packed convolution that this machine can run; nothing else.
+"""The package `abcnets_kernels`: what makes packed layers fast. `abcnets.py` finds it and loads it by itself.
 
-    import abcnets, kernels
-    packed = abcnets.pack(model)        # from here on packed layers run on the engines below
+    layout.py               how bits, weights, thresholds and border constants lie in memory; the algebra
+    cpu/, cuda/             the engines, from naive to fastest, one idea a file
+    fuse.py, export.py      bits from layer to layer; ONNX files
+    bench.py, report.py     one clock, one table, one figure for every rung and rival
 
-Importing is cheap: Numba is loaded, and kernels are compiled (or read from Numba's cache), at the first packed call.
-Where an engine cannot run (no Numba), its operators stay with the plain torch implementation in `abcnets.py`; ask
-`kernels.engines()` which device runs what, or `kernels.require("cpu")` to be told instead of slowed down.
+It is installed and imported as `abcnets_kernels`. In the repository its folder is called `kernels`, and it answers to
+that name too (`python -m kernels.bench`), with the very same modules behind both.
 """
 
-from importlib.util import find_spec
+import importlib.abc
+import importlib.util
+import sys
+from pathlib import Path
 
-import torch
-
-import abcnets  # noqa: F401  (defines the operators that the engines implement)
-
-_engines = {"cpu": "reference", "cuda": "reference"}
-
-
-def engines() -> dict[str, str]:
-    """Which implementation runs the packed operators on each device: {"cpu": "numba", "cuda": "reference"}."""
-    return dict(_engines)
+NAME = "abcnets_kernels"
+INTERFACE = 1  # what `register`, `fuse`, `export` and abcnets.py agree on; each side refuses another number
 
 
-def require(device: str) -> None:
-    """Raise RuntimeError, in one sentence, unless `device` has a registered engine."""
-    if _engines.get(device, "reference") == "reference":
-        wanted = "numba" if device == "cpu" else "numba-cuda and an NVIDIA GPU"
-        raise RuntimeError(f"no {device} engine: the packed operators run on plain torch; it needs {wanted}")
+class _OtherName(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds `kernels.x` for `kernels` this package under its folder's name: the one module `abcnets_kernels.x`."""
+
+    def __init__(self, alias: str):
+        self.alias = alias
+
+    def _real(self, name: str) -> str:
+        return NAME + name[len(self.alias) :]
+
+    def find_spec(self, name, path=None, target=None):
+        real = importlib.util.find_spec(self._real(name)) if name.startswith(self.alias + ".") else None
+        if real is None:
+            return None
+        is_package = real.submodule_search_locations is not None
+        spec = importlib.util.spec_from_loader(name, self, origin=real.origin, is_package=is_package)
+        spec.has_location = True
+        return spec
+
+    def create_module(self, spec):
+        module = importlib.import_module(self._real(spec.name))
+        self._spec = module.__spec__
+        return module
+
+    def exec_module(self, module):
+        module.__spec__ = self._spec  # which the import system has just replaced by the alias's
+
+    def get_source(self, name):
+        real = importlib.util.find_spec(self._real(name))
+        return real.loader.get_source(real.name)
+
+    def get_code(self, name):  # for `python -m`
+        real = importlib.util.find_spec(self._real(name))
+        return real.loader.get_code(real.name)
 
 
-def _register() -> None:
-    if find_spec("numba"):
-        from . import cpu_engine
+def _answer_to(alias: str) -> None:
+    """Make the alias another name of the one package."""
+    if NAME not in sys.modules:
+        spec = importlib.util.spec_from_file_location(NAME, __file__, submodule_search_locations=[str(_HERE)])
+        sys.modules[NAME] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[NAME])
+    there = Path(sys.modules[NAME].__file__).resolve().parent
+    if there != _HERE:
+        raise ImportError(f"{NAME} is loaded from {there} already; {_HERE} is another copy of it")
+    sys.meta_path.insert(0, _OtherName(alias))
+    sys.modules[alias] = sys.modules[NAME]
 
-        cpu_engine.register()
-        _engines["cpu"] = "numba"
-    if torch.cuda.is_available() and find_spec("numba_cuda") and find_spec("kernels.cuda_engine"):
-        from . import cuda_engine
 
-        cuda_engine.register()
-        _engines["cuda"] = "numba-cuda"
+_HERE = Path(__file__).resolve().parent
+
+if __name__ != NAME:
+    _answer_to(__name__)
 
 
-_register()
+def register(abcnets) -> dict[str, dict]:
+    """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation here.
+
+    Args:
+        abcnets: the module that asks, whose plain operators run what an engine does not compute.
+
+    Returns: for each device {"engine": name, "products": how many binary convolutions M N a layer may have for bits to
+        be faster than one float convolution}, or {"missing": why there is no engine, "install": what would help, or
+        ""}. An engine is tried before it is registered, and registering twice is harmless.
+    """
+    return {"cpu": _register_cpu(abcnets), "cuda": _register_cuda(abcnets)}
+
+
+def _register_cpu(abcnets) -> dict:
+    try:
+        from .cpu import engine
+
+        engine.try_it()
+    except Exception as error:  # whatever is missing, too old or broken, layers must still compute
+        return {"missing": _first_line(error), "install": "pip install --upgrade numba numpy"}
+    engine.register(abcnets)
+    return {"engine": "numba", "products": engine.BITS_PAY_UP_TO}
+
+
+def _register_cuda(abcnets) -> dict:
+    import torch
+
+    if not torch.cuda.is_available():
+        return {"missing": "no NVIDIA GPU", "install": ""}
+    try:
+        from .cuda import engine
+
+        engine.try_it()
+    except Exception as error:
+        return {"missing": _first_line(error), "install": "pip install --upgrade numba-cuda"}
+    engine.register(abcnets)
+    return {"engine": "numba-cuda", "products": engine.BITS_PAY_UP_TO}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

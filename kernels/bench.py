@@ -3,7 +3,7 @@
     python -m kernels.bench                                     all sizes, 1 thread and all threads; writes the results
     python -m kernels.bench --quick                             a few sizes, nothing written
     python -m kernels.bench --shape 128,128,3,28,1 --batch 8    one convolution (C, O, K, size, padding[, stride])
-    python -m kernels.bench --device cuda                       the CUDA ladder (kernels/cuda_bench.py)
+    python -m kernels.bench --device cuda                       the CUDA ladder (kernels/cuda/bench.py)
 
 What is timed: a whole layer as a network calls it, float32 in and out, thresholds and packing included. Beside it, what
 a user would take instead: torch's float32 convolution in both memory layouts, and int8 (float32 in and out as well) by
@@ -17,12 +17,10 @@ after the others, because its threads spin for a while after each call and would
 import argparse
 import csv
 import os
-import platform
 import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass
-from importlib import metadata
 from pathlib import Path
 from statistics import median
 
@@ -30,6 +28,8 @@ import torch
 import torch.nn.functional as F
 
 import abcnets
+
+from .clock import interleaved_medians, machine
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
@@ -85,7 +85,7 @@ def packed_layer(shape: Shape, bases: int, seed=0) -> tuple:
     """Random arguments of abcnets::packed_conv for M = N = bases, after x and up to `groups`."""
     generator = torch.Generator().manual_seed(seed)
     C, O, K = shape.C, shape.O, shape.K
-    bits = abcnets._pack_bits(torch.rand(bases, O, K, K, C, generator=generator) < 0.5, torch.uint8)
+    bits = abcnets.pack_bits(torch.rand(bases, O, K, K, C, generator=generator) < 0.5, torch.uint8)
     thresholds = torch.linspace(-1, 1, bases + 2)[1:-1, None].expand(-1, C).contiguous()
     return (
         bits, torch.rand(bases, O, generator=generator), torch.rand(bases, generator=generator), thresholds,
@@ -185,24 +185,7 @@ def onnxruntime_int8(shape: Shape, x, threads: int):
     return lambda: session.run(None, inputs)
 
 
-# --------------------------------------------------------------------------- the clock
-
-
-def interleaved_medians(contenders: dict, seconds: float) -> dict:
-    """Median seconds a call of each contender; rounds go on for `seconds`, at least five and at most sixty of them."""
-    for function in contenders.values():
-        function()
-    times = {name: [] for name in contenders}
-    begun = time.perf_counter()
-    for done in range(60):
-        if done >= 5 and time.perf_counter() - begun > seconds:
-            break
-        for name, function in contenders.items():
-            function()
-            start = time.perf_counter()
-            function()
-            times[name].append(time.perf_counter() - start)
-    return {name: median(values) for name, values in times.items()}
+# --------------------------------------------------------------------------- times
 
 
 def time_shape(shape: Shape, threads: int, bases=BASES, seconds=6.0, compiled=False) -> dict:
@@ -231,7 +214,7 @@ def check_rung(name: str, packed_conv, shapes) -> None:
     for shape in shapes:
         for n in (1, 2, 3):
             x, layer = torch.randn(shape.B, shape.C, shape.size, shape.size), packed_layer(shape, n)
-            expected = abcnets._packed_conv_reference(x.double(), *layer, None, None)
+            expected = abcnets.packed_conv(x.double(), *layer, None, None)
             error = (packed_conv(x, *layer, None, None) - expected).abs().max() / expected.abs().max()
             print(f"{name}: {shape}, M = N = {n}: off by {error:.1e} of the largest output")
             assert error < 1e-5
@@ -239,7 +222,7 @@ def check_rung(name: str, packed_conv, shapes) -> None:
 
 def time_rung(name: str, packed_conv, shape: Shape, bases=(1, 2, 3)) -> None:
     """Print an implementation's speed on one thread; what each kernel file does second."""
-    from . import cpu_peak
+    from .cpu import peak as cpu_peak
 
     torch.set_num_threads(1)
     x = torch.randn(shape.B, shape.C, shape.size, shape.size)
@@ -255,21 +238,6 @@ RUNG_SHAPES = [Shape(70, 40, 3, 9, 1, B=2), Shape(64, 64, 1, 12, 0, 2), Shape(13
 
 
 # --------------------------------------------------------------------------- rows
-
-
-def machine() -> dict:
-    """What a number without its machine is worth nothing without."""
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    versions = {}
-    for package in ("torch", "numba", "llvmlite", "onnxruntime"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = ""
-    return {"cpu": name, "cores": os.cpu_count(), **versions}
 
 
 def rows_of(shape: Shape, threads: int, times: dict, peak: float) -> list[dict]:
@@ -468,17 +436,15 @@ def main() -> None:
     device.add_argument("--device", default="cpu")
     chosen, others = device.parse_known_args()
     if chosen.device == "cuda":
-        from . import cuda_bench
+        from .cuda import bench as cuda_bench
 
         sys.exit(cuda_bench.main(others))
     options = parse_arguments()
     if options.readme:
         return write_readme()
-    import kernels
+    from .cpu import peak as cpu_peak
 
-    from . import cpu_peak
-
-    kernels.require("cpu")
+    print(abcnets.engines())
     shapes = QUICK if options.quick else FIRST_AUTHOR + RESNET_18
     if options.shape:
         C, O, K, size, padding, *stride = map(int, options.shape.split(","))

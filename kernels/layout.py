@@ -138,24 +138,31 @@ class Geometry:
         return np.flatnonzero(d[:, None, None] & h[:, None] & w)
 
 
+def pool_output(size, kernel, stride, padding, dilation, ceil_mode) -> tuple:
+    """The size of a pooled image, as torch counts it."""
+    output = []
+    for s, k, step, low, d in zip(size, kernel, stride, padding, dilation):
+        room = s + 2 * low - d * (k - 1) - 1
+        o = (room + (step - 1 if ceil_mode else 0)) // step + 1
+        if ceil_mode and (o - 1) * step >= s + low:  # torch drops a window that begins beyond the image
+            o -= 1
+        output.append(o)
+    return tuple(output)
+
+
 def pool_sources(size, kernel, stride, padding, dilation, ceil_mode) -> tuple:
     """Which input pixels each window of a pooling holds: (output size, int64 (output pixels, taps)).
 
     Taps outside the image are replaced by one of the same window inside it, which neither a maximum nor an OR notices.
     The table is None if some window holds no pixel at all.
     """
-    output, axes = [], []
-    for s, k, step, low, d in zip(size, kernel, stride, padding, dilation):
-        room = s + 2 * low - d * (k - 1) - 1
-        o = (room + (step - 1 if ceil_mode else 0)) // step + 1
-        if ceil_mode and (o - 1) * step >= s + low:  # torch drops a window that begins beyond the image
-            o -= 1
+    output, axes = pool_output(size, kernel, stride, padding, dilation, ceil_mode), []
+    for s, o, k, step, low, d in zip(size, output, kernel, stride, padding, dilation):
         positions = np.arange(o)[:, None] * step + np.arange(k) * d - low
         inside = (positions >= 0) & (positions < s)
         if o < 1 or not inside.any(1).all():
             return output, None
         some_inside = positions[np.arange(o), inside.argmax(1)]
-        output.append(o)
         axes.append(np.where(inside, positions, some_inside[:, None]))
     sources = np.zeros((1, 1), np.int64)
     for s, positions in zip(size, axes):

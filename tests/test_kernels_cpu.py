@@ -14,8 +14,12 @@ from hypothesis import strategies as st
 import abcnets
 
 pytest.importorskip("numba")
-import kernels
-from kernels import bench, cpu_engine, cpu_scalar, cpu_system, layout
+from kernels import bench, layout
+from kernels.cpu import engine as cpu_engine
+from kernels.cpu import scalar as cpu_scalar
+from kernels.cpu import system as cpu_system
+
+abcnets.engines()  # loads them
 
 
 def examples(count):
@@ -54,7 +58,7 @@ class Case:
     def expect(self, x=None):
         """In float64, which leaves no rounding to argue about."""
         x = self.x if x is None else x
-        return abcnets._packed_conv_reference(x.double() if x.is_floating_point() else x, *self.arguments)
+        return abcnets.packed_conv(x.double() if x.is_floating_point() else x, *self.arguments)
 
 
 def make_case(seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilation, bias=True) -> Case:
@@ -67,7 +71,7 @@ def make_case(seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilati
     on_threshold = thresholds[0].reshape(-1, *[1] * len(size)).expand_as(x)
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, on_threshold, x)  # infinities among them
     tensors = (
-        abcnets._pack_bits(flags, torch.uint8),
+        abcnets.pack_bits(flags, torch.uint8),
         torch.randn(M, O, generator=generator),
         torch.rand(N, generator=generator) + 0.1,
         thresholds,
@@ -139,7 +143,7 @@ def in_memory(draw, case):
 def words_of(x, thresholds, flips):
     """What a layer with these thresholds packs x into."""
     flags = (x.movedim(1, -1)[None] >= thresholds.view(len(thresholds), *[1] * (x.dim() - 1), -1)) != flips
-    return abcnets._pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+    return abcnets.pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
 
 
 def assert_right(case, x=None, result=None):
@@ -221,7 +225,7 @@ def test_other_floats(dtype):
     x = case.x.to(dtype)
     result = case.run(x)
     assert result.dtype == dtype
-    torch.testing.assert_close(result, abcnets._packed_conv_reference(x, *case.arguments))
+    torch.testing.assert_close(result, abcnets.packed_conv(x, *case.arguments))
 
 
 def test_more_bases_than_the_tiles_know():
@@ -234,7 +238,7 @@ def test_float_activations():
     bits, alphas, _, _, flips, bias = case.tensors
     case.tensors = (bits, alphas, torch.empty(0), torch.empty(0, case.channels), flips, bias)
     case.x = torch.randn_like(case.x)
-    assert torch.equal(case.run(), abcnets._packed_conv_reference(case.x, *case.arguments))
+    assert torch.equal(case.run(), abcnets.packed_conv(case.x, *case.arguments))
 
 
 def test_empty_batch():
@@ -250,7 +254,7 @@ def test_nan(order, size):
     case = small_case(size=size)
     x = case.x.clone(memory_format=order)
     x[1, -1, -1, 1] = float("nan")
-    result, expected = case.run(x), abcnets._packed_conv_reference(x, *case.arguments)
+    result, expected = case.run(x), abcnets.packed_conv(x, *case.arguments)
     assert result.isnan().any()
     torch.testing.assert_close(result, expected, equal_nan=True)
     case.out = (torch.zeros(1, 40), torch.zeros(40, dtype=torch.bool))
@@ -263,7 +267,7 @@ def test_infinite_scales():
     case = small_case()
     case.tensors[1][0, 3] = float("inf")
     torch.testing.assert_close(
-        case.run(), abcnets._packed_conv_reference(case.x, *case.arguments), equal_nan=True
+        case.run(), abcnets.packed_conv(case.x, *case.arguments), equal_nan=True
     )
 
 
@@ -360,21 +364,24 @@ assert os.waitpid(child, 0)[1] == 0
 """
 
 WITHOUT_NUMBA = """
-import sys
+import sys, warnings
 sys.modules["numba"] = None
-import kernels
-assert kernels.engines()["cpu"] == "reference"
-try:
-    kernels.require("cpu")
-except RuntimeError as error:
-    assert "numba" in str(error)
-else:
-    raise AssertionError("require said nothing")
+import torch, abcnets
+from abcnets import ABCLinear
+layer = ABCLinear(70, 9, active=True)
+packed, x = abcnets.pack(layer), torch.randn(4, 70)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    assert torch.allclose(packed(x), layer(x), atol=1e-4) and torch.equal(packed(x), packed(x))
+(warning,) = caught
+assert "float convolutions on cpu" in str(warning.message) and "pip install" in str(warning.message)
+assert abcnets.engines()["cpu"].startswith("float convolutions: ") and not packed.runs_bits()
 """
 
 IMPORT_LOADS_NO_NUMBA = """
-import sys, kernels
-assert kernels.engines()["cpu"] == "numba" and "numba" not in sys.modules
+import sys, abcnets
+assert not {"numba", "abcnets_kernels", "kernels"} & set(sys.modules)
+assert abcnets.engines()["cpu"] == "numba"
 """
 
 
@@ -389,8 +396,7 @@ def test_in_a_fresh_process(script, pytestconfig):
 
 
 def test_registered_for_the_cpu():
-    assert kernels.engines()["cpu"] == "numba"
-    kernels.require("cpu")
+    assert abcnets.engines()["cpu"] == "numba"
     case = small_case()
     assert torch.equal(torch.ops.abcnets.packed_conv(case.x, *case.arguments), case.run())
     assert cpu_system.thread_count() >= 1
@@ -419,7 +425,7 @@ def test_max_pool(data, dimensions, channels, bases, ceil_mode, threads):
     )
     result = cpu_engine.packed_max_pool(words, *arguments)
     assert torch.equal(result, words_of(pooled, thresholds, flips))
-    assert torch.equal(result, abcnets._packed_max_pool_reference(words, *arguments))
+    assert torch.equal(result, abcnets.packed_max_pool(words, *arguments))
 
 
 def test_max_pool_of_nothing():

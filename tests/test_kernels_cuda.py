@@ -33,18 +33,16 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
     from numba.cuda.simulator import kernel as simulator
 
-    from kernels import (
-        cuda_bench,
-        cuda_check,
-        cuda_engine,
-        cuda_float,
-        cuda_fused,
-        cuda_pack,
-        cuda_report,
-        cuda_tensorcore,
-        cuda_wgmma,
-    )
-    from kernels.cuda_check import error_of, layer_of, random_layer, reference, wrong_bits
+    from kernels.cuda import bench as cuda_bench
+    from kernels.cuda import check as cuda_check
+    from kernels.cuda import engine as cuda_engine
+    from kernels.cuda import report as cuda_report
+    from kernels.cuda import rung1_pack as cuda_pack
+    from kernels.cuda import rung2_float as cuda_float
+    from kernels.cuda import rung6_tensorcore as cuda_tensorcore
+    from kernels.cuda import rung7_wgmma as cuda_wgmma
+    from kernels.cuda import rung8_fused as cuda_fused
+    from kernels.cuda.check import error_of, layer_of, random_layer, reference, wrong_bits
 
     # A simulated thread is a Python thread, and Numba's simulator polls them. Here they meet at a barrier instead,
     # which is several times faster, and enough for kernels whose threads all reach every syncthreads.
@@ -112,7 +110,7 @@ if SIMULATED:
         thresholds[0, 3], thresholds[1, 4] = -math.inf, math.inf
         words, poison = cuda_pack.pack(x.contiguous(memory_format=order), thresholds, flips)
         bits = (x.movedim(1, -1)[None] >= thresholds[:, None, None, None]) != flips
-        assert torch.equal(words, abcnets._pack_bits(bits, torch.int64).movedim(0, -1))
+        assert torch.equal(words, abcnets.pack_bits(bits, torch.int64).movedim(0, -1))
         assert torch.equal(poison.isnan(), x.isnan().any(1))
         assert not poison.nan_to_num().any()
 
@@ -195,7 +193,7 @@ if SIMULATED:
     def test_max_pool(sizes):
         words = torch.randint(-(2**63), 2**63 - 1, (2, 5, 3, 2, 1))
         flips = torch.rand(128) < 0.5
-        expected = abcnets._packed_max_pool_reference(words, flips, 128, *sizes)
+        expected = abcnets.packed_max_pool(words, flips, 128, *sizes)
         assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected)
 
     def test_bench_rehearsal(tmp_path, capsys):
@@ -220,20 +218,18 @@ if SIMULATED:
         assert "Not measured yet" in cuda_report.table([])
 
 else:
-    from kernels import (
-        cuda_bases,
-        cuda_bench,
-        cuda_fused,
-        cuda_launch,
-        cuda_pack,
-        cuda_pool,
-        cuda_popcount,
-        cuda_rates,
-        cuda_shared,
-        cuda_tensorcore,
-        cuda_wgmma,
-    )
-    from kernels.cuda_launch import uint32
+    from kernels.cuda import bench as cuda_bench
+    from kernels.cuda import launch as cuda_launch
+    from kernels.cuda import pool as cuda_pool
+    from kernels.cuda import rates as cuda_rates
+    from kernels.cuda import rung1_pack as cuda_pack
+    from kernels.cuda import rung3_popcount as cuda_popcount
+    from kernels.cuda import rung4_shared as cuda_shared
+    from kernels.cuda import rung5_bases as cuda_bases
+    from kernels.cuda import rung6_tensorcore as cuda_tensorcore
+    from kernels.cuda import rung7_wgmma as cuda_wgmma
+    from kernels.cuda import rung8_fused as cuda_fused
+    from kernels.cuda.launch import uint32
 
     def test_in_the_simulator():
         environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 
 import abcnets
-import kernels  # noqa: F401  registers the engines
 
 
 @pytest.fixture(scope="module")

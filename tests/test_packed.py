@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import nn
 
 import abcnets
+import kernels.fuse
 from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear, PackedLayer
 
 
@@ -154,13 +155,13 @@ def test_words_out_are_the_thresholded_output_and_pool_as_it_does():
     y = torch.ops.abcnets.packed_conv(*arguments[:-2], None, None)
     thresholds, flips = arguments[-2:]
     words = torch.ops.abcnets.packed_conv(*arguments)
-    bits = abcnets._unpack_bits(words.movedim(-1, 0), 9).movedim(-1, 2)  # (N, B, O, H, W)
+    bits = abcnets.unpack_bits(words.movedim(-1, 0), 9).movedim(-1, 2)  # (N, B, O, H, W)
     expected = (y >= thresholds[:, None, :, None, None]) != flips[:, None, None]
     assert torch.equal(bits, expected)
     for geometry in ((2, 2, 0, 1, False), (3, 2, 1, 1, True), (2, 1, 0, 2, False)):
         k, s, p, d, ceil = geometry
         pooled = torch.ops.abcnets.packed_max_pool(words, flips, 9, [k, k], [s, s], [p, p], [d, d], ceil)
-        bits = abcnets._unpack_bits(pooled.movedim(-1, 0), 9).movedim(-1, 2)
+        bits = abcnets.unpack_bits(pooled.movedim(-1, 0), 9).movedim(-1, 2)
         z = F.max_pool2d(y, k, s, p, d, ceil)
         assert torch.equal(bits, (z >= thresholds[:, None, :, None, None]) != flips[:, None, None])
 
@@ -332,7 +333,7 @@ def test_fused_thresholds_decide_as_the_modules_do():
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.1, 3)
     layer = abcnets.pack(ABCConv2d(40, 3, 3, activation_bases=4))
-    thresholds, flips = abcnets._fold([lambda z: norm(z[:, :, None, None])[:, :, 0, 0], torch.relu], layer)
+    thresholds, flips = kernels.fuse.fold([lambda z: norm(z[:, :, None, None])[:, :, 0, 0], torch.relu], layer)
     for z in (thresholds, thresholds.nextafter(torch.tensor(math.inf)), thresholds.nextafter(torch.tensor(-math.inf))):
         z = z.clamp(-1e30, 1e30)
         bits = (z >= thresholds) != flips

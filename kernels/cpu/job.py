@@ -1,6 +1,6 @@
 """What one call hands to the CPU kernels: a C struct that Numba reads by name.
 
-torch's thread pool starts a C function with one pointer (cpu_vector.run), so everything a call needs, sizes, addresses
+torch's thread pool starts a C function with one pointer (vector.run), so everything a call needs, sizes, addresses
 and strides, stands in one record. Every field is a 64-bit integer; strides and offsets are in bytes.
 """
 
@@ -49,9 +49,9 @@ class Job(ctypes.Structure):
             "words",
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
-            "chunk_kernel",  # address of cpu_pack.chunk_kernel(N)
+            "chunk_kernel",  # address of pack.chunk_kernel(N)
             # convolution
-            "block_kernel",  # address of cpu_vector.block_kernel(N, P, masked)
+            "block_kernel",  # address of vector.block_kernel(N, P, masked)
             "weights",  # words [block][M][tap, word][16]
             "masks",  # words [block][tap, word][16], or 0 without groups
             "block_words",  # where a block's first channel word lies in a pixel, [block]

@@ -3,7 +3,7 @@
 The convolution of rung 6 with another inner loop. Activations still come by `ldmatrix`, since each pixel's row lies
 where its window does, and go into registers; the weights are read by the tensor core itself, straight from shared
 memory, which takes a third of rung 6's ldmatrix traffic away and, if the b1 rate follows int8's as fp16's does,
-doubles the rate: 32 000 a clock and SM would be 8 times int8. Nobody has published it; `cuda_bench` measures it
+doubles the rate: 32 000 a clock and SM would be 8 times int8. Nobody has published it; `bench` measures it
 first.
 
     shared    weights    [2][K granule][channel] of 16 bytes: 8 channels of one granule are a core matrix, 128 bytes
@@ -11,7 +11,7 @@ first.
 A matrix descriptor says where they are: bits 0-13 the address, 16-29 the distance of the two granules of a step (the
 leading dimension), 32-45 that of the next 8 channels (the stride), all in units of 16 bytes; no swizzle.
 
-A chain of wgmmas is one block of PTX (see cuda_primitives.py), of at most 6 steps, since their activations must all be
+A chain of wgmmas is one block of PTX (see primitives.py), of at most 6 steps, since their activations must all be
 in registers by then: 64 counters, 64 sums y and 24 activation words a thread. While one of a block's two groups of four
 warps loads and scales, the other multiplies.
 
@@ -23,8 +23,8 @@ import functools
 import numpy as np
 from numba import cuda
 
-from .cuda_launch import Kernel, float32, int32, int64, uint32, uint64
-from .cuda_primitives import (
+from .launch import Kernel, float32, int32, int64, uint32, uint64
+from .primitives import (
     cp_async16,
     cp_async_commit,
     cp_async_wait_all,
@@ -35,7 +35,7 @@ from .cuda_primitives import (
     shared_address,
     split,
 )
-from .cuda_tensorcore import (
+from .rung6_tensorcore import (
     ZERO_BITS,
     Tile,
     add_constants,
@@ -165,7 +165,7 @@ def shared_bytes(layer, place, batch, tile) -> int:
 
 
 def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thresholds_NO=None, out_flips_O=None):
-    """y, or the next layer's words with `output` = cuda_fused.bits_output; None where no tile fits."""
+    """y, or the next layer's words with `output` = rung8_fused.bits_output; None where no tile fits."""
     B, H, W, _, _ = words_BHWPN.shape
     place = layer.place(H, W)
     tile = tile or choose_tile(layer, place, B, TILES, shared_bytes)
@@ -189,9 +189,9 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thr
 
 
 def main():
-    from .cuda_check import demonstrate
+    from .check import demonstrate
 
-    demonstrate("cuda_wgmma", conv)
+    demonstrate("rung7_wgmma", conv)
 
 
 if __name__ == "__main__":

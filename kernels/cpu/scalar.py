@@ -8,15 +8,15 @@ output channel, and as much work on addresses as on bits.
     words    uint64 [B][padded pixel][P][N]
     weights  uint64 [M][O][tap][P]
 
-Run this file to check and time it: `python -m kernels.cpu_scalar`.
+Run this file to check and time it: `python -m kernels.cpu.scalar`.
 """
 
 import numpy as np
 import torch
 from numba import njit
 
-from . import layout
-from .cpu_primitives import popcount
+from .. import layout
+from .primitives import popcount
 
 
 def packed_conv(
@@ -91,7 +91,7 @@ def convolve(words_BXPN, weights_MOTP, masks_OP, pixels_Y, taps_T, class_of_Y, c
 
 
 if __name__ == "__main__":
-    from . import bench
+    from .. import bench
 
     bench.check_rung("scalar", packed_conv, bench.RUNG_SHAPES)
     bench.time_rung("scalar", packed_conv, bench.RESNET_18[1])

@@ -6,7 +6,7 @@ Two measurements, neither of which touches memory beyond the first-level cache:
     peak()    xor + popcount + add on sixteen independent registers, in a loop       -> products a second
 
 Their quotient is the cost of one 512-bit step: 1.5 cycles on Zen 4, which starts two vector instructions a cycle and
-needs three. `python -m kernels.cpu_peak` prints it for this machine.
+needs three. `python -m kernels.cpu.peak` prints it for this machine.
 """
 
 import functools
@@ -16,7 +16,7 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .cpu_primitives import I64, WORDS_8, Emitter, ir
+from .primitives import I64, WORDS_8, Emitter, ir
 
 REGISTERS = 16
 PRODUCTS = 512  # of one register

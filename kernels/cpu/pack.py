@@ -10,7 +10,7 @@ sixteen pixels lands in the padded image
 
     words [padded pixel][P][N]
 
-whose border words are 0 and are never written. Run this file to check and time it: `python -m kernels.cpu_pack`.
+whose border words are 0 and are never written. Run this file to check and time it: `python -m kernels.cpu.pack`.
 """
 
 import functools
@@ -19,8 +19,8 @@ import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu_job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
-from .cpu_primitives import (
+from .job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
+from .primitives import (
     BITS_16,
     F32,
     FLOATS_16,
@@ -167,8 +167,9 @@ def main() -> None:
     """A 1 x 1 kernel of one output channel is little but packing: check it, and print the bytes it reads a second."""
     import torch
 
-    from . import bench
-    from .cpu_engine import packed_conv
+    from .. import bench
+    from ..clock import interleaved_medians
+    from .engine import packed_conv
 
     torch.set_num_threads(1)
     bench.check_rung("pack", packed_conv, [bench.Shape(C, 1, 1, 6, 0, B=2) for C in (1, 31, 33, 64, 200)])
@@ -180,7 +181,7 @@ def main() -> None:
             bits, alphas, *others = bench.packed_layer(shape, n)
             layers[n] = (bits[:1], alphas[:1], *others)  # one weight base: as little convolution as there can be
         contenders = {n: lambda x=x, layer=layer: packed_conv(x, *layer) for n, layer in layers.items()}
-        for n, seconds in bench.interleaved_medians(contenders, 1.0).items():
+        for n, seconds in interleaved_medians(contenders, 1.0).items():
             print(f"pack: {order}, N = {n}: {seconds * 1e6:6.1f} us, {x.nbytes / seconds / 1e9:5.1f} GB/s read")
 
 

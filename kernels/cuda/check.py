@@ -1,7 +1,7 @@
 """Is every rung right on this machine?  Random layers, the reference in float64, and what each file's main runs.
 
-    check()             every rung and the operators, in words                     (cuda_bench runs it first)
-    demonstrate(...)    one rung: check it, then time it on one layer              (python -m kernels.cuda_popcount)
+    check()             every rung and the operators, in words                   (bench runs it first)
+    demonstrate(...)    one rung: check it, then time it on one layer            (python -m kernels.cuda.rung3_popcount)
 
 In the simulator the layers are tiny and nothing is timed.
 """
@@ -17,33 +17,33 @@ from torch.nn import functional
 
 import abcnets
 
+from ..clock import microseconds
 from . import (
-    cuda_bases,
-    cuda_engine,
-    cuda_float,
-    cuda_fused,
-    cuda_pack,
-    cuda_popcount,
-    cuda_shared,
-    cuda_tensorcore,
-    cuda_wgmma,
+    engine,
+    rung1_pack,
+    rung2_float,
+    rung3_popcount,
+    rung4_shared,
+    rung5_bases,
+    rung6_tensorcore,
+    rung7_wgmma,
+    rung8_fused,
 )
-from .cuda_clock import microseconds
-from .cuda_layout import Layer
-from .cuda_primitives import SIMULATED
+from .layer import Layer
+from .primitives import SIMULATED
 
 DEVICE = "cpu" if SIMULATED else "cuda"
 SEED = 0
 NO_GPU = "No GPU here, so nothing is measured; `python -m pytest tests/test_kernels_cuda.py` simulates the kernels."
 
-HAND_WRITTEN = {"mma": "cuda_tensorcore", "wgmma": "cuda_wgmma"}
-ROOT = Path(__file__).parent.parent
+HAND_WRITTEN = {"mma": "rung6_tensorcore", "wgmma": "rung7_wgmma"}
+ROOT = Path(__file__).parents[2]
 RUNGS = {
-    "popcount": cuda_popcount.conv,
-    "shared": cuda_shared.conv,
-    "bases": cuda_bases.conv,
-    "mma": cuda_tensorcore.conv,
-    "wgmma": cuda_wgmma.conv,
+    "popcount": rung3_popcount.conv,
+    "shared": rung4_shared.conv,
+    "bases": rung5_bases.conv,
+    "mma": rung6_tensorcore.conv,
+    "wgmma": rung7_wgmma.conv,
 }
 
 
@@ -55,7 +55,7 @@ def random_layer(
 ):  # fmt: skip
     """The operator's arguments for a random layer and input."""
     g = torch.Generator().manual_seed(SEED)
-    bits = abcnets._pack_bits(torch.rand(M, O, *kernel, C, generator=g) < 0.5, torch.uint8)
+    bits = abcnets.pack_bits(torch.rand(M, O, *kernel, C, generator=g) < 0.5, torch.uint8)
     tensors = [
         torch.randn(B, C, *sizes, generator=g).to(dtype), bits, torch.rand(M, O, generator=g) + 0.1,
         torch.rand(N, generator=g) + 0.1, torch.randn(N, C, generator=g), torch.rand(C, generator=g) < 0.3,
@@ -79,7 +79,7 @@ def reference(arguments) -> torch.Tensor:
     cpu = [t.cpu() if isinstance(t, torch.Tensor) else t for t in arguments]
     if cpu[0].dtype != torch.int64:
         cpu[0] = cpu[0].double()
-    return abcnets._packed_conv_reference(*cpu)
+    return abcnets.packed_conv(*cpu)
 
 
 def error_of(y, expected) -> float:
@@ -95,9 +95,9 @@ def wrong_bits(words, arguments) -> int:
     y = reference((*arguments[:-2], None, None)).movedim(1, -1)
     thresholds, flips = (t.cpu() for t in arguments[-2:])
     expected = (y[None] >= thresholds.view(len(thresholds), *[1] * (y.ndim - 1), -1)) != flips
-    got = abcnets._unpack_bits(words.cpu().movedim(-1, 0), y.shape[-1])
+    got = abcnets.unpack_bits(words.cpu().movedim(-1, 0), y.shape[-1])
     near = (y[None] - thresholds.view(len(thresholds), *[1] * (y.ndim - 1), -1)).abs() < 1e-4 * y.abs().max()
-    spare = abcnets._unpack_bits(words.cpu().movedim(-1, 0), 64 * words.shape[-2])[..., y.shape[-1] :]
+    spare = abcnets.unpack_bits(words.cpu().movedim(-1, 0), 64 * words.shape[-2])[..., y.shape[-1] :]
     return int(((got != expected) & ~near).sum() + spare.sum())
 
 
@@ -149,7 +149,7 @@ def check(say=print) -> set:
         else:
             say(f"  {name}: fails in a process of its own")
     if survives["mma"]:
-        attempt("fused", functools.partial(_check_bits, cuda_fused.conv))
+        attempt("fused", functools.partial(_check_bits, rung8_fused.conv))
     if survives["wgmma"]:
         attempt("wgmma fused", functools.partial(_check_bits, wgmma_fused))
     attempt("operator", _check_operator)
@@ -169,7 +169,7 @@ def _survives(module) -> bool:
 
 
 def wgmma_fused(layer, words, poison, thresholds, flips):
-    return cuda_wgmma.conv(layer, words, poison, None, cuda_fused.bits_output, thresholds, flips)
+    return rung7_wgmma.conv(layer, words, poison, None, rung8_fused.bits_output, thresholds, flips)
 
 
 def _check_pack():
@@ -178,9 +178,9 @@ def _check_pack():
         floats, thresholds, flips = arguments[0], arguments[4], arguments[5]
         floats[0, 1, 2, 3] = math.nan
         bits = (floats.movedim(1, -1)[None] >= thresholds[:, None, None, None]) != flips
-        expected = abcnets._pack_bits(bits, torch.int64).movedim(0, -1)
+        expected = abcnets.pack_bits(bits, torch.int64).movedim(0, -1)
         for x in (floats, floats.to(memory_format=torch.channels_last)):
-            words, poison = cuda_pack.pack(x, thresholds, flips)
+            words, poison = rung1_pack.pack(x, thresholds, flips)
             if not torch.equal(words, expected) or not torch.equal(poison.isnan(), x.isnan().any(1)):
                 return f"wrong words for {shape}"
 
@@ -194,7 +194,7 @@ def _check_float():
         padded = functional.pad(x.double(), (left, right, top, bottom))
         bias = layer.bias_O.double()
         expected = functional.conv2d(padded, w.double(), bias, layer.stride, 0, layer.dilation)
-        error = error_of(cuda_float.conv(layer, x, w), expected.cpu())
+        error = error_of(rung2_float.conv(layer, x, w), expected.cpu())
         if not error < 1e-5:
             return f"error {error:.1e} for {shape}"
 
@@ -203,7 +203,7 @@ def _check_rung(conv):
     for shape in CHECKS:
         arguments = random_layer(**shape)
         arguments[0][0, 2, 3, 1] = math.nan
-        words, poison = cuda_pack.pack(arguments[0], arguments[4], arguments[5])
+        words, poison = rung1_pack.pack(arguments[0], arguments[4], arguments[5])
         y = conv(layer_of(arguments), words, poison)
         if y is None:
             return f"no tile fits for {shape}"
@@ -215,8 +215,8 @@ def _check_rung(conv):
 def _check_bits(conv):
     for shape in CHECKS:
         arguments = random_layer(**shape, out_bases=2)
-        words, poison = cuda_pack.pack(arguments[0], arguments[4], arguments[5])
-        out = conv(layer_of(arguments), words, poison, *cuda_fused.pad_outputs(*arguments[-2:]))
+        words, poison = rung1_pack.pack(arguments[0], arguments[4], arguments[5])
+        out = conv(layer_of(arguments), words, poison, *rung8_fused.pad_outputs(*arguments[-2:]))
         wrong = wrong_bits(out, arguments)
         if wrong:
             return f"{wrong} wrong bits for {shape}"
@@ -232,12 +232,12 @@ def _check_operator():
     ):
         for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
             arguments = random_layer(**shape, dtype=dtype)
-            y = cuda_engine.packed_conv(*arguments)
+            y = engine.packed_conv(*arguments)
             error = error_of(y, reference(arguments))
             if y.dtype != dtype or not error < tolerance:
                 return f"{y.dtype}, error {error:.1e} for {shape}"
         arguments = random_layer(**shape, out_bases=3)
-        wrong = wrong_bits(cuda_engine.packed_conv(*arguments), arguments)
+        wrong = wrong_bits(engine.packed_conv(*arguments), arguments)
         if wrong:
             return f"{wrong} wrong bits for {shape}"
 
@@ -246,18 +246,18 @@ def _check_pool():
     words = torch.randint(-(2**63), 2**63 - 1, (2, 9, 7, 2, 3), device=DEVICE)
     flips = torch.rand(128, device=DEVICE) < 0.5
     for sizes in (((3, 3), (2, 2), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)):
-        expected = abcnets._packed_max_pool_reference(words, flips, 128, *sizes)
-        if not torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected):
+        expected = abcnets.packed_max_pool(words, flips, 128, *sizes)
+        if not torch.equal(engine.packed_max_pool(words, flips, 128, *sizes), expected):
             return f"wrong words for {sizes}"
 
 
 def _check_graph():
     arguments = random_layer(**CHECKS[1])
     x = arguments[0]
-    cuda_engine.packed_conv(*arguments)
+    engine.packed_conv(*arguments)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        y = cuda_engine.packed_conv(*arguments)
+        y = engine.packed_conv(*arguments)
     x.copy_(torch.randn_like(x))
     graph.replay()
     torch.cuda.synchronize()
@@ -313,7 +313,7 @@ def demonstrate_float(name, conv) -> None:
 def _time(name, call) -> None:
     for count in () if SIMULATED else (1, 3):
         arguments = random_layer(1, 128, (28, 28), 128, (3, 3), (1, 1), (1,) * 4, count, count, out_bases=count)
-        layer, outputs = layer_of(arguments), cuda_fused.pad_outputs(*arguments[-2:])
+        layer, outputs = layer_of(arguments), rung8_fused.pad_outputs(*arguments[-2:])
         poison = layer.place(28, 28).no_poison(32)
         sets = [random_words((32, 28, 28, layer.P, count), i) for i in range(16)]
         us, _, _ = microseconds(lambda words, rest=(layer, poison, outputs): call(rest[0], words, *rest[1:]), sets)

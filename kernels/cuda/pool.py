@@ -13,8 +13,8 @@ import functools
 import torch
 from numba import cuda
 
-from .cuda_launch import Kernel, int32, uint64
-from .cuda_primitives import split
+from .launch import Kernel, int32, uint64
+from .primitives import split
 
 THREADS = 256
 

@@ -19,8 +19,8 @@ import functools
 import torch
 from numba import cuda
 
-from .cuda_launch import Kernel, float32, int32, uint64
-from .cuda_primitives import popcount, split
+from .launch import Kernel, float32, int32, uint64
+from .primitives import popcount, split
 
 PIXELS, CHANNELS, CHUNK = 32, 8, 8
 
@@ -109,9 +109,9 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .cuda_check import demonstrate
+    from .check import demonstrate
 
-    demonstrate("cuda_bases", conv)
+    demonstrate("rung5_bases", conv)
 
 
 if __name__ == "__main__":

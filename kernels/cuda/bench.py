@@ -1,8 +1,8 @@
-"""Measure the CUDA ladder on whatever GPU is here:  python -m kernels.bench --device cuda   (or -m kernels.cuda_bench)
+"""Measure the CUDA ladder on whatever GPU is here:  python -m kernels.bench --device cuda   (or -m kernels.bench)
 
 In this order, and in less than 8 minutes (what does not fit is said, and left out):
 
-    1. ceilings       bandwidth, float and int8 products, popcount, BMMA, BGMMA              cuda_rates.py
+    1. ceilings       bandwidth, float and int8 products, popcount, BMMA, BGMMA              rates.py
     2. correctness    every rung and the operators against the reference in float64; a rung that is wrong is not timed
     3. the ladder     every rung on one layer, 3 x 3, 128 -> 128, 32 x 28 x 28
     4. ResNet-18      its layers at batch 256, 32, 1; M = N = 1, 2, 3, 5; against cuDNN and int8
@@ -34,12 +34,12 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from . import cuda_engine, cuda_float, cuda_fused, cuda_pack, cuda_rates, cuda_tensorcore, cuda_wgmma
-from .cuda_check import DEVICE, NO_GPU, RUNGS, SEED, check, layer_of, random_layer, random_words, wgmma_fused
-from .cuda_clock import input_sets, microseconds
-from .cuda_launch import shared_memory_limit
-from .cuda_primitives import SIMULATED
-from .cuda_report import report, table
+from ..clock import input_sets, microseconds
+from . import engine, rates, rung1_pack, rung2_float, rung6_tensorcore, rung7_wgmma, rung8_fused
+from .check import DEVICE, NO_GPU, RUNGS, SEED, check, layer_of, random_layer, random_words, wgmma_fused
+from .launch import shared_memory_limit
+from .primitives import SIMULATED
+from .report import report, table
 
 RESNET18 = (  # C, H = W, O, K, stride
     (64, 56, 64, 3, 1), (64, 56, 128, 3, 2), (128, 28, 128, 3, 1), (128, 28, 256, 3, 2), (256, 14, 256, 3, 1),
@@ -149,7 +149,7 @@ class Bench:
             del sets
         if original and "float" in self.right:
             layer = layer_of(self._arguments(shape, 1, 1))
-            call = functools.partial(_swap(cuda_float.conv), layer, w)
+            call = functools.partial(_swap(rung2_float.conv), layer, w)
             moved = 4 * (B * C * H * W + weights_bytes + pixels * O)
             self.time(section, "float", shape, call, floats, 2 * macs, moved)
         for count in bases:
@@ -162,7 +162,7 @@ class Bench:
         M = N = count
         arguments = self._arguments(shape, M, N, out_bases=N)
         layer = layer_of(arguments)
-        outputs = cuda_fused.pad_outputs(*arguments[-2:])
+        outputs = rung8_fused.pad_outputs(*arguments[-2:])
         place = layer.place(H, W)
         poison = place.no_poison(B)
         P, ops = layer.P, 2 * macs * M * N
@@ -172,7 +172,7 @@ class Bench:
         in_bytes = words_bytes + weights_bytes
         common = dict(M=M, N=N)
         if "pack" in self.right:
-            call = functools.partial(_swap(cuda_pack.pack), arguments[4], arguments[5])
+            call = functools.partial(_swap(rung1_pack.pack), arguments[4], arguments[5])
             moved = 4 * B * C * H * W + words_bytes
             self.time(section, "pack", shape, call, floats, 0, moved, **common)
         for name in rungs:
@@ -181,14 +181,14 @@ class Bench:
                 self.time(section, name, shape, call, inputs, ops, in_bytes + 4 * pixels * O, **common)
         if bits:
             moved = in_bytes + 8 * pixels * -(-O // 64) * N
-            for name, conv in (("fused", cuda_fused.conv), ("wgmma fused", wgmma_fused)):
+            for name, conv in (("fused", rung8_fused.conv), ("wgmma fused", wgmma_fused)):
                 if name in self.right:
                     call = functools.partial(_with_poison(conv), layer, poison, *outputs)
                     self.time(section, name, shape, call, inputs, ops, moved, **common)
         if "operator" in self.right:
             rest = (*arguments[1:-2], None, None)
             moved = 4 * B * C * H * W + weights_bytes + 4 * pixels * O
-            call = functools.partial(_swap(cuda_engine.packed_conv), *rest)
+            call = functools.partial(_swap(engine.packed_conv), *rest)
             self.time(section, "operator", shape, call, floats, ops, moved, **common)
 
     def _arguments(self, shape, M, N, out_bases=0):
@@ -206,7 +206,7 @@ class Bench:
                 pixels = B * place.out_pixels
                 size, limit = 8 * B * H * W * layer.P * count, shared_memory_limit(layer.device)
                 inputs = input_sets(functools.partial(random_words, (B, H, W, layer.P, count)), size)
-                for name, module in (("mma", cuda_tensorcore), ("wgmma", cuda_wgmma)):
+                for name, module in (("mma", rung6_tensorcore), ("wgmma", rung7_wgmma)):
                     for tile in module.TILES if name in self.right else ():
                         if self.out_of_time("tiles"):
                             return
@@ -221,7 +221,7 @@ class Bench:
     def run(self):
         torch.backends.cudnn.benchmark = True
         self.say("Ceilings")
-        self.ceilings = cuda_rates.ceilings(self.say)
+        self.ceilings = rates.ceilings(self.say)
         for name, value in self.ceilings.items():
             clock = f"{value['per_clock_sm']:.0f} a clock and multiprocessor" if value["per_clock_sm"] else ""
             unit = "bytes a second" if name == "bandwidth" else "multiply-adds a second"
@@ -254,7 +254,7 @@ def _int_mm(a, b):
 
 def _swap(function):
     """The function with its tensor argument last, for partial application."""
-    if function is cuda_float.conv:
+    if function is rung2_float.conv:
         return lambda layer, w, x: function(layer, x, w)
     return lambda *rest_and_x: function(rest_and_x[-1], *rest_and_x[:-1])
 
@@ -284,7 +284,7 @@ def _read(path) -> str:
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(prog="kernels.cuda_bench", description="Measure the CUDA ladder on this GPU.")
+    parser = argparse.ArgumentParser(prog="kernels.bench", description="Measure the CUDA ladder on this GPU.")
     parser.add_argument("--limit", type=float, default=420, help="seconds after which no new measurement starts")
     options = parser.parse_args(argv)
     if SIMULATED or not torch.cuda.is_available():

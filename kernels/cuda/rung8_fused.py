@@ -24,10 +24,10 @@ import functools
 import torch
 from torch.nn import functional
 
-from .cuda_launch import uint32
-from .cuda_layout import PADDED_TO
-from .cuda_primitives import device, shuffle_xor, split
-from .cuda_tensorcore import (
+from .launch import uint32
+from .layer import PADDED_TO
+from .primitives import device, shuffle_xor, split
+from .rung6_tensorcore import (
     ZERO_BITS,
     arguments,
     choose_tile,
@@ -100,9 +100,9 @@ def pad_outputs(out_thresholds, out_flips) -> tuple:
 
 
 def main():
-    from .cuda_check import demonstrate_fused
+    from .check import demonstrate_fused
 
-    demonstrate_fused("cuda_fused", conv)
+    demonstrate_fused("rung8_fused", conv)
 
 
 if __name__ == "__main__":

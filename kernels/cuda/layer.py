@@ -28,7 +28,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from .layout import Geometry, weight_words, words_of
+from ..layout import Geometry, weight_words, words_of
 
 PADDED_TO = 128  # output channels, for the tensor cores: every tile of theirs divides it
 
@@ -186,7 +186,7 @@ class Place:
         return (constants_GO + self.layer.bias_O.double().cpu().numpy()).astype(np.float32)
 
     def no_poison(self, batch: int) -> torch.Tensor:
-        """float32 (B, H, W) zeros: what goes with words that come without poison (see cuda_pack.py)."""
+        """float32 (B, H, W) zeros: what goes with words that come without poison (see rung1_pack.py)."""
         shape = batch, self.height, self.width
         return self.keep(("no poison", batch), lambda: torch.zeros(shape, device=self.layer.device))
 

@@ -25,9 +25,9 @@ import functools
 import torch
 from numba import cuda
 
-from .cuda_launch import Kernel, float32, int32, pointer, uint8, uint32
-from .cuda_primitives import ballot, split
-from .layout import words_of
+from ..layout import words_of
+from .launch import Kernel, float32, int32, pointer, uint8, uint32
+from .primitives import ballot, split
 
 THREADS = 256
 
@@ -109,9 +109,9 @@ def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
 
 def main():
     """Check both orders against the words' definition, then time them."""
-    from .cuda_check import demonstrate_pack
+    from .check import demonstrate_pack
 
-    demonstrate_pack("cuda_pack", pack)
+    demonstrate_pack("rung1_pack", pack)
 
 
 if __name__ == "__main__":

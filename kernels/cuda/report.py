@@ -1,6 +1,6 @@
-"""What `cuda_bench` measured, as a table in README.md and a figure.
+"""What `bench` measured, as a table in README.md and a figure.
 
-It reads rows and needs no GPU: `python -m kernels.cuda_report` renews both from results/cuda.csv.
+It reads rows and needs no GPU: `python -m kernels.cuda.report` renews both from results/cuda.csv.
 """
 
 import csv
@@ -11,16 +11,16 @@ from pathlib import Path
 HERE = Path(__file__).parent
 
 LADDER = (  # method in the CSV, file, idea
-    ("pack", "cuda_pack", "compare and pack; a warp's comparison is a word (`ballot`)"),
-    ("float", "cuda_float", "naive float convolution, a thread an output: the original's yardstick"),
-    ("popcount", "cuda_popcount", "XOR and popcount, a thread an output: the original's kernel"),
-    ("shared", "cuda_shared", "what a block's threads have in common, once, in shared memory"),
-    ("bases", "cuda_bases", "all M x N bases in one pass, scales at the end"),
-    ("mma", "cuda_tensorcore", "the binary tensor core: `mma.sync` b1, `ldmatrix`, `cp.async`, no im2col"),
-    ("wgmma", "cuda_wgmma", "Hopper's `wgmma` b1: weights read from shared memory by the tensor core"),
-    ("fused", "cuda_fused", "BatchNorm, ReLU and the next thresholds in the epilogue: bits out"),
+    ("pack", "rung1_pack", "compare and pack; a warp's comparison is a word (`ballot`)"),
+    ("float", "rung2_float", "naive float convolution, a thread an output: the original's yardstick"),
+    ("popcount", "rung3_popcount", "XOR and popcount, a thread an output: the original's kernel"),
+    ("shared", "rung4_shared", "what a block's threads have in common, once, in shared memory"),
+    ("bases", "rung5_bases", "all M x N bases in one pass, scales at the end"),
+    ("mma", "rung6_tensorcore", "the binary tensor core: `mma.sync` b1, `ldmatrix`, `cp.async`, no im2col"),
+    ("wgmma", "rung7_wgmma", "Hopper's `wgmma` b1: weights read from shared memory by the tensor core"),
+    ("fused", "rung8_fused", "BatchNorm, ReLU and the next thresholds in the epilogue: bits out"),
 )
-BEGIN, END = "<!-- cuda table: written by cuda_bench.py -->", "<!-- end of cuda table -->"
+BEGIN, END = "<!-- cuda table: written by bench.py -->", "<!-- end of cuda table -->"
 
 
 def _number(row, key):

@@ -1,7 +1,5 @@
 """The CUDA ladder as the operators abcnets::packed_conv and abcnets::packed_max_pool for torch tensors on a GPU.
 
-    import kernels          registers it where there is a GPU
-
 A call packs (rung 1) unless bits come in, and convolves on the best rung that applies, else on the next lower one:
 
     bits out     rung 8 on the tensor core            else rung 5, then rung 1 on its result
@@ -18,30 +16,43 @@ in one call asks whether there was a NaN, as the operator promises a ValueError 
 """
 
 import functools
-import warnings
 import weakref
 from contextlib import nullcontext
 
 import torch
 
-import abcnets
+from ..layout import pool_output
+from . import rung1_pack, rung5_bases, rung6_tensorcore, rung7_wgmma, rung8_fused
+from .launch import Kernel, int32
+from .layer import Layer
+from .pool import max_pool
+from .primitives import SIMULATED
 
-from . import cuda_bases, cuda_fused, cuda_pack, cuda_pool, cuda_tensorcore, cuda_wgmma
-from .cuda_launch import Kernel, int32
-from .cuda_layout import Layer
-from .cuda_primitives import SIMULATED
+BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; not measured yet, the CPU's number
 
 _matrix_rung = "mma"
-_library = None
+_library = None  # an operator's implementation lives as long as its library object
+_plain = None  # the abcnets module that registered this engine
 
 
-def register() -> None:
-    """Make the ladder the operators' implementation on CUDA tensors."""
-    global _library
+def register(abcnets) -> None:
+    """Make the ladder the operators' implementation on CUDA tensors; once, however often it is asked."""
+    global _plain, _library
+    _plain = abcnets
     if _library is None:
         _library = torch.library.Library("abcnets", "IMPL")
         _library.impl("packed_conv", packed_conv, "CUDA")
         _library.impl("packed_max_pool", packed_max_pool, "CUDA")
+
+
+def try_it() -> None:
+    """Compile and launch the smallest kernel; raises whatever stands in the way."""
+
+    def nothing(x):
+        pass
+
+    if not SIMULATED:
+        Kernel(nothing, (int32,), 1)(1, 0)
 
 
 def prefer(instruction: str) -> None:
@@ -56,28 +67,28 @@ def packed_conv(
     x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
     out_thresholds, out_flips,
 ):  # fmt: skip
-    """abcnets::packed_conv; the arguments are described at abcnets._packed_conv_reference."""
+    """abcnets::packed_conv; the arguments are described at abcnets.packed_conv."""
     arguments = (
         x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
         out_thresholds, out_flips,
     )  # fmt: skip
     N, dims = len(betas), bits.ndim - 3
     applies = groups == 1 and dims <= 2 and 0 < N <= 16 and len(bits) <= 16 and x.dtype != torch.float64
-    if not applies or x.numel() == 0 or not _compiles():
-        return abcnets._packed_conv_reference(*arguments)
+    if not applies or x.numel() == 0:
+        return _plain.packed_conv(*arguments)
     with _on(x.device):
         tensors = bits, alphas, betas, bias, out_thresholds, out_flips
         geometry = channels, tuple(stride), tuple(padding), tuple(dilation)
         layer, outputs = _beside(tensors, geometry, lambda: _lay_out(tensors, geometry))
         if layer is None:
-            return abcnets._packed_conv_reference(*arguments)
+            return _plain.packed_conv(*arguments)
         if x.dtype == torch.int64:
             words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
             poison_BHW = layer.place(*words_BHWPN.shape[1:3]).no_poison(len(x))
         else:
             x_BCHW = x.float()
             x_BCHW = x_BCHW if dims == 2 else x_BCHW.reshape(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
-            words_BHWPN, poison_BHW = cuda_pack.pack(x_BCHW, thresholds, flips)
+            words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, thresholds, flips)
             if out_thresholds is not None and not _capturing() and bool(poison_BHW.isnan().any()):
                 raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
         if out_thresholds is None:
@@ -91,38 +102,39 @@ def packed_conv(
 def _convolve(layer, words_BHWPN, poison_BHW):
     y = None
     if _has_wgmma(layer.device):
-        y = cuda_wgmma.conv(layer, words_BHWPN, poison_BHW)
+        y = rung7_wgmma.conv(layer, words_BHWPN, poison_BHW)
     if y is None and _has_mma(layer.device):
-        y = cuda_tensorcore.conv(layer, words_BHWPN, poison_BHW)
-    return cuda_bases.conv(layer, words_BHWPN, poison_BHW) if y is None else y
+        y = rung6_tensorcore.conv(layer, words_BHWPN, poison_BHW)
+    return rung5_bases.conv(layer, words_BHWPN, poison_BHW) if y is None else y
 
 
 def _convolve_to_bits(layer, words_BHWPN, poison_BHW, padded_thresholds, padded_flips, out_thresholds, out_flips):
     out = None
     outputs = padded_thresholds, padded_flips
     if _has_wgmma(layer.device):
-        out = cuda_wgmma.conv(layer, words_BHWPN, poison_BHW, None, cuda_fused.bits_output, *outputs)
+        out = rung7_wgmma.conv(layer, words_BHWPN, poison_BHW, None, rung8_fused.bits_output, *outputs)
     if out is None and _has_mma(layer.device):
-        out = cuda_fused.conv(layer, words_BHWPN, poison_BHW, *outputs)
+        out = rung8_fused.conv(layer, words_BHWPN, poison_BHW, *outputs)
     if out is None:
-        y = cuda_bases.conv(layer, words_BHWPN, poison_BHW)
-        out, _ = cuda_pack.pack(y, out_thresholds.float(), out_flips)
+        y = rung5_bases.conv(layer, words_BHWPN, poison_BHW)
+        out, _ = rung1_pack.pack(y, out_thresholds.float(), out_flips)
     return out
 
 
 def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
-    """abcnets::packed_max_pool; the arguments are described at abcnets._packed_max_pool_reference."""
+    """abcnets::packed_max_pool; the arguments are described at abcnets.packed_max_pool."""
     arguments = words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
     dims = len(kernel_size)
-    out = abcnets._packed_max_pool_fake(*arguments)
-    if dims > 2 or out.numel() == 0 or not _compiles():
-        return abcnets._packed_max_pool_reference(*arguments)
+    size = pool_output(words.shape[1:-2], kernel_size, stride, padding, dilation, ceil_mode)
+    out = words.new_empty((len(words), *size, *words.shape[-2:]))
+    if dims > 2 or out.numel() == 0:
+        return _plain.packed_max_pool(*arguments)
     with _on(words.device):
-        flips_P = _beside((flips,), (), lambda: abcnets._pack_bits(flips, torch.int64))
+        flips_P = _beside((flips,), (), lambda: _plain.pack_bits(flips, torch.int64))
         ones = (1,) * (2 - dims)
         images = [t.view(len(t), *ones, *t.shape[1:]) for t in (out, words.contiguous())]
         pairs = [(*ones, *kernel_size), (*ones, *stride), (*(0,) * len(ones), *padding), (*ones, *dilation)]
-        cuda_pool.max_pool(*images, flips_P, *pairs)
+        max_pool(*images, flips_P, *pairs)
     return out
 
 
@@ -134,7 +146,7 @@ def _lay_out(tensors, geometry):
     bits, alphas, betas, bias, out_thresholds, out_flips = tensors
     if any(bool(t.isnan().any()) for t in (alphas, betas, bias) if t is not None):
         return None, None
-    outputs = None if out_thresholds is None else cuda_fused.pad_outputs(out_thresholds, out_flips)
+    outputs = None if out_thresholds is None else rung8_fused.pad_outputs(out_thresholds, out_flips)
     return Layer(bits, alphas, betas, bias, *geometry), outputs
 
 
@@ -173,20 +185,3 @@ def _has_mma(device) -> bool:
 
 def _has_wgmma(device) -> bool:
     return _matrix_rung == "wgmma" and (SIMULATED or torch.cuda.get_device_capability(device) == (9, 0))
-
-
-@functools.cache
-def _compiles() -> bool:
-    """Whether Numba finds its compiler and the driver takes what it makes; says once why not."""
-
-    def nothing(x):
-        pass
-
-    try:
-        if not SIMULATED:
-            Kernel(nothing, (int32,), 1)(1, 0)
-    except Exception as error:  # whatever is missing, layers must still compute
-        reason = str(error).strip().splitlines()[0]
-        warnings.warn(f"packed layers run on plain torch: Numba's CUDA kernels can't run here ({reason})", stacklevel=3)
-        return False
-    return True

@@ -5,7 +5,7 @@ output pixels x 128 output channels (smaller tiles where there are few). What th
 contiguous run of padded pixels, the band. It is loaded into shared memory once, and `ldmatrix`, which takes an address
 for each row it loads, finds each pixel's row for each tap in there: any stride, dilation and width.
 
-    y = 4 sum_mn alpha_m beta_n (popc(a_n & w_m) - k) - (sum_m alpha_m) S + constant[class]    see cuda_layout.py
+    y = 4 sum_mn alpha_m beta_n (popc(a_n & w_m) - k) - (sum_m alpha_m) S + constant[class]    see layer.py
 
     global    words_BHWPN as the operator takes them, poison_BHW, weight rows [M][O'][K bits], constants (classes, O')
     shared    band planes   [N][band pixels][granules]      16 bytes a granule; the zero padding is written here
@@ -18,7 +18,7 @@ Rows of shared memory are an odd number of 16-byte units long, so that the 8 row
 different banks. Integer counters start at the bits of the float 1.5 * 2^23: read as a float they are 1.5 * 2^23 +
 count, so that scaling them needs no conversion instruction (16 a clock).
 
-Arithmetic. Reported rate on Hopper: 17 700 binary multiply-adds a clock and SM (a public microbenchmark; `cuda_bench`
+Arithmetic. Reported rate on Hopper: 17 700 binary multiply-adds a clock and SM (a public microbenchmark; `bench`
 measures it), 35 times the popcount unit and 8.6 times fp16. A step of a warp, 64 x 32 x 256, is 16 BMMA (119 clocks
 of the warp's tensor core at that rate) fed by 6 ldmatrix (24 clocks of the SM's shared memory for each warp, 96 a
 step of four): close to balance, the tensor core ahead. Scaling costs 128 float operations a warp, m and n; for 3 x 3
@@ -32,8 +32,8 @@ from typing import NamedTuple
 import torch
 from numba import cuda
 
-from .cuda_launch import Kernel, float32, int32, int64, pointer, shared_memory_limit, uint8, uint32
-from .cuda_primitives import (
+from .launch import Kernel, float32, int32, int64, pointer, shared_memory_limit, uint8, uint32
+from .primitives import (
     cp_async8,
     cp_async16,
     cp_async_commit,
@@ -389,9 +389,9 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None):
 
 
 def main():
-    from .cuda_check import demonstrate
+    from .check import demonstrate
 
-    demonstrate("cuda_tensorcore", conv)
+    demonstrate("rung6_tensorcore", conv)
 
 
 if __name__ == "__main__":

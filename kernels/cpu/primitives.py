@@ -32,7 +32,7 @@ BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
 # Kernels therefore close over this number: an edit of these two files gives them a new cache entry.
-STAMP = crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("cpu_primitives.py", "cpu_job.py")))
+STAMP = crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("primitives.py", "job.py")))
 
 
 def c_function(signature):

@@ -22,10 +22,9 @@ from math import prod
 import numpy as np
 import torch
 
-import abcnets
-
-from . import cpu_system, layout
-from .cpu_job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
+from .. import layout
+from . import system
+from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
 
 logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels took to compile
 
@@ -35,15 +34,31 @@ PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 
 
-def register() -> None:
-    """Make this engine the CPU implementation of the packed operators."""
-    library = torch.library.Library("abcnets", "IMPL")
-    library.impl("packed_conv", packed_conv, "CPU")
-    library.impl("packed_max_pool", packed_max_pool, "CPU")
-    _registered.append(library)  # an operator lives as long as its library object
+BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; beyond, one float convolution is faster (bench.py)
+
+_libraries = []  # an operator's implementation lives as long as its library object
+_plain = None  # the abcnets module that registered this engine
 
 
-_registered = []
+def register(abcnets) -> None:
+    """Make this engine the CPU implementation of the packed operators; once, however often it is asked."""
+    global _plain
+    if _plain is None:
+        _plain = abcnets
+        library = torch.library.Library("abcnets", "IMPL")
+        library.impl("packed_conv", packed_conv, "CPU")
+        library.impl("packed_max_pool", packed_max_pool, "CPU")
+        _libraries.append(library)
+
+
+def try_it() -> None:
+    """Compile and run the smallest kernel; raises whatever stands in the way (no Numba, an old NumPy)."""
+    if not hasattr(np, "bitwise_count"):
+        raise ImportError(f"NumPy {np.__version__} is too old: 2.0 or newer is needed")
+    words = torch.tensor([5, 3, 8, 0]).view(1, 4, 1, 1)
+    pooled = packed_max_pool(words, torch.zeros(4, dtype=torch.bool), 4, [2], [2], [0], [1], False)
+    if pooled.flatten().tolist() != [7, 8]:
+        raise RuntimeError(f"Numba's kernels compute wrongly here: {pooled.flatten().tolist()} instead of [7, 8]")
 
 
 # --------------------------------------------------------------------------- the convolution
@@ -58,7 +73,7 @@ def packed_conv(
     layer = find_layer(tensors, channels, groups)
     readable, kind = layer.readable(x)
     if kind is not None:
-        threads = cpu_system.thread_count()
+        threads = system.thread_count()
         key = (x.shape, kind, threads, *stride, *padding, *dilation)
         plan = layer.plans.get(key)
         if plan is None:
@@ -67,7 +82,7 @@ def packed_conv(
         if not saw_nan:
             return output.to(x.dtype) if x.dtype in HALVES and not layer.out_bases else output
     # what the kernels do not compute, or must complain about
-    return abcnets._packed_conv_reference(
+    return _plain.packed_conv(
         x, *tensors[:6], channels, stride, padding, dilation, groups, out_thresholds, out_flips
     )
 
@@ -254,7 +269,7 @@ class Plan:
                 job.pixel_stride = 4 * stride[0]
         elif self.in_place:
             job.words = job.input
-        cpu_system.run(workspace.entry, job.address, self.threads)
+        system.run(workspace.entry, job.address, self.threads)
         saw_nan = job.saw_nan
         self.workspaces.append(workspace)
         return output, saw_nan
@@ -262,7 +277,7 @@ class Plan:
     def _empty_output(self):
         layer = self.layer
         if not layer.out_bases:
-            return cpu_system.in_large_pages(torch.empty(self.output_shape))
+            return system.in_large_pages(torch.empty(self.output_shape))
         if layer.blocks * layout.BLOCK % 64:  # the last word's upper blocks are nobody's to write
             return torch.zeros(self.output_shape, dtype=torch.int64)
         return torch.empty(self.output_shape, dtype=torch.int64)
@@ -318,7 +333,7 @@ class Workspace:
         if layer.out_bases:
             job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
         if plan.threads > 1:
-            pool = cpu_system.pool()
+            pool = system.pool()
             job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
         job.address = ctypes.addressof(job)
 
@@ -327,12 +342,12 @@ class Workspace:
 def _kernels(N: int, masked: bool) -> tuple:
     """Addresses of the functions that run a layer of N bases; here Numba is loaded, and compiles or reads its cache."""
     start = time.perf_counter()
-    from . import cpu_pack, cpu_vector
+    from . import pack, vector
 
     functions = (
-        cpu_vector.run_kernel(),
-        cpu_pack.chunk_kernel(N),
-        cpu_vector.block_kernel(N, cpu_vector.TILE_PIXELS[N], int(masked)),
+        vector.run_kernel(),
+        pack.chunk_kernel(N),
+        vector.block_kernel(N, vector.TILE_PIXELS[N], int(masked)),
     )
     logger.info("kernels for N = %d ready after %.2f s", N, time.perf_counter() - start)
     return tuple(function.address for function in functions)
@@ -352,10 +367,10 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
         tuple(size), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
     )
     if sources is None or words.numel() == 0:
-        return abcnets._packed_max_pool_reference(
+        return _plain.packed_max_pool(
             words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
         )
-    from . import cpu_pool
+    from .pool import pool_kernel
 
     words = words.contiguous()
     B, P, N = words.shape[0], *words.shape[-2:]
@@ -372,12 +387,12 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
         flips=_address(flip_words),
         sources=_address(sources),
         taps=sources.shape[1],
-        threads=cpu_system.thread_count(),
+        threads=system.thread_count(),
     )
     if job.threads > 1:
-        pool = cpu_system.pool()
+        pool = system.pool()
         job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
-    cpu_system.run(cpu_pool.pool_kernel().address, ctypes.addressof(job), job.threads)
+    system.run(pool_kernel().address, ctypes.addressof(job), job.threads)
     return output
 
 

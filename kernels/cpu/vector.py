@@ -18,11 +18,11 @@ the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, th
 transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float tensor is
 written at all.
 
-**Threads** are torch's own (cpu_system.py). With several images a thread takes whole images, packs each into a buffer
+**Threads** are torch's own (system.py). With several images a thread takes whole images, packs each into a buffer
 of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
 out the blocks.
 
-Run this file to check and time it: `python -m kernels.cpu_vector`.
+Run this file to check and time it: `python -m kernels.cpu.vector`.
 """
 
 import functools
@@ -30,9 +30,9 @@ import functools
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .cpu_job import INTERLEAVED, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
-from .cpu_pack import JOB
-from .cpu_primitives import (
+from .job import INTERLEAVED, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
+from .pack import JOB
+from .primitives import (
     FLOATS_8,
     I64,
     STAMP,
@@ -270,8 +270,8 @@ def run_kernel(stamp=STAMP):
 
 
 if __name__ == "__main__":
-    from . import bench
-    from .cpu_engine import packed_conv
+    from .. import bench
+    from .engine import packed_conv
 
     bench.check_rung("vector", packed_conv, bench.RUNG_SHAPES)
     bench.time_rung("vector", packed_conv, bench.RESNET_18[1], bench.BASES)

@@ -24,7 +24,7 @@ import torch
 from numba import cuda
 from numba.cuda import types
 
-from .cuda_primitives import SIMULATED
+from .primitives import SIMULATED
 
 uint8, uint32, uint64 = types.uint8, types.uint32, types.uint64
 int32, int64, float32 = types.int32, types.int64, types.float32

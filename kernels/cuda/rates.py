@@ -15,8 +15,8 @@ import functools
 import torch
 from numba import cuda
 
-from .cuda_launch import Kernel, int32, int64, pointer, shared_memory_limit, uint32, uint64
-from .cuda_primitives import (
+from .launch import Kernel, int32, int64, pointer, shared_memory_limit, uint32, uint64
+from .primitives import (
     clock,
     fence_async_proxy,
     make_wgmma_b1_chain,

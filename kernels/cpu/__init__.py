@@ -1,0 +1,1 @@
+"""Bitwise convolution on a CPU, from plain loops (scalar.py) to the register tile (vector.py); engine.py calls them."""
