@@ -20,14 +20,14 @@ class Everything(nn.Module):
 
     def __init__(self):
         super().__init__()
-        bases = {"weight_bases": 2, "activation_bases": 3}
+        bases = {"weight_bases": 2, "activation_bases": 3, "active": True}
         self.grouped = ABCConv2d(6, 9, 3, (2, 1), (0, 2), (1, 2), groups=3, **bases)
         self.lopsided = ABCConv2d(6, 5, (2, 4), padding="same", betas=[0.3, -0.2, 0.5], vs=[0.1, -0.4, 0.6], **bases)
-        self.weights_only = ABCConv1d(6, 5, 4, padding=1, weight_bases=3, activation_bases=None)
+        self.weights_only = ABCConv1d(6, 5, 4, padding=1, weight_bases=3, activation_bases=None, active=True)
         self.volume = ABCConv3d(3, 4, (1, 2, 3), (1, 2, 1), 1, bias=False, **bases)
-        self.linear = ABCLinear(9, 17, weight_bases=1, activation_bases=1)
+        self.linear = ABCLinear(9, 17, weight_bases=1, activation_bases=1, active=True)
         self.circular = ABCConv2d(6, 5, 3, padding=1, padding_mode="circular", per_channel=False, **bases)
-        self.inactive = ABCConv2d(6, 2, 3, active=False, **bases)
+        self.inactive = ABCConv2d(6, 2, 3, **{**bases, "active": False})
 
     def forward(self, x):
         outputs = [self.grouped(x), self.lopsided(x), self.circular(x), self.linear(x), self.inactive(x),
@@ -181,6 +181,7 @@ def test_a_compiled_training_step_is_one_graph_with_the_same_gradients():
         ABCConv2d(6, 4, 3, weight_bases=2, activation_bases=None), nn.ReLU(),
         ABCConv2d(4, 4, 3, weight_bases=None, activation_bases=2), nn.Flatten(), ABCLinear(36, 5),
     )  # fmt: skip
+    abcnets.binarize(model)
     x = torch.randn(7, 3, 9, 9)
     results = []
     for forward in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):

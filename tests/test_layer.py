@@ -235,7 +235,7 @@ def test_bad_activations():
 
 @pytest.mark.parametrize("cls, arguments, shape", LAYERS)
 def test_a_layer_is_the_M_by_N_sum_of_binary_convolutions(cls, arguments, shape):
-    layer = cls(*arguments, weight_bases=3, activation_bases=2)
+    layer = cls(*arguments, weight_bases=3, activation_bases=2, active=True)
     x = torch.randn(shape)
     operation = {ABCConv1d: F.conv1d, ABCConv2d: F.conv2d, ABCConv3d: F.conv3d, ABCLinear: F.linear}[cls]
     B, alphas = abcnets.weight_bases(layer.weight, layer.us), layer.alphas()
@@ -254,7 +254,7 @@ def test_a_layer_is_the_M_by_N_sum_of_binary_convolutions(cls, arguments, shape)
 ])  # fmt: skip
 def test_inactive_is_bit_for_bit_the_stock_layer(options):
     stock = nn.Conv2d(6, 9, 3, **options)
-    layer = ABCConv2d(6, 9, 3, **options, active=False)
+    layer = ABCConv2d(6, 9, 3, **options)  # as it is constructed
     layer.load_state_dict(stock.state_dict(), strict=True)
     x = torch.randn(2, 6, 8, 9, dtype=options.get("dtype", torch.float32))
     assert torch.equal(layer(x), stock(x))
@@ -264,18 +264,30 @@ def test_inactive_is_bit_for_bit_the_stock_layer(options):
 
 
 @pytest.mark.parametrize("cls, arguments, shape", LAYERS)
+def test_layers_begin_inactive_and_converted_models_active(cls, arguments, shape):
+    layer = cls(*arguments)
+    stock = getattr(nn, cls.__name__.removeprefix("ABC"))
+    again = cls.from_parameters(layer.weight, layer.bias, layer.us, layer.vs, layer.betas)
+    shared = cls.from_float(stock(*arguments))
+    assert not (layer.active or again.active or shared.active)
+    assert torch.equal(layer(torch.ones(shape)), again(torch.ones(shape)))
+    assert abcnets.convert(stock(*arguments)).active and not abcnets.convert(stock(*arguments), active=False).active
+
+
+@pytest.mark.parametrize("cls, arguments, shape", LAYERS)
 def test_one_side_may_stay_float(cls, arguments, shape):
     x = torch.randn(shape)
     only_weights = cls(*arguments, weight_bases=2, activation_bases=None)
     assert only_weights.vs is None and torch.equal(only_weights.quantized_input(x), x)
     only_input = cls(*arguments, weight_bases=None, activation_bases=2)
     assert only_input.us is None and only_input.quantized_weight() is only_input.weight
-    neither = cls(*arguments, weight_bases=None, activation_bases=None)
+    neither = cls(*arguments, weight_bases=None, activation_bases=None, active=True)
     assert torch.equal(neither(x), abcnets.binarize(neither, False)(x))
 
 
 def test_zero_padding_is_neither_plus_nor_minus_one():
     layer = ABCConv2d(1, 1, 3, padding=1, bias=False, weight_init=nn.init.ones_, weight_bases=1, activation_bases=1)
+    abcnets.binarize(layer)
     layer.betas.data.fill_(1.0)
     y = layer(torch.full((1, 1, 3, 3), 9.0))[0, 0]
     assert y.tolist() == [[4, 6, 4], [6, 9, 6], [4, 6, 4]]
@@ -330,7 +342,7 @@ def test_from_parameters_names_what_is_wrong():
 
 @pytest.mark.parametrize("cls, arguments, shape", LAYERS)
 def test_bad_input_names_what_is_wanted(cls, arguments, shape):
-    layer = cls(*arguments)
+    layer = cls(*arguments, active=True)
     with pytest.raises(TypeError, match="floating-point input, got torch.int64"):
         layer(torch.ones(shape, dtype=torch.int64))
     with pytest.raises(ValueError, match="batch x 6.*got"):
@@ -341,7 +353,7 @@ def test_bad_input_names_what_is_wanted(cls, arguments, shape):
 
 @pytest.mark.parametrize("cls, arguments, shape", LAYERS)
 def test_empty_batch_unbatched_input_and_nan(cls, arguments, shape):
-    layer = cls(*arguments)
+    layer = cls(*arguments, active=True)
     x = torch.randn(shape)
     assert layer(x[:0]).shape == layer(x)[:0].shape
     layer(x[:0]).sum().backward()
@@ -352,7 +364,7 @@ def test_empty_batch_unbatched_input_and_nan(cls, arguments, shape):
 
 
 def test_forward_mutates_nothing_and_follows_the_weights():
-    layer = ABCConv2d(3, 4, 3)
+    layer = ABCConv2d(3, 4, 3, active=True)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
     x = torch.randn(2, 3, 6, 6)
     layer(x)
@@ -367,7 +379,7 @@ def test_forward_mutates_nothing_and_follows_the_weights():
 
 def test_active_flag_and_bases_survive_a_file_and_a_fresh_process(tmp_path):
     model = nn.Sequential(
-        ABCConv2d(3, 4, 3, active=False), ABCConv2d(4, 5, 3), nn.Flatten(), ABCLinear(45, 2, active=False)
+        ABCConv2d(3, 4, 3), ABCConv2d(4, 5, 3, active=True), nn.Flatten(), ABCLinear(45, 2)
     )
     with torch.no_grad():
         model[1].vs.copy_(torch.tensor([0.1, 0.2, 0.3]))
@@ -378,7 +390,7 @@ def test_active_flag_and_bases_survive_a_file_and_a_fresh_process(tmp_path):
         from torch import nn
         from abcnets import ABCConv2d, ABCLinear
         saved = torch.load(sys.argv[1], weights_only=True)
-        model = nn.Sequential(ABCConv2d(3, 4, 3), ABCConv2d(4, 5, 3, active=False), nn.Flatten(), ABCLinear(45, 2))
+        model = nn.Sequential(ABCConv2d(3, 4, 3, active=True), ABCConv2d(4, 5, 3), nn.Flatten(), ABCLinear(45, 2))
         model.load_state_dict(saved["state"])
         assert [layer.active for layer in (model[0], model[1], model[3])] == [False, True, False]
         assert torch.equal(model(saved["x"]), saved["y"])
@@ -398,7 +410,7 @@ def test_a_float_checkpoint_loads_strictly_but_a_torn_one_does_not():
 
 
 def test_copies_pickles_and_functional_call():
-    layer, x = ABCConv2d(3, 4, 3, padding=1, learn_us=True), torch.randn(2, 3, 5, 5)
+    layer, x = ABCConv2d(3, 4, 3, padding=1, learn_us=True, active=True), torch.randn(2, 3, 5, 5)
     for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         assert torch.equal(twin(x), layer(x)) and twin.active
     parameters = {name: torch.zeros_like(p) for name, p in layer.named_parameters()}
@@ -411,7 +423,7 @@ def test_copies_pickles_and_functional_call():
 
 
 def test_bfloat16_autocast_stays_close_to_float32():
-    layer, x = ABCConv2d(8, 8, 3, padding=1), torch.randn(2, 8, 9, 9)
+    layer, x = ABCConv2d(8, 8, 3, padding=1, active=True), torch.randn(2, 8, 9, 9)
     exact = layer(x)
     exact.sum().backward()
     gradients = [p.grad.clone() for p in layer.parameters()]
@@ -425,7 +437,7 @@ def test_bfloat16_autocast_stays_close_to_float32():
 
 
 def test_half_precision_weights_have_the_bases_of_their_float32_copy():
-    layer = ABCConv2d(8, 8, 3, dtype=torch.bfloat16)
+    layer = ABCConv2d(8, 8, 3, dtype=torch.bfloat16, active=True)
     assert torch.equal(
         abcnets.weight_bases(layer.weight, layer.us),
         abcnets.weight_bases(layer.weight.float(), layer.us.float()).bfloat16(),
@@ -434,14 +446,14 @@ def test_half_precision_weights_have_the_bases_of_their_float32_copy():
 
 
 def test_channels_last():
-    layer, x = ABCConv2d(8, 8, 3, padding=1), torch.randn(2, 8, 9, 9)
+    layer, x = ABCConv2d(8, 8, 3, padding=1, active=True), torch.randn(2, 8, 9, 9)
     y = layer.to(memory_format=torch.channels_last)(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last) and torch.allclose(y, layer(x), atol=1e-5)
 
 
 @pytest.mark.parametrize("cls, arguments, shape", LAYERS)
 def test_compiles_without_a_graph_break(cls, arguments, shape):
-    layer, x = cls(*arguments, learn_us=True), torch.randn(shape)
+    layer, x = cls(*arguments, learn_us=True, active=True), torch.randn(shape)
     y = layer(x)
     y.sum().backward()
     gradients = {name: p.grad.clone() for name, p in layer.named_parameters()}
@@ -463,7 +475,7 @@ def test_distributed_data_parallel_on_two_processes(tmp_path):
         torch.set_num_threads(1)
         dist.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
         torch.manual_seed(0)
-        layer = ABCConv2d(2, 3, 3)
+        layer = ABCConv2d(2, 3, 3, active=True)
         model = nn.parallel.DistributedDataParallel(layer)
         x = torch.randn(4, 2, 5, 5)
         model(x[2 * rank : 2 * rank + 2]).mean().backward()

@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -27,7 +28,7 @@ def layers(draw):
     C, O = groups * draw(st.integers(1, 20)), groups * draw(st.integers(1, 6))
     torch.manual_seed(draw(st.integers(0, 10_000)))
     bases = {"weight_bases": M, "activation_bases": N, "vs": torch.randn(N), "betas": torch.randn(N)}
-    bases["per_channel"] = draw(st.booleans())
+    bases |= {"per_channel": draw(st.booleans()), "active": True}
     B = draw(st.integers(0, 3))
     if dims == 0:
         layer, shape = ABCLinear(C, O, bias=draw(st.booleans()), **bases), (B, C)
@@ -65,7 +66,7 @@ def test_packed_equals_the_float_simulation(case):
 
 @pytest.mark.parametrize("engine", ["bits", "float"])
 def test_nan_spreads_as_in_the_simulation(engine):
-    layer = ABCConv2d(3, 4, 3, padding=1)
+    layer = ABCConv2d(3, 4, 3, padding=1, active=True)
     x = torch.randn(2, 3, 6, 6)
     x[0, 1, 2, 3] = math.nan
     assert torch.equal(abcnets.pack(layer, engine=engine)(x).isnan(), layer(x).isnan())
@@ -73,7 +74,7 @@ def test_nan_spreads_as_in_the_simulation(engine):
 
 @pytest.mark.parametrize("engine", ["bits", "float"])
 def test_layouts_and_dtypes(engine):
-    layer = ABCConv2d(5, 4, 3, padding=1, weight_bases=2, activation_bases=2)
+    layer = ABCConv2d(5, 4, 3, padding=1, weight_bases=2, activation_bases=2, active=True)
     packed = abcnets.pack(layer, engine=engine)
     x = torch.randn(2, 5, 6, 7)
     y = layer(x)
@@ -92,12 +93,12 @@ def test_layouts_and_dtypes(engine):
 
 def test_packing_weights_only_and_leaving_the_rest():
     model = nn.Sequential(
-        ABCConv2d(3, 4, 3, weight_bases=2, activation_bases=None),
-        ABCConv2d(4, 4, 3, weight_bases=None, activation_bases=2),
-        ABCConv2d(4, 4, 3, active=False),
+        ABCConv2d(3, 4, 3, weight_bases=2, activation_bases=None, active=True),
+        ABCConv2d(4, 4, 3, weight_bases=None, activation_bases=2, active=True),
+        ABCConv2d(4, 4, 3),
     )
     packed = abcnets.pack(model)
-    assert [type(m) for m in packed] == [PackedLayer, ABCConv2d, ABCConv2d] and packed[0].engine == "float"
+    assert [type(m) for m in packed] == [PackedLayer, ABCConv2d, ABCConv2d] and not packed[0].runs_bits()
     x = torch.randn(2, 3, 9, 9)
     assert torch.allclose(packed(x), model(x), atol=1e-5)
     assert not any(p.requires_grad for p in packed.parameters()) and model[1].weight.requires_grad
@@ -108,14 +109,13 @@ def test_packing_weights_only_and_leaving_the_rest():
 
 
 def test_auto_runs_layers_beyond_the_limit_as_float():
-    engines = [
-        abcnets.pack(ABCLinear(4, 4, weight_bases=M, activation_bases=N)).engine for M, N in ((4, 4), (5, 5), (1, 8))
-    ]
-    assert engines == ["bits", "float", "bits"]
+    layers = [ABCLinear(4, 4, weight_bases=M, activation_bases=N, active=True) for M, N in ((4, 4), (5, 5), (1, 8))]
+    assert [abcnets.pack(layer).runs_bits() for layer in layers] == [True, False, True]
+    assert [abcnets.pack(layer).runs_bits("mps") for layer in layers] == [False, False, False]
 
 
 def test_bad_input_to_a_packed_layer():
-    packed = abcnets.pack(ABCConv2d(3, 4, 3))
+    packed = abcnets.pack(ABCConv2d(3, 4, 3, active=True))
     with pytest.raises(ValueError, match=r"3 channels in dimension -3, got input of shape \(1, 2, 5, 5\)"):
         packed(torch.rand(1, 2, 5, 5))
     with pytest.raises(TypeError, match="got torch.int32"):
@@ -123,7 +123,7 @@ def test_bad_input_to_a_packed_layer():
 
 
 def test_documented_bit_order():
-    layer = ABCLinear(11, 1, bias=False, weight_bases=1, activation_bases=1)
+    layer = ABCLinear(11, 1, bias=False, weight_bases=1, activation_bases=1, active=True)
     signs = torch.tensor([1, -1, -1, 1, 1, 1, -1, -1, 1, -1, 1.0])
     layer.weight.data.copy_(signs - signs.mean())
     assert abcnets.pack(layer).bits.tolist() == [[[0b00111001, 0b101]]]
@@ -133,7 +133,7 @@ def test_documented_bit_order():
 
 
 def operator_arguments(out=False):
-    layer = abcnets.pack(ABCConv2d(70, 9, 3, stride=2, padding=1))
+    layer = abcnets.pack(ABCConv2d(70, 9, 3, stride=2, padding=1, active=True))
     x = torch.randn(2, 70, 6, 7)
     more = (torch.randn(4, 9), torch.rand(9) > 0.5) if out else (None, None)
     return (x, layer.bits, layer.alphas, layer.betas, layer.in_thresholds, layer.in_flips, layer.bias, 70,
@@ -175,6 +175,7 @@ def test_nan_can_not_become_bits():
 
 def test_packed_models_compile_and_export():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
+    abcnets.binarize(model)
     packed, x = abcnets.pack(model), torch.randn(2, 1, 8, 8)
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x), atol=1e-5)
@@ -208,7 +209,25 @@ def test_a_file_rebuilds_the_model(packed, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     described = json.loads(metadata["layers"])["3"]
-    assert metadata["version"] == "1" and (described["M"], described["N"], described["kernel_size"]) == (3, 2, [3, 3])
+    assert metadata["version"] == "2" and (described["M"], described["N"], described["kernel_size"]) == (3, 2, [3, 3])
+
+
+def test_a_file_of_version_1_still_loads():
+    """It says what each layer is to run as (here bits and float), which is now for the machine to decide."""
+    loaded = abcnets.load_packed(Path(__file__).with_name("version1.safetensors"), small())
+    assert [loaded[i].engine for i in (3, 6)] == ["auto", "auto"]
+    y = loaded(torch.linspace(-2, 2, 64).view(1, 1, 8, 8))
+    assert torch.allclose(y, torch.tensor([-0.2649, 0.0830, 0.0546, 0.1181, -0.2656]), atol=1e-3)
+
+
+def test_no_file_says_what_a_layer_runs_as(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    for engine in ("auto", "bits", "float"):
+        packed[3].engine = engine
+        abcnets.save_packed(packed, path)
+        with safe_open(path, framework="pt") as file:
+            assert "engine" not in file.metadata()["layers"]
+        assert torch.allclose(abcnets.load_packed(path, small())(x), packed(x), atol=1e-5)
 
 
 def test_state_dicts_load_weights_only_and_as_safetensors(packed, tmp_path):
@@ -240,7 +259,7 @@ def relabel(metadata, **changes):
 
 
 WRONG = {
-    "version '2'": lambda metadata, tensors: metadata.update(version="2"),
+    "version '3'": lambda metadata, tensors: metadata.update(version="3"),
     "version ''": lambda metadata, tensors: metadata.pop("version"),
     "no packed model": lambda metadata, tensors: metadata.update(format="pt"),
     "checksum": lambda metadata, tensors: tensors["3.bits"].bitwise_xor_(1),
@@ -332,7 +351,7 @@ def test_fused_thresholds_decide_as_the_modules_do():
     nn.init.normal_(norm.bias)
     norm.running_mean.normal_()
     norm.running_var.uniform_(0.1, 3)
-    layer = abcnets.pack(ABCConv2d(40, 3, 3, activation_bases=4))
+    layer = abcnets.pack(ABCConv2d(40, 3, 3, activation_bases=4, active=True))
     thresholds, flips = kernels.fuse.fold([lambda z: norm(z[:, :, None, None])[:, :, 0, 0], torch.relu], layer)
     for z in (thresholds, thresholds.nextafter(torch.tensor(math.inf)), thresholds.nextafter(torch.tensor(-math.inf))):
         z = z.clamp(-1e30, 1e30)
@@ -402,7 +421,7 @@ def test_fuse_says_what_it_can_not_trace():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.conv = ABCConv2d(1, 2, 3)
+            self.conv = ABCConv2d(1, 2, 3, active=True)
 
         def forward(self, x):
             return self.conv(x) if x.sum() > 0 else x
