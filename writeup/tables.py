@@ -326,7 +326,7 @@ def gpu_tile() -> str:
 
 def gpu_table() -> str:
     rows = [
-        [f"`{row['contender']}`", str(row["M"] or "float"), f"{row['microseconds']:.1f}",
+        [f"`{row['contender']}`", str(row["bases"] or "float"), f"{row['microseconds']:.1f}",
          f"{row['operations_per_second'] / 1e12:.3g}" if row["operations_per_second"] else ""]
         for row in CUDA if row["section"] == "ladder"
     ]  # fmt: skip
