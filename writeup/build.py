@@ -37,11 +37,11 @@ def without_markers(text: str) -> str:
     return re.sub(r"<!-- .*? -->", "", text)
 
 
-def contradictions(text: str, claims: dict[str, bool]) -> list[str]:
+def contradictions(text: str, said: dict[str, bool]) -> list[str]:
     """The claims that the results do not bear out, and those that the text does not make in these words."""
-    said = " ".join(without_markers(text).split())
-    wrong = [f"the results do not bear out: {words}" for words, true in claims.items() if not true]
-    return wrong + [f"it does not say: {words}" for words in claims if words not in said]
+    plain = " ".join(without_markers(text).split())
+    wrong = [f"the results do not bear out: {words}" for words, true in said.items() if not true]
+    return wrong + [f"it does not say: {words}" for words in said if words not in plain]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
