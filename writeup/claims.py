@@ -1,0 +1,111 @@
+"""What the prose says of the numbers, and whether they bear it out: {words of the page: true?}.
+
+The words stand in the page exactly so, but for line breaks and markers; where results are missing nothing is borne out.
+"""
+
+import re
+from math import isqrt
+
+from writeup import arithmetic, tables
+
+
+def of_writeup() -> dict[str, bool]:
+    return _examples() | _estimates() | _weights() | _calibration() | _results()
+
+
+def of_readme() -> dict[str, bool]:
+    """int8 against all of ours, on the fewest threads."""
+    int8, ours = tables.rival("onnxruntime int8"), tables.ours()
+    if not int8 or not ours:
+        return {"int8 is the rival to beat": False}
+    fewest = min(threads for _, threads in int8["ms"])
+    faster = {
+        batch: [tables.bases_of(form) for form in ours if form["ms"][batch, fewest] < int8["ms"][batch, fewest]]
+        for batch, threads in int8["ms"] if threads == fewest
+    }  # fmt: skip
+    words = "it is faster than all of these one image at a time and than all of these but M = N = 1 in batches of 32"
+    return {
+        f"on {fewest} thread{'s' * (fewest > 1)} {words}": faster == {1: [], 32: ["M = N = 1"]},
+        "int8 is the rival to beat": int8["accuracy"] > max(form["accuracy"] for form in ours),
+    }
+
+
+def _examples() -> dict[str, bool]:
+    """The worked examples: whatever the numbers are, the text must have them."""
+    e = arithmetic.bit_example()
+    left = e["K"] - 2 * e["count_padded"]
+    levels = arithmetic.cut(arithmetic.WEIGHTS_EXAMPLE, arithmetic.gaussian_thresholds(2))[1]
+    first, second = ((b - a) / 2 for a, b in zip(levels, levels[1:]))
+    return dict.fromkeys([
+        rf"$a \cdot w = {e['K']} - 2 \cdot {e['count']} = {e['dot']}$ here",
+        rf"$4 \cdot {e['count_and']} - 2 \cdot {e['count_a']} - 2 \cdot {e['count_w']} + {e['K']} = {e['dot_and']}$",
+        rf"`{e['padded']:08b}` XOR `{e['w']:08b}` has {e['count_padded']} ones, which makes "
+        rf"${e['K']} - 2 \cdot {e['count_padded']} = {left}$; the padded pair added ${e['too_much']}$ of that, and "
+        rf"taking it back leaves ${left - e['too_much']}$, the sum over the other six",
+        rf"$\alpha_1 = (c_1 - c_0)/2 = {first:.3f}$ and $\alpha_2 = (c_2 - c_1)/2 = {second:.3f}$",
+        rf"$1 - 2/\pi \approx {arithmetic.gaussian_errors(arithmetic.gaussian_thresholds)[0]:.3f}$",
+    ], True)  # fmt: skip
+
+
+def _estimates() -> dict[str, bool]:
+    float32, int8, bits = (arithmetic.CPU_RATES[kind] for kind in ("float32", "int8", "bits"))
+    units = arithmetic.GPU_UNITS
+    roof = units["binary tensor core, `mma`"]
+    floats, words = ({n: arithmetic.tile(n, out) for n in (1, 2, 3)} for out in (False, True))
+    measured = tables.on_one_thread("times_float32")
+    return {
+        f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
+        f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {isqrt(int(bits // int8))}$": True,
+        f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {3, 5} <= measured.keys()
+        and measured[3] > 1 > measured[5],
+        "On one thread, with floats in and out, the largest $M N$": tables.cpu_threads()[:1] == [1],
+        "int8 does four times the products of float32": int8 == 4 * float32,
+        "does half of what the TF32 tensor core does": 2 * units["popcount"] == units["TF32 tensor core"],
+        "$M = N = 1$ writing a float result takes three times as long as computing it":
+            round(floats[1]["writing"] / floats[1]["counting"]) == 3,
+        "(open squares) M = N = 1 hangs on the memory roof": floats[1]["writing"] > floats[1]["counting"],
+        "(filled) every case reaches that of the binary tensor core":
+            all(arithmetic.GPU_BYTES * tile["intensity"] >= roof for tile in words.values()),
+    }  # fmt: skip
+
+
+def _weights() -> dict[str, bool]:
+    kinds = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
+    pairs = {M + 1: [errors] for M, errors in enumerate(zip(*map(arithmetic.gaussian_errors, kinds)))}
+    for M in pairs if tables.WEIGHTS else ():
+        pairs[M].append((tables.weight_error(M, "gaussian"), tables.weight_error(M, "even")))
+    alike = all(abs(best / even - 1) < 0.02 for M in (1, 3) for best, even in pairs[M])
+    less = all(best < 0.95 * even for M in (2, 4, 5, 6) for best, even in pairs[M])
+    return {
+        "At $M = 1$ the two are the same, and at $M = 3$ nearly so": alike,
+        "At two bases, and from four on, the Gaussian ones leave clearly less, on the trained weights as well":
+            less and bool(tables.WEIGHTS),
+    }  # fmt: skip
+
+
+def _calibration() -> dict[str, bool]:
+    rows = tables.CALIBRATION
+    by_norms = [row["M"] for row in rows if row["norms"] - row["binarized"] > row["all"] - row["both"]]
+    return {
+        "Better thresholds alone do not help": bool(rows) and all(r["thresholds"] <= r["binarized"] for r in rows),
+        "With three bases and more the largest repair is to measure each BatchNorm's mean and variance anew":
+            by_norms == [3, 5],
+        "With one or two bases it is to move the weights": by_norms == [3, 5],
+    }  # fmt: skip
+
+
+def _results() -> dict[str, bool]:
+    step = next(iter(tables.STEP), {"M": 0, "N": 0, "batch_size": 0})
+    binary = [form for form in tables.ours() if form["N"]]
+    beaten = sum(len(tables.faster_than_int8(form)) for form in binary)
+    mixed = tables.MIXED
+    bases = [re.findall(r"\d+:(\d+),(\d+)", row["mixed_settings"]) for row in mixed]
+    kinds = "bytes", "binary_macs"
+    return {
+        f"a training step at $M = {step['M']}$, $N = {step['N']}$ and batch {step['batch_size']}": bool(tables.STEP),
+        "For this network int8 is hard to beat": bool(binary) and 2 * beaten < sum(len(form["ms"]) for form in binary),
+        "within the bytes, and the binary multiplications, of a uniform setting":
+            bool(mixed) and all(row[f"mixed_{kind}"] <= row[f"uniform_{kind}"] for row in mixed for kind in kinds),
+        "on the nine-layer network activations get more bases than weights":
+            bool(mixed) and all(sum(int(N) - int(M) for M, N in layers) > 0 for layers in bases),
+    }  # fmt: skip

@@ -1,0 +1,354 @@
+"""The writeup's figures: their numbers, and how each is drawn from them.
+
+Each figure's numbers are in figures/data.json, and each figure carries their checksum.
+"""
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from statistics import median
+
+from writeup import arithmetic, tables
+
+STYLE = Path(__file__).resolve().parent.parent / "notebooks" / "abcnets.mplstyle"
+
+
+def figure_data() -> dict:
+    """The numbers of each figure, as plain JSON: {figure: data}."""
+    M = 5
+    best, even = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
+    rates = arithmetic.CPU_RATES
+    runs = [
+        {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
+        for m, n in [(None, None), *tables.PLANNED] if (run := tables.run_of(m, n))
+    ]  # fmt: skip
+    fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
+    forms = [
+        {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
+         "calibrated": (tables.run_of(form["M"], form["N"]) or {}).get("calibrated")
+         if form["name"] == "abcnets" else None}
+        for form in tables.competitors()
+    ]  # fmt: skip
+    measured = {
+        str(threads): {form: tables.cpu_medians(form, "times_float32", threads) for form in ("packed", "words")}
+        for threads in tables.cpu_threads()
+    }
+    int8 = {}
+    for threads in tables.cpu_threads():
+        rows = [r for r in tables.CPU if r["K"] == 3 and r["threads"] == threads and r["contender"].startswith("int8")]
+        shapes = {}
+        for r in rows:
+            shapes.setdefault(tuple(r[k] for k in ("C", "O", "size", "stride", "B")), []).append(r["times_float32"])
+        int8[str(threads)] = median(max(times) for times in shapes.values()) if shapes else None
+    return _rounded({
+        "bits": {"a": arithmetic.A, "w": arithmetic.W},
+        "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
+                   "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
+                   "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
+        "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
+        "accuracy": {"runs": runs},
+        "competitors": {"forms": forms, "threads": fewest},
+        "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
+                  "measured": measured, "int8": int8},
+        "roofline": {"roof": arithmetic.GPU_UNITS, "bytes": arithmetic.GPU_BYTES,
+                     "tiles": {f"{n} {out}": arithmetic.tile(n, out == "bits")["intensity"] for n in (1, 2, 3)
+                               for out in ("floats", "bits")}},
+    })  # fmt: skip
+
+
+def _rounded(value):
+    """As JSON has it, floats to six digits, so that the last bits of a machine's arithmetic make no difference."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, dict):
+        return {str(key): _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def checksum(data) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def draw_bits(plt, data):
+    a, w = data["a"], data["w"]
+    rows = [("a", a), ("w", w), ("product", [x * y for x, y in zip(a, w)])]
+    fig, ax = plt.subplots(figsize=(7, 1.9))
+    for y, (name, signs) in enumerate(rows):
+        height = -1.15 * y - (0.35 if y == 2 else 0)
+        ax.text(-0.35, height + 0.45, name, ha="right", va="center", fontsize=11)
+        for x, sign in enumerate(signs):
+            face, ink = ("#0072B2", "white") if sign > 0 else ("#F3F3F3", "#333333")
+            ax.add_patch(plt.Rectangle((x, height), 0.92, 0.92, facecolor=face, edgecolor="#777777", linewidth=0.8))
+            ax.text(x + 0.46, height + 0.45, f"{sign:+d}".replace("-", "−"), ha="center", va="center", color=ink)
+    flips = sum(s < 0 for s in rows[2][1])
+    ax.text(8.25, -2.2, f"{8 - flips} × (+1) + {flips} × (−1) = {8 - 2 * flips}", va="center")
+    ax.text(8.25, 0.45, "blue: bit 1", va="center", color="#0072B2")
+    ax.text(8.25, -0.7, "grey: bit 0", va="center", color="#555555")
+    ax.set(xlim=(-1.6, 12.2), ylim=(-2.8, 1.0), aspect="equal")
+    ax.axis("off")
+    return fig
+
+
+def draw_levels(plt, data):
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), width_ratios=(1.25, 1))
+    xs = [-3 + 6 * i / 600 for i in range(601)]
+    bell = [4 * arithmetic.density(x) - 2.2 for x in xs]
+    left.fill_between(xs, bell, -2.2, color="#DDDDDD", linewidth=0, label="Gaussian")
+    kinds = (("", "Gaussian shifts", "#0072B2", "-"), ("even_", "even shifts", "#E69F00", "--"))
+    for prefix, label, color, style in kinds:
+        ys = [data[prefix + "levels"][sum(x >= t for t in data[prefix + "thresholds"])] for x in xs]
+        left.plot(xs, ys, color=color, linestyle=style, label=label)
+    left.plot([-2.2, 2.2], [-2.2, 2.2], color="#333333", linewidth=0.7, linestyle=":")
+    left.set(
+        xlabel="weight, in standard deviations",
+        ylabel="its level",
+        ylim=(-2.2, 2.2),
+        title=f"M = {data['M']}: {data['M'] + 1} levels",
+    )
+    left.legend(loc="upper left", fontsize=8)
+    counts = list(range(1, len(data["best"]) + 1))
+    right.plot(counts, data["even"], "--s", color="#E69F00", label="even shifts")
+    right.plot(counts, data["best"], "-o", color="#0072B2", label="Gaussian shifts")
+    right.set(xlabel="weight bases M", yscale="log", title="squared error left", xticks=counts)
+    right.set_yticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
+    right.minorticks_off()
+    right.legend(fontsize=8)
+    return fig
+
+
+def draw_threshold(plt, data):
+    fig, axes = plt.subplots(1, 2, figsize=(7, 2.7), sharey=True)
+    xs = [-3 + 6 * i / 300 for i in range(301)]
+    for ax, scale, shift in zip(axes, data["scales"], data["shifts"]):
+
+        def f(x, scale=scale, shift=shift):
+            return max(0.0, scale * (x - data["mean"]) / data["std"] + shift)
+
+        ax.plot(xs, [f(x) for x in xs], color="#0072B2")
+        for t, style, height in zip(data["thresholds"], ("--", ":"), (2.55, 3.1)):
+            at = (t - shift) * data["std"] / scale + data["mean"]
+            ax.plot([-3, at] if scale > 0 else [at, 3], [t, t], color="#999999", linewidth=0.9, linestyle=style)
+            ax.plot([at, at], [0, height], color="#D55E00", linestyle=style)
+            words = f"R ≥ {t:g}: x {'≥' if scale > 0 else '≤'} {at:.2f}".replace("-", "−")
+            ax.text(at - 0.08 if scale > 0 else at + 0.08, height, words, fontsize=8, color="#A04000", va="top",
+                    ha="right" if scale > 0 else "left")  # fmt: skip
+        ax.set(xlabel="x, what the convolution puts out", title=f"BatchNorm's scale {scale:+g}".replace("-", "−"),
+               xlim=(-3, 3), ylim=(0, 3.5))  # fmt: skip
+    axes[0].set_ylabel("R = ReLU(BatchNorm(x))")
+    return fig
+
+
+def draw_accuracy(plt, data):
+    fig, ax = plt.subplots(figsize=(7, 3.2))
+    kinds = (("binary weights and activations", "#0072B2", "o"), ("binary weights, float activations", "#E69F00", "s"),
+             ("float", "#333333", "D"))  # fmt: skip
+    shown = set()
+    for run in data["runs"]:
+        label, color, marker = kinds[2 if run["M"] is None else 1 if run["N"] is None else 0]
+        ax.plot(run["kB"], run["accuracy"], marker, color=color, markersize=6, linestyle="none",
+                label=None if label in shown else label)  # fmt: skip
+        shown.add(label)
+        name = "float" if run["M"] is None else f"{run['M']}, {run['N'] or 'float'}"
+        left, below = run["N"] is None and run["M"] is not None, run["N"] not in (None, run["M"])  # of its neighbours
+        ax.annotate(name, (run["kB"], run["accuracy"]), (-5 if left else 5, -10 if below else 4), fontsize=8,
+                    textcoords="offset points", ha="right" if left else "left")  # fmt: skip
+        if run["calibrated"] is not None and run["calibrated"] >= 80:
+            ax.plot(run["kB"], run["calibrated"], marker, color=color, markersize=5, fillstyle="none", linestyle="none")
+            ax.plot([run["kB"]] * 2, [run["calibrated"], run["accuracy"]], color=color, linewidth=0.7, linestyle=":")
+    ax.set(xscale="log", xlabel="size of the packed file, kB", ylabel="test accuracy, %")
+    sizes = [20, 50, 100, 200, 500, 1000]
+    ax.set_xticks(sizes, [str(size) for size in sizes])
+    ax.minorticks_off()
+    ax.set_xlim(20, 1200)
+    ax.margins(y=0.12)
+    if shown:
+        ax.legend(fontsize=8, loc="lower right")
+    return fig
+
+
+def draw_competitors(plt, data):
+    forms, threads = data["forms"], data["threads"]
+    batches = sorted({int(batch) for form in forms for batch in form["ms"]}) or [1]
+    fig, axes = plt.subplots(1, 1 + len(batches), figsize=(3.1 * (1 + len(batches)), 4.6), sharey=True, layout="none")
+    fig.subplots_adjust(left=0.065, right=0.975, bottom=0.2, top=0.72, wspace=0.1)
+    kinds = {
+        "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
+        "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
+        "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+    }  # fmt: skip
+    worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
+    labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
+                                        for b in batches)]  # fmt: skip
+    axes[0].set_ylabel("test accuracy, %")
+    if not forms:
+        axes[0].text(0.5, 0.5, "not measured yet", transform=axes[0].transAxes, color="#A04000", ha="center")
+        return fig
+    low, high = (limit(form["accuracy"] for form in forms) for limit in (min, max))
+    axes[0].set_ylim(low - 0.6, high + 0.35)
+    for ax, place, label in zip(axes, worlds, labels):
+        ax.set(xscale="log", xlabel=label)
+        _nice_log_ticks(ax, [place(form) for form in forms])
+        points = []
+        for form in forms:
+            color, marker, _ = kinds[_kind(form)]
+            ax.plot(place(form), form["accuracy"], marker, color=color, linestyle="none", markersize=6, zorder=3)
+            points.append((place(form), form["accuracy"], _form_label(form), color))
+            if form["calibrated"] and form["calibrated"] > low - 0.6:
+                ax.plot([place(form)] * 2, [form["calibrated"], form["accuracy"]], ":", color=color, linewidth=0.8)
+                ax.plot(place(form), form["calibrated"], marker, color=color, fillstyle="none", markersize=5)
+                rise = form["accuracy"] - form["calibrated"]
+                points += [(place(form), form["calibrated"] + rise * i / 8, "", color) for i in range(8)]
+        _label_points(ax, points)
+    used = {_kind(form) for form in forms}
+    handles = [plt.Line2D([], [], color=color, marker=marker, linestyle="none", label=name)
+               for kind, (color, marker, name) in kinds.items() if kind in used]  # fmt: skip
+    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, handletextpad=0.2)
+    fig.suptitle(f"Nine-layer network on Fashion-MNIST, {threads} CPU thread{'s' * (threads > 1)}", fontsize=11, y=0.99)
+    return fig
+
+
+def _kind(form) -> str:
+    return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
+
+
+def _form_label(form) -> str:
+    if form["name"] != "abcnets":
+        return form["name"]
+    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+
+
+def _nice_log_ticks(ax, xs) -> None:
+    """Limits that leave room on both sides, and ticks at 1, 2, 5 times powers of ten, written out."""
+    if not xs:
+        return
+    low, high = min(xs), max(xs)
+    margin = max(0.12 * math.log(high / low), 0.15)
+    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
+    ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    ax.set_xlim(low, high)
+    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    ax.minorticks_off()
+
+
+def _label_points(ax, points) -> None:
+    """Long names on a slant above the axes, a thin line to each point; short ones beside their points."""
+    low, high = (math.log(x) for x in ax.get_xlim())
+    named = sorted(point for point in points if len(point[2]) > 8)
+    places = _spread([(math.log(x) - low) / (high - low) - 0.04 for x, *_ in named], 0.1, 0.0, 0.76)
+    for (x, y, name, color), place in zip(named, places):
+        ax.annotate(name, (x, y), (place, 1.04), textcoords="axes fraction", rotation=38, rotation_mode="anchor",
+                    ha="left", va="bottom", fontsize=9, color=color,
+                    arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4, "shrinkA": 0,
+                                "relpos": (0, 0)})  # fmt: skip
+    pixels = 72 / ax.figure.dpi  # in points from here on
+    at = [tuple(pixels * ax.transData.transform((x, y))) for x, y, *_ in points]
+    (left, _), (right, _) = pixels * ax.transAxes.transform([(0, 0), (1, 1)])
+    taken = [(left - 99, 0, left + 2, 999), (right, 0, right + 99, 999)]
+    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
+    for (x, y), point, (_, _, name, color) in zip(at, points, points):
+        width = 5.5 * len(name)
+        beside = [(6, -3.5), (-6 - width, -3.5), (-width / 2, 6), (-width / 2, -14), (5, 4), (5, -12)]
+        if 0 < len(name) <= 8:
+            boxes = [(x + dx, y + dy, x + dx + width, y + dy + 8) for dx, dy in beside]
+            best = min(range(len(boxes)), key=lambda i: sum(_overlap(boxes[i], other) for other in taken))
+            taken.append(boxes[best])
+            ax.annotate(name, point[:2], beside[best], textcoords="offset points", fontsize=9, color=color)
+
+
+def _overlap(a, b) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
+    """Rising positions near the wanted ones, at least `gap` apart, between low and high where they fit."""
+    places = []
+    for want in wanted:
+        places.append(max(want, low, places[-1] + gap if places else low))
+    for i in reversed(range(len(places))):
+        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else high)
+    return places
+
+
+def draw_speed(plt, data):
+    fig, ax = plt.subplots(figsize=(7, 3.2))
+    products = [1 + 29 * i / 200 for i in range(201)]
+    ax.plot(products, [data["estimate"] / p for p in products], color="#333333", linestyle="--", linewidth=1.3,
+            label="bits, estimate")  # fmt: skip
+    ax.axhline(data["int8_estimate"], color="#009E73", linestyle=":", label="int8, estimate")
+    ax.axhline(1, color="#777777", linewidth=0.9)
+    ax.text(28, 1.05, "float32", fontsize=8, color="#555555", ha="right")
+    marks = iter((("#0072B2", "o", "-"), ("#56B4E9", "s", "-"), ("#D55E00", "^", "-."), ("#E69F00", "v", "-.")))
+    names = {"packed": "floats in and out", "words": "bits in and out"}
+    for contender, name in names.items():
+        for threads, contenders in data["measured"].items():
+            color, marker, style = next(marks, ("#333333", "x", ":"))
+            medians = contenders[contender]
+            ax.plot([int(n) ** 2 for n in medians], list(medians.values()), color=color, marker=marker, linestyle=style,
+                    label=f"{name}, {threads} thread{'s' * (threads != '1')}")  # fmt: skip
+    for threads, times in data["int8"].items():
+        if times:
+            ax.plot([29], [times], "<" if threads == "1" else "o", fillstyle="none", color="#009E73",
+                    label=f"int8, measured, {threads} thread{'s' * (threads != '1')}", linestyle="none")  # fmt: skip
+    if not data["measured"]:
+        ax.text(0.5, 0.9, "not measured yet", transform=ax.transAxes, fontsize=11, color="#A04000", ha="center")
+    ax.set(xlabel="binary convolutions, M × N", ylabel="times as fast as float32", xscale="log", yscale="log",
+           xlim=(0.95, 31), ylim=(0.5, 40))  # fmt: skip
+    ax.set_xticks([1, 2, 4, 9, 16, 25], ["1", "2", "4", "9", "16", "25"])
+    ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32], ["0.5", "1", "2", "4", "8", "16", "32"])
+    ax.minorticks_off()
+    ax.legend(fontsize=8, loc="upper right", ncols=2 if data["measured"] else 1)
+    return fig
+
+
+def draw_roofline(plt, data):
+    fig, ax = plt.subplots(figsize=(7, 3.4))
+    roof = data["roof"]
+    xs = [10 ** (1 + 4 * i / 200) for i in range(201)]
+    lines = (
+        ("binary tensor core, `mma`", "#0072B2", "-", "binary tensor core"),
+        ("int8 tensor core", "#009E73", ":", "int8"),
+        ("fp16 tensor core", "#E69F00", "--", "fp16"), ("TF32 tensor core", "#CC79A7", "-.", "TF32"),
+        ("popcount", "#333333", ":", "popcount"),
+    )  # fmt: skip
+    for unit, color, style, label in lines:
+        ax.plot(xs, [min(roof[unit], data["bytes"] * x) for x in xs], color=color, linestyle=style)
+        ax.text(1.05e5, roof[unit], label, color=color, fontsize=8, va="center")
+    for name, intensity in data["tiles"].items():
+        bases, out = name.split()
+        height = min(roof["binary tensor core, `mma`"], data["bytes"] * intensity)
+        marker = "o" if out == "bits" else "s"
+        ax.plot(intensity, height, marker, color="#0072B2", fillstyle="full" if out == "bits" else "none", markersize=7)
+        place = (0, 7) if out == "bits" else (2, -14)
+        ax.annotate(bases, (intensity, height), place, textcoords="offset points", fontsize=9, ha="center")
+    ax.plot([], [], "s", color="#0072B2", fillstyle="none", label="tile of a 3 × 3 convolution, floats out")
+    ax.plot([], [], "o", color="#0072B2", label="the same, bits out")
+    ax.set(xscale="log", yscale="log", xlim=(10, 1e5), ylim=(100, 60_000), xlabel="multiply-adds a byte written",
+           ylabel="multiply-adds a clock and SM")  # fmt: skip
+    ax.legend(fontsize=8, loc="lower right")
+    ax.text(0.02, 0.93, "an estimate: nothing here is measured", transform=ax.transAxes, fontsize=9, color="#A04000")
+    return fig
+
+
+DRAWINGS = {
+    "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold, "accuracy": draw_accuracy,
+    "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
+}  # fmt: skip
+
+
+def draw(data: dict, folder: Path) -> None:
+    """figures/NAME.svg for every figure; each says in its metadata which numbers it shows."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    import matplotlib.pyplot as plt
+
+    plt.style.use(STYLE)
+    plt.rcParams["svg.hashsalt"] = "abcnets"
+    folder.mkdir(exist_ok=True)
+    for name, function in DRAWINGS.items():
+        fig = function(plt, data[name])
+        fig.savefig(folder / f"{name}.svg", metadata={"Date": None, "Description": f"data {checksum(data[name])}"})
+        plt.close(fig)
+    (folder / "data.json").write_text(json.dumps(data, indent=1) + "\n")

@@ -1,0 +1,472 @@
+"""What the writeup and the README's opening are filled with: tables and single numbers, from the files that runs left.
+
+`for_writeup()` and `for_readme()` give them by the names of their markers. The prose around them is written by hand;
+its words that the numbers must bear out are in claims.py. A row that was never run is said to be missing.
+"""
+
+import math
+import re
+from pathlib import Path
+from statistics import mean, median
+
+import pandas as pd
+
+from writeup import arithmetic
+
+ROOT = Path(__file__).resolve().parent.parent
+BIBLIOGRAPHY = ROOT / "writeup" / "references.bib"
+MISSING = "not run"
+NOT_MEASURED = "not measured yet"
+
+
+def read(path: str) -> list[dict]:
+    """A CSV's rows, with None where there is nothing; [] if there is no file."""
+    if not (ROOT / path).exists():
+        return []
+    columns = pd.read_csv(ROOT / path).convert_dtypes().astype(object)
+    return columns.where(columns.notna(), None).to_dict("records")
+
+
+RUNS = read("notebooks/results/runs.csv")
+SPEED = read("notebooks/results/speed.csv")
+STEP = read("notebooks/results/step.csv")
+MIXED = read("notebooks/results/mixed.csv")
+COMPETITORS = read("notebooks/results/competitors.csv")
+CALIBRATION = read("writeup/results/calibration.csv")
+WEIGHTS = read("writeup/results/weights.csv")
+CPU = read("kernels/results/cpu.csv")
+CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
+
+DATASET = "fashion-mnist"
+PLANNED = [(1, 1), (2, 2), (3, 3), (5, 5), (1, 3), (3, 1), (1, None), (2, None), (3, None)]  # (M, N) of `make results`
+BASES = 1, 2, 3, 5  # M = N of the tables
+ABLATED = {"calibrate=512", "limit=6000", "float-seed=0"}  # what all runs of `make ablation` have in common
+CHOICES = {
+    frozenset(): "as by default",
+    frozenset(["per-layer"]): "one mean, std and $\\alpha$ a layer instead of a channel",
+    frozenset(["even-shifts"]): "even shifts instead of Gaussian ones",
+    frozenset(["learn-shifts"]): "shifts learned too",
+    frozenset(["scale-gradient"]): "$\\partial L/\\partial W$ times $\\sum_m \\alpha_m$",
+    frozenset(["distill=0"]): "no float teacher",
+    frozenset(["calibrate=0"]): "not calibrated",
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Of rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def run_of(M, N, dataset=DATASET) -> dict | None:
+    """The recorded run with these bases and no other options, of the lowest seed."""
+    found = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, None)]
+    return min(found, key=lambda row: row["seed"], default=None)
+
+
+def best_run() -> dict | None:
+    """The most accurate run with both sides binary."""
+    runs = [run for M, N in PLANNED if N and (run := run_of(M, N))]
+    return max(runs, key=lambda run: (run["accuracy"], run["M"]), default=None)
+
+
+def competitors() -> list[dict]:
+    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+
+    A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
+    """
+    forms = {}
+    for row in COMPETITORS:
+        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+    shown = []
+    for (name, M, N), rows in forms.items():
+        best = max(row["accuracy"] for row in rows)
+        rows = [row for row in rows if row["accuracy"] == best]
+        ms = {}
+        for row in rows:
+            case = row["batch"], row["threads"]
+            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+    return shown
+
+
+def ours() -> list[dict]:
+    return [form for form in competitors() if form["name"] == "abcnets"]
+
+
+def rival(name: str) -> dict | None:
+    return next((form for form in competitors() if form["name"] == name), None)
+
+
+def faster_than_int8(form: dict) -> set[tuple[int, int]]:
+    """The (batch, threads) at which a form binary on both sides beats int8, that on as many threads or fewer."""
+    int8 = rival("onnxruntime int8")
+    if not form["N"] or not int8:
+        return set()
+    best = {case: min(ms for (batch, threads), ms in int8["ms"].items() if batch == case[0] and threads <= case[1])
+            for case in int8["ms"]}  # fmt: skip
+    return {case for case, ms in form["ms"].items() if ms < best.get(case, 0)}
+
+
+def cpu_medians(contender: str, column: str, threads: int) -> dict[int, float]:
+    """{M = N: median over the 3 x 3 convolutions}"""
+    rows = [r for r in CPU if r["contender"] == contender and r["K"] == 3 and r["threads"] == threads]
+    return {n: median(r[column] for r in rows if r["bases"] == n) for n in sorted({r["bases"] for r in rows})}
+
+
+def cpu_threads() -> list[int]:
+    return sorted({row["threads"] for row in CPU})
+
+
+def on_one_thread(column: str) -> dict[int, float]:
+    """What the sentences are about: floats in and out, the fewest threads. {M = N: times as fast}"""
+    return cpu_medians("packed", column, min(cpu_threads())) if CPU else {}
+
+
+def resnet_speeds(bases: int) -> list[float]:
+    """Times float32's speed of packed ResNet-18, the fastest form of each batch and number of threads."""
+    best = {}
+    for row in SPEED:
+        if row["network"] == "ResNet-18" and row["bases"] == bases and "bits between layers" in row["form"]:
+            case = row["batch"], row["threads"]
+            best[case] = max(row["times_float32"], best.get(case, 0))
+    return list(best.values())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def table(head: list[str], rows: list[list[str]], align: str, missing: str = MISSING) -> str:
+    marks = [{"l": ":--", "r": "--:", "c": ":-:"}[a] for a in align]
+    rows = rows or [[missing, *[""] * (len(head) - 1)]]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, marks, *rows])
+
+
+def percent(value) -> str:
+    return MISSING if value is None else f"{value:.2f} %"
+
+
+def kB(size) -> str:
+    return f"{size / 1000:.0f} kB"
+
+
+def bits_table() -> str:
+    e, A, W = arithmetic.bit_example(), arithmetic.A, arithmetic.W
+    products = [a * w for a, w in zip(A, W)]
+    rows = [
+        [name, *(f"{sign:+d}" for sign in signs), f"`{word:08b}`", note]
+        for name, signs, word, note in (
+            ("$a$", A, e["a"], ""), ("$w$", W, e["w"], ""), ("product", products, e["xor"], f"XOR: {e['count']} ones"),
+        )
+    ]  # fmt: skip
+    return table(["", *(f"$c={c}$" for c in range(8)), "bits", ""], rows, "l" + "c" * 8 + "ll")
+
+
+def alpha_table() -> str:
+    bins, levels = arithmetic.cut(arithmetic.WEIGHTS_EXAMPLE, arithmetic.gaussian_thresholds(2))
+    sources = ("$-c_2$", "mean of the bin", "(sum of bin 2 − sum of bin 0) / their number")
+    rows = [
+        [str(j), ", ".join(f"{v:g}" for v in values), source, f"{level:.3f}"]
+        for j, (values, source, level) in enumerate(zip(bins, sources, levels))
+    ]
+    return table(["bin $j$", "weights in it", "$c_j$ is", "$c_j$"], rows, "clll")
+
+
+def weight_error(M: int, shifts: str, statistics: str = "channel") -> float | None:
+    wanted = {"M": M, "shifts": shifts, "statistics": statistics}
+    return next((row["error"] for row in WEIGHTS if all(row[k] == v for k, v in wanted.items())), None)
+
+
+def gaussian_table() -> str:
+    rows = []
+    kinds = arithmetic.even_thresholds, arithmetic.gaussian_thresholds
+    for M, even, best in zip(range(1, 7), *map(arithmetic.gaussian_errors, kinds)):
+        shifts = ["0"] * (M % 2) + [f"±{t:.3f}" for t in arithmetic.gaussian_thresholds(M) if t > 1e-9]
+        real = (weight_error(M, kind) for kind in ("even", "gaussian"))
+        real = (MISSING if error is None else f"{error:.3f}" for error in real)
+        rows.append([str(M), ", ".join(shifts), f"{even:.3f}", f"{best:.3f}", *real])
+    head = ["$M$", "best shifts", "Gaussian, even", "Gaussian, best", "network, even", "network, best"]
+    return table(head, rows, "rlrrrr")
+
+
+def calibration_table() -> str:
+    rows = []
+    for n in BASES:
+        row = next((r for r in CALIBRATION if r["M"] == r["N"] == n), {})
+        ways = ("binarized", "norms", "thresholds", "both", "all")
+        rows.append([str(n), *(percent(row.get(way)).removesuffix(" %") for way in ways)])
+    head = ["$M = N$", "as it falls", "BatchNorm alone", "thresholds alone", "both", "and weights moved"]
+    return table(head, rows, "rrrrrr")
+
+
+def accuracies(runs: list[tuple]) -> str:
+    """The table of the runs in [(M, N, run or None)]."""
+    rows = []
+    for M, N, run in runs:
+        run = run or {}
+        trained = percent(run.get("accuracy"))
+        if run:
+            trained = f"{trained} ({run['epochs']})" if run["epochs"] else "not trained"
+        before = [percent(run.get(key)) if M or N else "" for key in ("binarized", "calibrated")]
+        size = kB(run["packed_bytes"]) if run else MISSING
+        rows.append([f"{M or 'float'}", f"{N or 'float'}", *before, trained, size])
+    return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "file"], rows, "rrrrrr")
+
+
+def accuracy_table() -> str:
+    return accuracies([(M, N, run_of(M, N)) for M, N in [(None, None), *PLANNED]])
+
+
+def cifar_table() -> str:
+    runs = [r for r in RUNS if r["dataset"] == "cifar10-jpeg" and r["seed"] == 0 and not r["options"]]
+    runs = sorted(runs, key=lambda run: (run["M"] or 9, run["N"] or 9))
+    return accuracies([(run["M"], run["N"], run) for run in runs])
+
+
+def mixed_table() -> str:
+    kinds = "uniform", "mixed"
+    rows = [
+        [r["dataset"], f"$M = N = {r['uniform']}$", *(kB(r[f"{kind}_bytes"]) for kind in kinds),
+         *(percent(r[f"{kind}_accuracy"]) for kind in kinds)]
+        for r in MIXED
+    ]  # fmt: skip
+    head = ["data", "budget", "bytes, uniform", "bytes, mixed", "accuracy, uniform", "accuracy, mixed"]
+    return table(head, rows, "llrrrr")
+
+
+def ablation_table() -> str:
+    chosen = {}
+    for run in RUNS:
+        options = set((run["options"] or "").split())
+        if "limit=6000" in options and run["M"] == run["N"] == 2:
+            chosen.setdefault(frozenset(options - ABLATED), []).append(run)
+    rows = []
+    for options, name in CHOICES.items():
+        if runs := chosen.get(options):
+            last, start = [run["accuracy"] for run in runs], runs[0]["calibrated"]
+            spread = f"{min(last):.2f} to {max(last):.2f}"
+            before = percent(runs[0]["binarized"] if start is None else start)
+            rows.append([name, before, percent(mean(last)), spread, str(len(runs))])
+    return table(["choice", "before training", "trained, mean", "lowest and highest", "seeds"], rows, "lrrrr")
+
+
+def competitors_table() -> str:
+    """In bold what is faster than int8."""
+    cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
+    rows = []
+    for form in competitors():
+        bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
+        bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        faster = faster_than_int8(form)
+        times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
+        times = [f"**{time}**" if case in faster else time for case, time in zip(cases, times)]
+        rows.append([form["name"] + bases, percent(form["accuracy"]), kB(form["bytes"]), *times])
+    head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
+    return table(head, rows, "lrr" + "r" * len(cases))
+
+
+def cpu_estimate() -> str:
+    float32, int8, bits = (arithmetic.CPU_RATES[kind] for kind in ("float32", "int8", "bits"))
+    rows = [
+        ["float32, fused multiply-add", f"{float32}", "1"],
+        ["int8, dot product into int32", f"{int8}", f"{int8 / float32:g}"],
+        ["bits: XOR, popcount, add", f"512 / 1.5 = {bits:.0f}", f"{bits / float32:.1f} / ($M N$)"],
+    ]
+    return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
+
+
+def cpu_table() -> str:
+    bases = sorted({row["bases"] for row in CPU if row["bases"]}) or BASES
+    rows = []
+    for contender, what in (("packed", "floats in and out"), ("words", "bits in and out")):
+        for threads in cpu_threads():
+            columns = ("times_float32", "times_int8", "share_of_bound")
+            float32, int8, share = (cpu_medians(contender, column, threads) for column in columns)
+            cells = [f"{float32[n]:.2f} / {int8[n]:.2f} ({share[n]:.0%})" for n in bases]
+            rows.append([what, str(threads), *cells])
+    head = ["3 × 3 convolutions", "threads", *(f"$M=N={n}$" for n in bases)]
+    return table(head, rows, "lr" + "r" * len(bases), NOT_MEASURED)
+
+
+def network_table() -> str:
+    rows = [row for row in SPEED if row["form"] == "packed, bits between layers"]
+    counts = sorted({row["bases"] for row in rows})
+    cells = []
+    for key in dict.fromkeys((row["network"], row["batch"], row["threads"]) for row in rows):
+        same = [row for row in SPEED if (row["network"], row["batch"], row["threads"]) == key]
+        best = min(row["milliseconds"] for row in same if row["form"].startswith("float32"))
+        times = {row["bases"]: row["times_float32"] for row in same if row["form"] == "packed, bits between layers"}
+        speeds = (f"{times[n]:.2f}" if n in times else MISSING for n in counts)
+        cells.append([*map(str, key), f"{best:.2f} ms", *speeds])
+    head = ["network", "batch", "threads", "float32, best form", *(f"$M=N={n}$" for n in counts)]
+    return table(head, cells, "l" + "r" * (3 + len(counts)))
+
+
+def gpu_estimate() -> str:
+    fp16 = arithmetic.GPU_UNITS["fp16 tensor core"]
+    bits = arithmetic.GPU_UNITS["binary tensor core, `mma`"]
+    status = {"binary tensor core, `mma`": "reported, unconfirmed", "binary tensor core, `wgmma`": "a guess: 8 × int8"}
+    rows = [
+        [name, f"{rate:,}".replace(",", " "), f"{rate / fp16:.2g}",
+         "" if rate >= bits or name == "popcount" else f"{bits / rate:.3g}", status.get(name, "vendor's tables")]
+        for name, rate in arithmetic.GPU_UNITS.items()
+    ]  # fmt: skip
+    head = ["unit", "multiply-adds a clock", "against fp16", "bits win below $M N$", "source"]
+    return table(head, rows, "lrrrl")
+
+
+def gpu_tile() -> str:
+    rows = []
+    for bases in (1, 2, 3):
+        floats, bits = arithmetic.tile(bases, False), arithmetic.tile(bases, True)
+        rows.append([str(bases), f"{floats['counting']:.0f}", f"{floats['writing']:.0f}", f"{bits['writing']:.0f}"])
+    return table(["$M = N$", "counting", "writing floats", "writing bits"], rows, "rrrr")
+
+
+def gpu_table() -> str:
+    rows = [
+        [f"`{row['contender']}`", str(row["bases"] or "float"), f"{row['microseconds']:.1f}",
+         f"{row['operations_per_second'] / 1e12:.3g}" if row["operations_per_second"] else ""]
+        for row in CUDA if row["section"] == "ladder"
+    ]  # fmt: skip
+    return table(["rung", "$M = N$", "µs", "T op/s"], rows, "lrrr", NOT_MEASURED)
+
+
+def references() -> str:
+    """What GitHub shows; the PDF has its own from the same file."""
+    lines = []
+    for key, entry in bibliography().items():
+        where = entry.get("booktitle") or entry.get("journal") or entry.get("institution") or entry.get("howpublished")
+        authors = _authors(entry["author"]).removesuffix(".")
+        year = f", {entry['year']}" if "year" in entry else ""
+        lines.append(f"- **{key}**: {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
+    return "\n".join(lines)
+
+
+def bibliography() -> dict[str, dict]:
+    entries = {}
+    for key, body in re.findall(r"@\w+\{(\w+),\n(.*?)\n\}", BIBLIOGRAPHY.read_text(), re.S):
+        entries[key] = dict(re.findall(r"^  (\w+) = \{(.*)\},$", body, re.M))
+    return dict(sorted(entries.items(), key=lambda item: (item[1].get("year", "9"), item[0])))
+
+
+def _plain(text: str) -> str:
+    return text.replace("{", "").replace("}", "")
+
+
+def _authors(text: str) -> str:
+    names = [_plain(name).split(", ")[0] for name in text.split(" and ")]
+    if len(names) > 3 or "others" in names:
+        return f"{names[0]} et al."
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fills the pages
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+TABLES = (
+    bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
+    gpu_estimate, gpu_tile, accuracy_table, competitors_table, cifar_table, ablation_table, mixed_table, references,
+)  # fmt: skip
+
+
+def say(words: str, row: dict | None, missing: str = MISSING) -> str:
+    """The words with the row's numbers in them; or that there is no such row."""
+    return words.format(**row, kB=kB(row.get("packed_bytes") or row.get("bytes") or 0)) if row else missing
+
+
+def bases_of(row: dict | None) -> str:
+    if not row:
+        return MISSING
+    M, N = row["M"], row["N"]
+    return f"M = {M}" if not N else f"M = N = {M}" if M == N else f"M = {M}, N = {N}"
+
+
+def for_writeup() -> dict[str, str]:
+    """{marker: text} of writeup.md."""
+    reference, best, gains = run_of(None, None), best_run(), per_channel_gains()
+    calibration = CALIBRATION[0] if CALIBRATION else None
+    steps = {row["precision"]: row for row in STEP}
+    cpu = CPU[0] if CPU else None
+    shapes = {tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3}
+    int8, binary = rival("onnxruntime int8"), [form for form in ours() if form["N"]]
+    beaten, cases = (sum(map(len, sets)) for sets in (map(faster_than_int8, binary), (f["ms"] for f in binary)))
+    values = {function.__name__: function() for function in TABLES} | {
+        "per_channel_gain": f"{100 * min(gains):.0f} to {100 * max(gains):.0f} %" if gains else MISSING,
+        "calibration_images": say("{images}", calibration),
+        "calibration_float": say("{float:.2f}", calibration),
+        "calibration_versions": say("{versions}", calibration),
+        "runs_machine": say("{hardware}, {versions}", reference),
+        "float_accuracy": say("{accuracy:.2f} %", reference),
+        "float_size": kB(reference["float_bytes"]) if reference else MISSING,
+        "best_bases": bases_of(best),
+        "best_accuracy": say("{accuracy:.2f} %", best),
+        "best_size": say("{kB}", best),
+        "best_epochs": say("{epochs}", best),
+        "best_loss": points_lost(best),
+        "accuracy_33": say("{accuracy:.2f} %", run_of(3, 3)),
+        "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
+        "cpu_shapes": str(len(shapes)),
+        "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
+        "cpu_clock": say("{clock_ghz:.2f} GHz", cpu, NOT_MEASURED),
+        "cpu_bound": say("{bound_tops:.2f} T", cpu, NOT_MEASURED),
+        "cpu_versions": say("{versions}", cpu, NOT_MEASURED),
+        "wins_against_float32": crossover("times_float32"),
+        "wins_against_int8": crossover("times_int8"),
+        "gpu_hardware": say("{hardware}", next(iter(CUDA), None), f"**{NOT_MEASURED}**"),
+        "competitors_machine": say("{hardware}; {versions}", next(iter(COMPETITORS), None)),
+        "int8_accuracy": say("{accuracy:.2f} %", int8),
+        "int8_size": say("{kB}", int8),
+        "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
+    }
+    for M in (1, 2, 3):
+        values[f"weights_only_{M}"] = points_lost(run_of(M, None))
+    for n in BASES:
+        speed = on_one_thread("times_int8").get(n)
+        values[f"times_int8_{n}"] = f"{speed:.2f}" if speed else NOT_MEASURED
+    for precision in ("float32", "mixed"):
+        for what, column in (("time", "ratio"), ("memory", "memory_ratio")):
+            values[f"step_{what}_{precision}"] = say(f"{{{column}:.2f}}", steps.get(precision), f"({NOT_MEASURED})")
+    return values
+
+
+def points_lost(run: dict | None) -> str:
+    """What a run of the nine-layer network lost against the float network."""
+    return f"{run_of(None, None)['accuracy'] - run['accuracy']:.2f}" if run and run_of(None, None) else MISSING
+
+
+def per_channel_gains() -> list[float]:
+    """The part of the weights' error that statistics per channel, instead of per layer, take away; for each M."""
+    errors = [(weight_error(M, "gaussian"), weight_error(M, "gaussian", "layer")) for M in range(1, 7)]
+    return [1 - channel / layer for channel, layer in errors if channel and layer]
+
+
+def crossover(column: str) -> str:
+    """The largest measured M N at which bits still win."""
+    speeds = on_one_thread(column)
+    winning = [n * n for n, times in speeds.items() if times >= 1]
+    return (str(max(winning)) if winning else "none") if speeds else NOT_MEASURED
+
+
+def for_readme() -> dict[str, str]:
+    """{marker: text} of the README's opening: the most accurate network of each kind beside float32 and int8."""
+
+    def most_accurate(forms):
+        return max(forms, key=lambda form: form["accuracy"], default=None)
+
+    best = most_accurate(form for form in ours() if form["N"])
+    weights = most_accurate(form for form in ours() if not form["N"])
+    values = {}
+    for name, form in (("best", best), ("weights", weights), ("float", rival("torch float32")),
+                       ("int8", rival("onnxruntime int8"))):  # fmt: skip
+        values |= {f"{name}_accuracy": say("{accuracy:.2f} %", form), f"{name}_size": say("{kB}", form)}
+    speeds = resnet_speeds(1)
+    return values | {
+        "best_bases": bases_of(best),
+        "weights_bases": bases_of(weights),
+        "resnet_speed": f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})",
+        "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
+    }
