@@ -593,31 +593,10 @@ def _start_values(name: str, values, count: int, like: dict) -> Tensor:
 class _ABCConv(_ABCLayer):
     """The convolutions' constructor; its `super()` is torch's own layer."""
 
-    def __init__(
-        self,
-        in_channels,
-        out_channels,
-        kernel_size,
-        stride=1,
-        padding=0,
-        dilation=1,
-        groups=1,
-        bias=True,
-        padding_mode="zeros",
-        device=None,
-        dtype=None,
-        *,
-        weight_bases=3,
-        activation_bases=3,
-        us=None,
-        vs=None,
-        betas=None,
-        weight_init=None,
-        bias_init=None,
-        active=False,
-        per_channel=True,
-        learn_us=False,
-    ):
+    def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
+                 padding_mode="zeros", device=None, dtype=None, *, weight_bases=3, activation_bases=3, us=None, vs=None,
+                 betas=None, weight_init=None, bias_init=None, active=False, per_channel=True,
+                 learn_us=False):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
                          device, dtype)  # fmt: skip
         _initialize(self, weight_init, bias_init)
@@ -1581,39 +1560,42 @@ _define_operators()
 # ---------------------------------------------------------------------------------------------------------------------
 
 _PACKAGE = "abcnets_kernels"
-_loading = threading.Lock()
+_loading = threading.RLock()
 _loaded: dict[str, dict] = {}  # what `register` of the package returned, once it was asked
 
 
-def _kernels(part: str = ""):
-    """The package abcnets_kernels or a module of it: loaded already, in the folder kernels/ beside this file, or
-    installed. A folder of that name which is not ours is left alone. Raises ImportError, in one sentence."""
-    beside = Path(__file__).resolve().with_name("kernels") / "__init__.py"
-    if _PACKAGE not in sys.modules:
-        if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
-            spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
-            sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
-            try:
-                spec.loader.exec_module(sys.modules[_PACKAGE])
-            except BaseException:
-                del sys.modules[_PACKAGE]
-                raise
-        elif importlib.util.find_spec(_PACKAGE) is None:
-            raise ImportError(f"the package {_PACKAGE} is neither installed nor a folder kernels/ beside {__file__}")
-    package = importlib.import_module(_PACKAGE)
+def _kernels(part: str):
+    """A module of the package abcnets_kernels: of the folder kernels/ beside this file, or else of the installed one.
+
+    A folder of that name that is not ours is left alone. Raises ImportError, in one sentence.
+    """
+    with _loading:
+        if _PACKAGE not in sys.modules:
+            beside = Path(__file__).resolve().with_name("kernels") / "__init__.py"
+            if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
+                spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
+                sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+                try:
+                    spec.loader.exec_module(sys.modules[_PACKAGE])
+                except BaseException:
+                    del sys.modules[_PACKAGE]
+                    raise
+            elif importlib.util.find_spec(_PACKAGE) is None:
+                raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}")
+        package = importlib.import_module(_PACKAGE)
     if package.INTERFACE != _INTERFACE:
         raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {__file__} has {_INTERFACE}: "
                           "they are of different versions")  # fmt: skip
-    return importlib.import_module(f"{_PACKAGE}.{part}") if part else package
+    return importlib.import_module(f"{_PACKAGE}.{part}")
 
 
 def _engines() -> dict[str, dict]:
-    """What there is for each device (see `register` in abcnets_kernels); looked for once."""
+    """What there is for each device (see `register` in kernels/registry.py); looked for once."""
     if not _loaded:
         with _loading:
             if not _loaded:
                 try:
-                    _loaded.update(_kernels().register(sys.modules[__name__]))
+                    _loaded.update(_kernels("registry").register(sys.modules[__name__]))
                 except Exception as error:
                     none = {"missing": str(error), "install": "pip install abcnets, or copy kernels/ beside abcnets.py"}
                     _loaded.update(cpu=none, cuda=none)
@@ -1628,12 +1610,13 @@ def engines() -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-def _bits_pay(device: str, M: int, N: int) -> bool:
-    """Whether a device's engine runs M x N binary convolutions faster than one float convolution."""
+def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int) -> bool:
+    """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
     found = _engines().get(device, {})
     if "engine" not in found:
         _warn_once(device)
-    return 0 < M * N <= found.get("products", 0)
+        return False
+    return found["pays"](M, N, spatial_dims, groups)
 
 
 @functools.cache
@@ -1647,6 +1630,7 @@ def _warn_once(device: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Packed inference: layers and models
 # ---------------------------------------------------------------------------------------------------------------------
+
 
 class PackedLayer(nn.Module):
     """The inference form of an ABC layer, convolution or linear: bits, scales and thresholds. Made by `pack`.
@@ -1734,7 +1718,8 @@ class PackedLayer(nn.Module):
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
             return len(self.betas) > 0
-        return _bits_pay(device or self.bits.device.type, len(self.bits), len(self.betas))
+        M, N = len(self.bits), len(self.betas)
+        return _bits_pay(device or self.bits.device.type, M, N, self.spatial_dims, self.groups)
 
     def refresh(self) -> None:
         """Forget what was derived from the tensors (the unpacked weights); for when these were changed in place."""
@@ -1959,7 +1944,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: fused, and exported (both in abcnets_kernels)
+# Packed inference: fused and exported, by abcnets_kernels
 # ---------------------------------------------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """The package `abcnets_kernels`: what makes packed layers fast. `abcnets.py` finds it and loads it by itself.
 
+    registry.py             which engine runs on which device
     layout.py               how bits, weights, thresholds and border constants lie in memory; the algebra
     cpu/, cuda/             the engines, from naive to fastest, one idea a file
     fuse.py, export.py      bits from layer to layer; ONNX files
@@ -70,47 +71,3 @@ _HERE = Path(__file__).resolve().parent
 
 if __name__ != NAME:
     _answer_to(__name__)
-
-
-def register(abcnets) -> dict[str, dict]:
-    """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation here.
-
-    Args:
-        abcnets: the module that asks, whose plain operators run what an engine does not compute.
-
-    Returns: for each device {"engine": name, "products": how many binary convolutions M N a layer may have for bits to
-        be faster than one float convolution}, or {"missing": why there is no engine, "install": what would help, or
-        ""}. An engine is tried before it is registered, and registering twice is harmless.
-    """
-    return {"cpu": _register_cpu(abcnets), "cuda": _register_cuda(abcnets)}
-
-
-def _register_cpu(abcnets) -> dict:
-    try:
-        from .cpu import engine
-
-        engine.try_it()
-    except Exception as error:  # whatever is missing, too old or broken, layers must still compute
-        return {"missing": _first_line(error), "install": "pip install --upgrade numba numpy"}
-    engine.register(abcnets)
-    return {"engine": "numba", "products": engine.BITS_PAY_UP_TO}
-
-
-def _register_cuda(abcnets) -> dict:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {"missing": "no NVIDIA GPU", "install": ""}
-    try:
-        from .cuda import engine
-
-        engine.try_it()
-    except Exception as error:
-        return {"missing": _first_line(error), "install": "pip install --upgrade numba-cuda"}
-    engine.register(abcnets)
-    return {"engine": "numba-cuda", "products": engine.BITS_PAY_UP_TO}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

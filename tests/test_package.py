@@ -48,7 +48,7 @@ def copy_to(folder, *names):
 
 def test_one_file_alone_says_that_it_runs_floats_and_what_to_do(tmp_path):
     said = run(copy_to(tmp_path, "abcnets.py"), EXAMPLE)
-    assert "'cpu': 'float convolutions: the package abcnets_kernels is neither installed nor" in said
+    assert "'cpu': 'float convolutions: abcnets_kernels is neither installed nor" in said
     assert said.count("packed layers run as float convolutions on cpu") == 1 and "copy kernels/ beside" in said
 
 
@@ -107,7 +107,7 @@ def test_a_foreign_folder_beside_the_file_is_left_alone(tmp_path):
     copy_to(tmp_path, "abcnets.py")
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("raise SystemExit('a foreign package was run')\n")
-    assert "engine: float convolutions: the package abcnets_kernels is neither" in run(tmp_path, FAST)
+    assert "engine: float convolutions: abcnets_kernels is neither" in run(tmp_path, FAST)
 
 
 def test_versions_that_do_not_fit_are_said_and_floats_are_run(tmp_path):
