@@ -461,6 +461,23 @@ def test_border_classes_of_a_padded_kernel():
     assert corner[0].all() and corner[:, 0].all() and not corner[1:, 1:].any()
 
 
+@examples(100)
+@given(st.data(), st.integers(1, 3), st.booleans())
+def test_a_pooled_image_has_the_size_that_torch_says(data, dimensions, ceil_mode):
+    size, kernel, stride, dilation = (
+        data.draw(st.lists(st.integers(1, largest), min_size=dimensions, max_size=dimensions))
+        for largest in (12, 4, 4, 2)
+    )
+    size = [max(s, d * (k - 1) + 1) for s, k, d in zip(size, kernel, dilation)]
+    padding = [data.draw(st.integers(0, k // 2)) for k in kernel]
+    sizes = kernel, stride, padding, dilation, ceil_mode
+    pool = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1]
+    output = layout.pool_output(size, *sizes)
+    assert output == pool(torch.zeros(1, 1, *size), *sizes).shape[2:]
+    words = torch.zeros(1, *size, 1, 1, dtype=torch.int64, device="meta")
+    assert torch.ops.abcnets.packed_max_pool(words, words, 1, *sizes).shape == (1, *output, 1, 1)
+
+
 def test_word_ranges_follow_groups():
     masks = layout.channel_masks(256, 256, 256)  # depthwise
     first, width = layout.word_ranges(masks)

@@ -238,6 +238,7 @@ else:
     from kernels.cuda import bench as cuda_bench
     from kernels.cuda import launch as cuda_launch
     from kernels.cuda import pool as cuda_pool
+    from kernels.cuda import ptx as cuda_ptx
     from kernels.cuda import rates as cuda_rates
     from kernels.cuda import rung1_pack as cuda_pack
     from kernels.cuda import rung3_popcount as cuda_popcount
@@ -246,7 +247,11 @@ else:
     from kernels.cuda import rung6_tensorcore as cuda_tensorcore
     from kernels.cuda import rung7_wgmma as cuda_wgmma
     from kernels.cuda import rung8_fused as cuda_fused
+    from kernels.cuda import simulator as cuda_simulator
     from kernels.cuda.launch import uint32
+
+    def test_both_forms_speak_the_same_words():
+        assert cuda_ptx.__all__ == cuda_simulator.__all__
 
     def test_in_the_simulator():
         environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}

@@ -161,7 +161,7 @@ def check(say=print) -> set:
 
 def _survives(module) -> bool:
     """Whether the module's main runs to its end on this GPU."""
-    command = [sys.executable, "-m", f"kernels.cuda.{module}"]
+    command = [sys.executable, "-m", f"kernels.{module}"]
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode == 0
     except subprocess.TimeoutExpired:

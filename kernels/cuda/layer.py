@@ -70,7 +70,7 @@ class Layer:
         self._tiles = {}
 
     @cached_property
-    def _scales(self) -> tuple:
+    def _on_host(self) -> tuple:
         """alphas, betas and bias in NumPy."""
         return tuple(t.cpu().numpy() for t in (self.alphas_MO, self.betas_N, self.bias_O))
 
@@ -173,14 +173,14 @@ class Place:
         y = constant - 2 sum_mn alpha_m beta_n (popc(a_n ^ w_m) - k), k = C T / 2.
         """
         layer, outside_GT = self.layer, self.geometry.border_classes[0]
-        return layer._upload(border_constants(layer._words_MOTP, *layer._scales, outside_GT, layer.C))
+        return layer._upload(border_constants(layer._words_MOTP, *layer._on_host, outside_GT, layer.C))
 
     @cached_property
     def constants_and(self) -> torch.Tensor:
         """float32 (classes, O'), bias included: the last line of the algebra above."""
         layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
         products_MOG = 4 * layer.center_and - 2 * ones_of(layer._words_MOTP) @ inside_GT.T.astype(np.int64)
-        constants = class_constants(products_MOG, *layer._scales)
+        constants = class_constants(products_MOG, *layer._on_host)
         return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
 
     def no_poison(self, batch: int) -> torch.Tensor:

@@ -353,7 +353,10 @@ def choose_tile(layer, place, batch, tiles=TILES, bytes_needed=shared_bytes):
 
 
 def arguments(layer, place, batch):
-    """What the kernels take after `words, poison, weights`, less the tile's own: two lists, tensors and numbers."""
+    """What the kernels take after `words, poison, weights`, less the tile's own: two lists, tensors and numbers.
+
+    Every call asks for the tensors, so they are never the oldest that is kept, which goes: a CUDA graph may read them.
+    """
     return place.keep("tensors", _tensors, layer, place), place.keep(("numbers", batch), _numbers, layer, place, batch)
 
 
