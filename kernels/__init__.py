@@ -2,6 +2,7 @@
 
     registry.py             which engine runs on which device
     layout.py               how bits, weights, thresholds and border constants lie in memory; the algebra
+    cache.py                what is made once and kept beside a layer's tensors
     cpu/, cuda/             the engines, from naive to fastest, one idea a file
     fuse.py, export.py      bits from layer to layer; ONNX files
     bench.py, report.py     one clock, one table, one figure for every rung and rival

@@ -238,10 +238,19 @@ def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, outside, channels_p
     The kernels count E = popcount(a ^ w) - floor(K / 2) over all taps, padded ones too, so that the sum of products is
     (K & 1) - 2 E less what the padded taps put in. `scales` brings -2 E; the rest is here, with the bias.
     """
-    ones_MOT = np.bitwise_count(words_MOTP).sum(-1, dtype=np.int64)
     odd = channels_per_group * words_MOTP.shape[2] & 1
-    too_much_MOG = (channels_per_group - 2 * ones_MOT) @ outside.T.astype(np.int64)
-    constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), odd - too_much_MOG)
+    too_much_MOG = (channels_per_group - 2 * ones_of(words_MOTP)) @ outside.T.astype(np.int64)
+    return class_constants(odd - too_much_MOG, alphas_MO, betas_N, bias_O)
+
+
+def ones_of(words_MOTP) -> np.ndarray:
+    """How many channels of each tap have the weight +1: int64 (M, O, taps)."""
+    return np.bitwise_count(words_MOTP).sum(-1, dtype=np.int64)
+
+
+def class_constants(products_MOG, alphas_MO, betas_N, bias_O) -> np.ndarray:
+    """bias + (sum_n beta_n) sum_m alpha_m products, float32 (classes, O)."""
+    constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), products_MOG)
     constants_GO *= betas_N.astype(np.float64).sum()
     return (constants_GO + (0 if bias_O is None else bias_O)).astype(np.float32)
 

@@ -1,8 +1,10 @@
 """The CPU engine against the plain torch implementation of the same operators."""
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -341,13 +343,15 @@ def test_caches_are_bounded_and_weak():
     case = small_case()
     for width in range(3, 3 + 2 * cpu_engine.PLANS_PER_LAYER):
         case.run(case.x[:, :, :, :3].repeat(1, 1, 1, 20)[..., :width])
-    bits = case.tensors[0]
-    (layer,) = cpu_engine._layers[id(bits)][1]
+    layer = cpu_engine._layers.get((*case.tensors, *case.out), case.channels, case.groups)
     assert len(layer.plans) == cpu_engine.PLANS_PER_LAYER
-    count = len(cpu_engine._layers)
-    del bits, layer
-    case.tensors = None
-    assert len(cpu_engine._layers) < count
+    count, layer = len(cpu_engine._layers), weakref.ref(layer)
+    gc.disable()  # nothing waits for the cyclic collector
+    try:
+        case.tensors = None
+        assert len(cpu_engine._layers) == count - 1 and layer() is None
+    finally:
+        gc.enable()
 
 
 IN_A_FORKED_CHILD = """
@@ -455,6 +459,23 @@ def test_border_classes_of_a_padded_kernel():
     assert outside.shape == (9, 9) and len(np.unique(class_of_pixel)) == 9
     corner = outside[class_of_pixel[0]].reshape(3, 3)
     assert corner[0].all() and corner[:, 0].all() and not corner[1:, 1:].any()
+
+
+@examples(100)
+@given(st.data(), st.integers(1, 3), st.booleans())
+def test_a_pooled_image_has_the_size_that_torch_says(data, dimensions, ceil_mode):
+    size, kernel, stride, dilation = (
+        data.draw(st.lists(st.integers(1, largest), min_size=dimensions, max_size=dimensions))
+        for largest in (12, 4, 4, 2)
+    )
+    size = [max(s, d * (k - 1) + 1) for s, k, d in zip(size, kernel, dilation)]
+    padding = [data.draw(st.integers(0, k // 2)) for k in kernel]
+    sizes = kernel, stride, padding, dilation, ceil_mode
+    pool = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1]
+    output = layout.pool_output(size, *sizes)
+    assert output == pool(torch.zeros(1, 1, *size), *sizes).shape[2:]
+    words = torch.zeros(1, *size, 1, 1, dtype=torch.int64, device="meta")
+    assert torch.ops.abcnets.packed_max_pool(words, words, 1, *sizes).shape == (1, *output, 1, 1)
 
 
 def test_word_ranges_follow_groups():

@@ -14,6 +14,7 @@ import re
 import subprocess
 import sys
 import threading
+import weakref
 from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,6 +37,7 @@ if SIMULATED:
     from kernels.cuda import bench as cuda_bench
     from kernels.cuda import check as cuda_check
     from kernels.cuda import engine as cuda_engine
+    from kernels.cuda import layer as cuda_layer
     from kernels.cuda import report as cuda_report
     from kernels.cuda import rung1_pack as cuda_pack
     from kernels.cuda import rung2_float as cuda_float
@@ -69,6 +71,7 @@ if SIMULATED:
     simulator.BlockManager.run = run_block
     simulator.BlockThread.syncthreads = lambda thread: thread._manager.meeting.wait(300)
     torch.set_num_threads(1)
+    cuda_engine.register(abcnets)  # which needs no GPU
     SMALL_TILE, SMALL_GROUP = cuda_tensorcore.Tile(16, 32, 1, 1), cuda_tensorcore.Tile(64, 32, 4, 1)
 
     # H != W; channels that don't fill a word (33), fill one (64), spill into a third (130); ragged tiles, all borders.
@@ -180,14 +183,28 @@ if SIMULATED:
 
     def test_what_is_kept_follows_the_tensors():
         arguments = random_layer(**SHAPES["64 channels, 1 x 1"])
-        before = len(cuda_engine._kept)
+        before = len(cuda_engine._layers)
         for change in (lambda: None, lambda: arguments[2].mul_(2), lambda: arguments[1].bitwise_not_()):
             change()
             assert error_of(cuda_engine.packed_conv(*arguments), reference(arguments)) < 3e-6
-        assert len(cuda_engine._kept) == before + 1
+        assert len(cuda_engine._layers) == before + 1
         del arguments, change
         gc.collect()
-        assert len(cuda_engine._kept) == before
+        assert len(cuda_engine._layers) == before
+
+    def test_what_is_kept_of_sizes_is_bounded():
+        layer = layer_of(random_layer(**SHAPES["64 channels, 1 x 1"]))
+        for size in range(1, 3 * cuda_layer.SIZES_PER_LAYER):
+            place = layer.place(2, size)
+            for batch in range(1, 40):
+                cuda_tensorcore.choose_tile(layer, place, batch)
+                cuda_tensorcore.arguments(layer, place, batch)
+                assert place.no_poison(batch).shape == (batch, 2, size)
+        assert len(layer._places) == cuda_layer.SIZES_PER_LAYER
+        assert len(place._numbers) == cuda_layer.NUMBERS_PER_SIZE
+        assert len(place._no_poison) == cuda_layer.BATCHES_PER_SIZE
+        layer, place = weakref.ref(layer), None
+        assert layer() is None  # without the cyclic collector
 
     @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)])
     def test_max_pool(sizes):
@@ -221,6 +238,7 @@ else:
     from kernels.cuda import bench as cuda_bench
     from kernels.cuda import launch as cuda_launch
     from kernels.cuda import pool as cuda_pool
+    from kernels.cuda import ptx as cuda_ptx
     from kernels.cuda import rates as cuda_rates
     from kernels.cuda import rung1_pack as cuda_pack
     from kernels.cuda import rung3_popcount as cuda_popcount
@@ -229,7 +247,11 @@ else:
     from kernels.cuda import rung6_tensorcore as cuda_tensorcore
     from kernels.cuda import rung7_wgmma as cuda_wgmma
     from kernels.cuda import rung8_fused as cuda_fused
+    from kernels.cuda import simulator as cuda_simulator
     from kernels.cuda.launch import uint32
+
+    def test_both_forms_speak_the_same_words():
+        assert cuda_ptx.__all__ == cuda_simulator.__all__
 
     def test_in_the_simulator():
         environment = {**os.environ, "NUMBA_ENABLE_CUDASIM": "1", "OMP_NUM_THREADS": "1"}

@@ -2,8 +2,7 @@
 
 This file is what happens around a kernel: who may use it, what is prepared once and kept, how a call is described.
 
-    Layer       what depends on a layer's tensors: weights in tile order, scales, thresholds. Kept beside the `bits`
-                tensor (weakly) and made anew when one of the tensors was replaced or changed in place.
+    Layer       what depends on a layer's tensors: weights in tile order, scales, thresholds. Kept beside them.
     Plan        what also depends on the input's size: offsets, border constants. A bounded number a layer.
     Workspace   what one running call owns: a Job record, padded words, scratch. Calls that run at the same time
                 each take one from the plan's list, so threads never share one.
@@ -14,15 +13,14 @@ Float64 input, more than eight activation bases, float activations (no bases) an
 import ctypes
 import functools
 import logging
-import threading
 import time
-import weakref
 from math import prod
 
 import numpy as np
 import torch
 
 from .. import layout
+from ..cache import Beside, Recent
 from . import system
 from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
 
@@ -32,8 +30,6 @@ HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-
-
 BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; beyond, one float convolution is faster (bench.py)
 
 
@@ -77,15 +73,13 @@ def packed_conv(
 ):  # fmt: skip
     """abcnets::packed_conv, as abcnets.py documents it."""
     tensors = (bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
-    layer = find_layer(tensors, channels, groups)
+    layer = _layers.get(tensors, channels, groups)
     readable, kind = layer.readable(x)
     if kind is not None:
         threads = system.thread_count()
         key = (x.shape, kind, threads, *stride, *padding, *dilation)
-        plan = layer.plans.get(key)
-        if plan is None:
-            plan = layer.add_plan(key, Plan(layer, readable, kind, threads, stride, padding, dilation))
-        output, saw_nan = plan.run(readable)
+        plan = layer.plans.get(key, Plan, layer, x.shape, kind, threads, stride, padding, dilation)
+        output, saw_nan = plan.run(layer, readable)
         if not saw_nan:
             return output.to(x.dtype) if x.dtype in HALVES and not layer.out_bases else output
     # what the kernels do not compute, or must complain about
@@ -97,67 +91,36 @@ def packed_conv(
 # --------------------------------------------------------------------------- what is kept
 
 
-_layers = {}  # id(bits) -> (weak reference to bits, [Layer]); the reference's end removes the entry
-_lock = threading.Lock()
-
-
-def find_layer(tensors, channels, groups) -> "Layer":
-    """The layer made from exactly these tensors, none of them changed since; made now if there is none."""
-    bits = tensors[0]
-    alive, layers = _layers.get(id(bits), (None, ()))
-    if alive is not None and alive() is bits:
-        for layer in layers:
-            if layer.is_made_from(tensors, channels, groups):
-                return layer
-    layer = Layer(*tensors, channels, groups)
-    with _lock:
-        alive, layers = _layers.get(id(bits), (None, ()))
-        if alive is None or alive() is not bits:
-            alive, layers = weakref.ref(bits, functools.partial(_forget, id(bits))), ()
-        _layers[id(bits)] = alive, [layer, *layers][:LAYERS_PER_WEIGHT]
-    return layer
-
-
-def _forget(key, alive) -> None:
-    if _layers.get(key, (None,))[0] is alive:
-        del _layers[key]
-
-
-def _version(tensor) -> int:
-    """Counts the changes in place; tensors made in inference mode do not count them."""
-    return 0 if tensor is None or tensor.is_inference() else tensor._version
-
-
 def _numpy(tensor):
+    """A copy: plans made later must see what the layer's other tables were made from."""
     if tensor is None:
         return None
-    return (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous().numpy()
+    return (tensor.float() if tensor.is_floating_point() else tensor).detach().contiguous().numpy().copy()
 
 
 class Layer:
     """The tables that depend on a layer's tensors alone."""
 
-    def __init__(self, bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips, channels, groups):
-        self.others = (alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)  # not bits: it must be free
-        self.versions = [_version(tensor) for tensor in (bits, *self.others)]
+    def __init__(self, tensors, channels, groups):
+        bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips = tensors
         self.channels, self.groups, self.kernel = channels, groups, tuple(bits.shape[2:-1])
         self.M, self.O = bits.shape[:2]
         self.N, self.P, self.blocks = betas.shape[0], layout.words_of(channels), layout.blocks_of(self.O)
         self.out_bases = 0 if out_thresholds is None else out_thresholds.shape[0]
-        self.plans = {}
-        self._check_shapes(bits)
+        self.plans = Recent(PLANS_PER_LAYER)
+        self._check_shapes(bits, *tensors[1:])
         self.alphas, self.betas, self.bias = _numpy(alphas), _numpy(betas), _numpy(bias)
         numbers = [self.alphas, self.betas] + ([] if bias is None else [self.bias])
         self.runs = 1 <= self.N <= MOST_BASES and all(np.isfinite(array).all() for array in numbers)
         if self.runs:
             self._make_tables(bits, thresholds, flips, out_thresholds, out_flips)
 
-    def _check_shapes(self, bits) -> None:
+    def _check_shapes(self, bits, *others) -> None:
         """Kernels read by address, so a table that is too small must be found here."""
         C, O, N = self.channels, self.O, self.N
         right = ((self.M, O), (N,), (N, C), (C,), (O,), (self.out_bases, O), (O,))
         names = ("alphas", "betas", "thresholds", "flips", "bias", "out_thresholds", "out_flips")
-        for name, tensor, shape in zip(names, self.others, right):
+        for name, tensor, shape in zip(names, others, right):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"packed_conv: {name} should have the shape {shape}, got {tuple(tensor.shape)}")
         if C % self.groups or O % self.groups or bits.shape[-1] != -(-C // self.groups // 8):
@@ -178,14 +141,6 @@ class Layer:
         if self.out_bases:
             self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
             self.out_flips = layout.flip_words(_numpy(out_flips))
-
-    def is_made_from(self, tensors, channels, groups) -> bool:
-        if self.channels != channels or self.groups != groups or _version(tensors[0]) != self.versions[0]:
-            return False
-        for mine, theirs, version in zip(self.others, tensors[1:], self.versions[1:]):
-            if mine is not theirs or _version(theirs) != version:
-                return False
-        return True
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
@@ -215,38 +170,37 @@ class Layer:
                 return x, INTERLEAVED
         return x.contiguous(), PLANAR
 
-    def add_plan(self, key, plan) -> "Plan":
-        with _lock:
-            while len(self.plans) >= PLANS_PER_LAYER:
-                self.plans.pop(next(iter(self.plans)))
-            self.plans[key] = plan
-        return plan
+
+_layers = Beside(Layer, LAYERS_PER_WEIGHT)
 
 
 class Plan:
-    """A layer at one input size: the geometry's tables, and the workspaces of calls that ended."""
+    """A layer at one input size: the geometry's tables, and the workspaces of calls that ended.
 
-    def __init__(self, layer, x, kind, threads, stride, padding, dilation):
-        self.layer, self.kind, self.threads, self.workspaces = layer, kind, threads, []
-        size = tuple(x.shape[1:-2] if kind == WORDS else x.shape[2:])
-        self.images = x.shape[0]
+    It does not hold the layer, which holds it: in a cycle both would stay until Python's collector comes by.
+    """
+
+    def __init__(self, layer, shape, kind, threads, stride, padding, dilation):
+        self.kind, self.threads, self.workspaces = kind, threads, []
+        size = tuple(shape[1:-2] if kind == WORDS else shape[2:])
+        self.images = shape[0]
         self.linear = not size
         if self.linear:  # rows are the pixels of one image
-            size, stride, padding, dilation, self.images = (x.shape[0],), (1,), (0, 0), (1,), 1
+            size, stride, padding, dilation, self.images = (shape[0],), (1,), (0, 0), (1,), 1
         kernel = layer.kernel or (1,)
         self.geometry = geometry = layout.Geometry.of(size, kernel, stride, padding, dilation)
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
-        self.output_shape = self._output_shape(x, len(size))
+        self.output_shape = self._output_shape(layer, shape[0], len(size))
         self.in_place = kind == WORDS and not any(padding)
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
 
-    def _output_shape(self, x, dimensions):
-        layer, size = self.layer, () if self.linear else self.geometry.output[3 - dimensions :]
+    def _output_shape(self, layer, B, dimensions):
+        size = () if self.linear else self.geometry.output[3 - dimensions :]
         if layer.out_bases:
-            return (x.shape[0], *size, layout.words_of(layer.O), layer.out_bases)
-        return (x.shape[0], layer.O, *size)
+            return (B, *size, layout.words_of(layer.O), layer.out_bases)
+        return (B, layer.O, *size)
 
     def _make_tables(self, layer, geometry):
         pixel_bytes = layer.P * layer.N * 8
@@ -263,10 +217,13 @@ class Plan:
         self.pixel_offsets = np.pad(geometry.output_pixels * pixel_bytes, (0, CHUNK), "edge")
         self.pixel_classes = np.pad(class_of_pixel * (layer.blocks * layout.BLOCK * 4), (0, CHUNK), "edge")
 
-    def run(self, x) -> tuple:
+    def run(self, layer, x) -> tuple:
         """(output, whether a NaN was seen)."""
-        workspace = self.workspaces.pop() if self.workspaces else Workspace(self)
-        output = self._empty_output()
+        try:
+            workspace = self.workspaces.pop()
+        except IndexError:
+            workspace = Workspace(layer, self)
+        output = self._empty_output(layer)
         job = workspace.job
         job.input, job.output, job.saw_nan = x.data_ptr(), output.data_ptr(), 0
         if self.kind != WORDS:
@@ -281,8 +238,7 @@ class Plan:
         self.workspaces.append(workspace)
         return output, saw_nan
 
-    def _empty_output(self):
-        layer = self.layer
+    def _empty_output(self, layer):
         if not layer.out_bases:
             return system.in_large_pages(torch.empty(self.output_shape))
         if layer.blocks * layout.BLOCK % 64:  # the last word's upper blocks are nobody's to write
@@ -293,8 +249,8 @@ class Plan:
 class Workspace:
     """What one running call owns."""
 
-    def __init__(self, plan):
-        layer, geometry = plan.layer, plan.geometry
+    def __init__(self, layer, plan):
+        geometry = plan.geometry
         image_words = prod(geometry.padded) * layer.P * layer.N
         images = plan.threads if plan.words_by_thread else plan.images
         self.words = None if plan.in_place else layout.aligned_zeros((images, image_words), np.uint64)

@@ -9,18 +9,18 @@ Rung 5 runs on GPUs without a binary tensor core (before Ampere, after Hopper) a
 memory. Groups, three dimensions, float64, float activations and more than 16 bases go to the plain torch
 implementation. Rung 7 is chosen by `prefer("wgmma")`; it becomes the default when it has measured faster.
 
-Weights are laid out at a layer's first call, the tables of an image size at its first, and both kept for as long as
-the bits tensor lives; changing one of the layer's tensors in place is noticed. So run a layer once, outside, before
-capturing it in a CUDA graph. After that a call reads nothing back from the device, with one exception: floats to bits
-in one call asks whether there was a NaN, as the operator promises a ValueError (not while capturing).
+Weights are laid out at a layer's first call, the tables of an image size at its first, and both kept beside the
+layer's tensors (see cache.py; a bounded number of sizes, and those that a CUDA graph reads). So run a layer once,
+outside, before capturing it in a CUDA graph. After that a call reads nothing back from the device, with one exception:
+floats to bits in one call asks whether there was a NaN, as the operator promises a ValueError (not while capturing).
 """
 
 import functools
-import weakref
 from contextlib import nullcontext
 
 import torch
 
+from ..cache import Beside
 from ..layout import pool_output
 from . import rung1_pack, rung5_bases, rung6_tensorcore, rung7_wgmma, rung8_fused
 from .launch import Kernel, int32
@@ -29,6 +29,7 @@ from .pool import max_pool
 from .primitives import SIMULATED
 
 BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; not measured yet, the CPU's number
+LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 
 
 
@@ -85,18 +86,22 @@ def packed_conv(
         return _plain.packed_conv(*arguments)
     with _on(x.device):
         tensors = bits, alphas, betas, bias, out_thresholds, out_flips
-        geometry = channels, tuple(stride), tuple(padding), tuple(dilation)
-        layer, outputs = _beside(tensors, geometry, lambda: _lay_out(tensors, geometry))
+        layer, outputs = _layers.get(tensors, channels, tuple(stride), tuple(padding), tuple(dilation))
         if layer is None:
             return _plain.packed_conv(*arguments)
         if x.dtype == torch.int64:
             words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
-            poison_BHW = layer.place(*words_BHWPN.shape[1:3]).no_poison(len(x))
+            place = layer.place(*words_BHWPN.shape[1:3])
+            poison_BHW = place.no_poison(len(x))
+            if _capturing():
+                layer.in_graphs.add((place, poison_BHW))
         else:
             x_BCHW = x.float()
             x_BCHW = x_BCHW if dims == 2 else x_BCHW.reshape(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
             words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, thresholds, flips)
-            if out_thresholds is not None and not _capturing() and bool(poison_BHW.isnan().any()):
+            if _capturing():
+                layer.in_graphs.add(layer.place(*words_BHWPN.shape[1:3]))
+            elif out_thresholds is not None and bool(poison_BHW.isnan().any()):
                 raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
         if out_thresholds is None:
             y = _convolve(layer, words_BHWPN, poison_BHW)
@@ -137,7 +142,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     if dims > 2 or out.numel() == 0:
         return _plain.packed_max_pool(*arguments)
     with _on(words.device):
-        flips_P = _beside((flips,), (), lambda: _plain.pack_bits(flips, torch.int64))
+        flips_P = _flip_words.get((flips,))
         ones = (1,) * (2 - dims)
         images = [t.view(len(t), *ones, *t.shape[1:]) for t in (out, words.contiguous())]
         pairs = [(*ones, *kernel_size), (*ones, *stride), (*(0,) * len(ones), *padding), (*ones, *dilation)]
@@ -148,7 +153,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
 # ------------------------------------------------------------------ what is kept, and what the machine can do
 
 
-def _lay_out(tensors, geometry):
+def _lay_out(tensors, *geometry):
     """(Layer, padded thresholds and flips or None); no layer where a constant is NaN, which only floats can follow."""
     bits, alphas, betas, bias, out_thresholds, out_flips = tensors
     if any(bool(t.isnan().any()) for t in (alphas, betas, bias) if t is not None):
@@ -157,23 +162,8 @@ def _lay_out(tensors, geometry):
     return Layer(bits, alphas, betas, bias, *geometry), outputs
 
 
-_kept = {}
-
-
-def _beside(tensors, key, make):
-    """make(), kept until one of the tensors (each may be None) dies or is changed in place."""
-    key = (*map(id, tensors), key)
-    versions = [0 if t is None or t.is_inference() else t._version for t in tensors]
-    if key in _kept and _kept[key][0] == versions:
-        return _kept[key][1]
-    value = make()
-
-    def forget(_, key=key):
-        _kept.pop(key, None)
-
-    references = [weakref.ref(t, forget) for t in tensors if t is not None]
-    _kept[key] = versions, value, references
-    return value
+_layers = Beside(_lay_out, LAYERS_PER_WEIGHT)
+_flip_words = Beside(lambda tensors: _plain.pack_bits(*tensors, torch.int64), 1)
 
 
 def _capturing() -> bool:

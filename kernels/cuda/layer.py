@@ -23,14 +23,19 @@ leave half of it empty, so where its kernel is wider than 1 each granule holds t
 neighbour. For 3 x 3 that is 6 granules instead of 9.
 """
 
+import weakref
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from ..layout import Geometry, weight_words, words_of
+from ..cache import Recent
+from ..layout import Geometry, border_constants, class_constants, ones_of, weight_words, words_of
 
 PADDED_TO = 128  # output channels, for the tensor cores: every tile of theirs divides it
+SIZES_PER_LAYER = 16
+NUMBERS_PER_SIZE = 64  # by batch and tile; some ten bytes each
+BATCHES_PER_SIZE = 4  # of which zeros are kept, a float a pixel
 
 
 class Layer:
@@ -60,8 +65,14 @@ class Layer:
         self.center_xor = self.C * self.KH * self.KW // 2
         self.center_and = self.C * self.KH * self.KW // 4
         self.no_flips = torch.zeros(1, dtype=torch.uint8, device=self.device)
-        self._places = {}
+        self._places = Recent(SIZES_PER_LAYER)
+        self.in_graphs = set()  # what CUDA graphs read at each replay, so that other sizes can't displace it
         self._tiles = {}
+
+    @cached_property
+    def _on_host(self) -> tuple:
+        """alphas, betas and bias in NumPy."""
+        return tuple(t.cpu().numpy() for t in (self.alphas_MO, self.betas_N, self.bias_O))
 
     @cached_property
     def weights_MOTP(self) -> torch.Tensor:
@@ -72,9 +83,7 @@ class Layer:
 
     def place(self, height: int, width: int) -> "Place":
         """The layer on images of one size."""
-        if (height, width) not in self._places:
-            self._places[height, width] = Place(self, height, width)
-        return self._places[height, width]
+        return self._places.get((height, width), Place, self, height, width)
 
     # ------------------------------------------------------------------ for the tensor cores
 
@@ -140,18 +149,17 @@ class Place:
     """What depends on the image's size: geometry, border classes, tables for the tensor cores."""
 
     def __init__(self, layer: Layer, height: int, width: int):
-        self.layer, self.height, self.width = layer, height, width
+        self.layer = weakref.proxy(layer)  # which holds this place
+        self.height, self.width = height, width
         self.geometry = Geometry.of((height, width), (layer.KH, layer.KW), layer.stride, layer.padding, layer.dilation)
         _, self.out_height, self.out_width = self.geometry.output
         _, self.padded_height, self.padded_width = self.geometry.padded
         self.out_pixels = self.out_height * self.out_width
-        self._kept = {}
+        self._numbers, self._no_poison = Recent(NUMBERS_PER_SIZE), Recent(BATCHES_PER_SIZE)
 
-    def keep(self, key, make):
-        """make(), computed once for each key."""
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
+    def keep(self, key, make, *arguments):
+        """make(*arguments), computed once for each key."""
+        return self._numbers.get(key, make, *arguments)
 
     @cached_property
     def classes(self) -> torch.Tensor:
@@ -162,33 +170,25 @@ class Place:
     def constants_xor(self) -> torch.Tensor:
         """float32 (classes, O), bias included, for kernels that count popc(a ^ w) over all taps, padded ones as a = 0.
 
-        y = constant - 2 sum_mn alpha_m beta_n (popc(a_n ^ w_m) - k), k = C T / 2. A padded tap counts popc(w) too much:
-        it is taken back.
+        y = constant - 2 sum_mn alpha_m beta_n (popc(a_n ^ w_m) - k), k = C T / 2.
         """
         layer, outside_GT = self.layer, self.geometry.border_classes[0]
-        ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
-        products = layer.C * (~outside_GT).sum(1) - 2 * layer.center_xor
-        return layer._upload(self._constants(products + 2 * ones_MOT @ outside_GT.T.astype(np.int64)))
+        return layer._upload(border_constants(layer._words_MOTP, *layer._on_host, outside_GT, layer.C))
 
     @cached_property
     def constants_and(self) -> torch.Tensor:
         """float32 (classes, O'), bias included: the last line of the algebra above."""
         layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
-        ones_MOT = np.bitwise_count(layer._words_MOTP).sum(-1, dtype=np.int64)
-        constants = self._constants(4 * layer.center_and - 2 * ones_MOT @ inside_GT.T.astype(np.int64))
+        products_MOG = 4 * layer.center_and - 2 * ones_of(layer._words_MOTP) @ inside_GT.T.astype(np.int64)
+        constants = class_constants(products_MOG, *layer._on_host)
         return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
-
-    def _constants(self, products_MOG) -> np.ndarray:
-        """bias + (sum_n beta_n) sum_m alpha_m products, float32 (classes, O)."""
-        alphas = self.layer.alphas_MO.double().cpu().numpy()
-        betas = self.layer.betas_N.double().sum().item()
-        constants_GO = betas * np.einsum("mo,mog->go", alphas, products_MOG)
-        return (constants_GO + self.layer.bias_O.double().cpu().numpy()).astype(np.float32)
 
     def no_poison(self, batch: int) -> torch.Tensor:
         """float32 (B, H, W) zeros: what goes with words that come without poison (see rung1_pack.py)."""
-        shape = batch, self.height, self.width
-        return self.keep(("no poison", batch), lambda: torch.zeros(shape, device=self.layer.device))
+        return self._no_poison.get(batch, self._zeros, batch)
+
+    def _zeros(self, batch):
+        return torch.zeros(batch, self.height, self.width, device=self.layer.device)
 
     @cached_property
     def taps(self) -> torch.Tensor:
@@ -197,7 +197,7 @@ class Place:
 
     def band(self, batch: int, tile_height: int) -> int:
         """The most padded pixels, first to last in memory, that the windows of `tile_height` output pixels span."""
-        return self.keep(("band", batch, tile_height), lambda: self._band(batch, tile_height))
+        return self.keep(("band", batch, tile_height), self._band, batch, tile_height)
 
     def _band(self, batch, tile_height):
         starts = self.geometry.output_pixels

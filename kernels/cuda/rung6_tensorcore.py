@@ -353,21 +353,26 @@ def choose_tile(layer, place, batch, tiles=TILES, bytes_needed=shared_bytes):
 
 
 def arguments(layer, place, batch):
-    """What the kernels take after `words, poison, weights`, less the tile's own: two lists, tensors and numbers."""
-    return place.keep(("arguments", batch), lambda: _arguments(layer, place, batch))
+    """What the kernels take after `words, poison, weights`, less the tile's own: two lists, tensors and numbers.
+
+    Every call asks for the tensors, so they are never the oldest that is kept, which goes: a CUDA graph may read them.
+    """
+    return place.keep("tensors", _tensors, layer, place), place.keep(("numbers", batch), _numbers, layer, place, batch)
 
 
-def _arguments(layer, place, batch):
+def _tensors(layer, place) -> list:
     alphas, alpha_sums = layer.scales
     tensors = [place.granule_offsets(pixel_words(layer)), alphas, alpha_sums, place.constants_and]
-    tensors += [layer.betas_N, place.classes, place.taps]
+    return tensors + [layer.betas_N, place.classes, place.taps]
+
+
+def _numbers(layer, place, batch) -> list:
     top, _, left, _ = layer.padding
-    numbers = [
+    return [
         batch, place.height, place.width, layer.C, layer.P, layer.N, layer.M, layer.O, layer.KH * layer.KW, top, left,
         *layer.stride, place.padded_width, place.padded_height * place.padded_width, place.out_width,
         place.out_pixels, batch * place.out_pixels, layer.padded_O, layer.steps,
     ]  # fmt: skip
-    return tensors, numbers
 
 
 def conv(layer, words_BHWPN, poison_BHW, tile=None):

@@ -11,7 +11,7 @@ first.
 A matrix descriptor says where they are: bits 0-13 the address, 16-29 the distance of the two granules of a step (the
 leading dimension), 32-45 that of the next 8 channels (the stride), all in units of 16 bytes; no swizzle.
 
-A chain of wgmmas is one block of PTX (see primitives.py), of at most 6 steps, since their activations must all be
+A chain of wgmmas is one block of PTX (see ptx.py), of at most 6 steps, since their activations must all be
 in registers by then: 64 counters, 64 sums y and 24 activation words a thread. While one of a block's two groups of four
 warps loads and scales, the other multiplies.
 
