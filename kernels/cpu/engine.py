@@ -32,15 +32,16 @@ PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; beyond, one float convolution is faster (bench.py)
 
+_libraries = []  # an operator's implementation lives as long as its library object
+_plain = None  # the abcnets module that registered this engine
+
+
+# --------------------------------------------------------------------------- who may use it
 
 
 def pays(M, N, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
     return 0 < M * N <= BITS_PAY_UP_TO and N <= MOST_BASES
-
-
-_libraries = []  # an operator's implementation lives as long as its library object
-_plain = None  # the abcnets module that registered this engine
 
 
 def register(abcnets) -> None:

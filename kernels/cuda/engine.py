@@ -31,16 +31,14 @@ from .primitives import SIMULATED
 BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; not measured yet, the CPU's number
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 
+_matrix_rung = "mma"
+_library = None  # an operator's implementation lives as long as its library object
+_plain = None  # the abcnets module that registered this engine
 
 
 def pays(M, N, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
     return 0 < M * N <= BITS_PAY_UP_TO and spatial_dims <= 2 and groups == 1
-
-
-_matrix_rung = "mma"
-_library = None  # an operator's implementation lives as long as its library object
-_plain = None  # the abcnets module that registered this engine
 
 
 def register(abcnets) -> None:
