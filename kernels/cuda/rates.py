@@ -15,6 +15,7 @@ import functools
 import torch
 from numba import cuda
 
+from ..check import NO_GPU, sentence
 from .launch import Kernel, int32, int64, pointer, shared_memory_limit, uint32, uint64
 from .primitives import (
     clock,
@@ -125,18 +126,18 @@ def rate_of(kernel, operations_a_thread, rounds=20_000, blocks_per_sm=1, shared=
     return operations * blocks / best, operations * blocks_per_sm / cycles.double().median().item()
 
 
-def ceilings(say=print) -> dict:
-    """{name: {"rate": per second, "per_clock_sm": ... or None}}; what can't be measured here is left out, and said."""
+def ceilings(say=print, skip=()) -> dict:
+    """{name: (a second, a clock and multiprocessor or None)}; what can't be measured here is left out, and said."""
     found = {}
 
     def attempt(name, measure):
+        if name in skip:
+            return say(f"  {name}: skipped, what it measures crashes here")
         try:
             rate, per_clock = measure()
         except Exception as error:
-            say(f"  {name}: skipped, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            return
-        if name not in found or rate > found[name]["rate"]:
-            found[name] = {"rate": rate, "per_clock_sm": per_clock}
+            return say(f"  {name}: skipped, {sentence(error)}")
+        found[name] = max(found.get(name, (0, None)), (rate, per_clock), key=lambda pair: pair[0])
         say(f"  {name}: {rate:.3e} a second" + (f", {per_clock:.0f} a clock and multiprocessor" if per_clock else ""))
 
     attempt("bandwidth", _bandwidth)
@@ -146,21 +147,15 @@ def ceilings(say=print) -> dict:
     capability = torch.cuda.get_device_capability()
     if (8, 0) <= capability < (10, 0):
         for warps in (4, 8, 16):
-            kernel = bmma_kernel(32 * warps)
-            attempt("bmma", functools.partial(rate_of, kernel, CHAINS * 16 * 8 * 256 // 32))
+            attempt("bmma", lambda warps=warps: rate_of(bmma_kernel(32 * warps), CHAINS * 16 * 8 * 256 // 32))
     else:
         say(f"  bmma: skipped, capability {capability} has no binary tensor core")
-    if capability == (9, 0):
-        for channels in (128, 256):
-            shared = 4 * 4 * channels * 8
-            for blocks in (1, 2, 4):
-                if blocks * channels > 512 or blocks * shared > shared_memory_limit(torch.device("cuda")):
-                    continue
-                measure = functools.partial(
-                    rate_of, bgmma_kernel(128, channels), 4 * 64 * channels * 256 // 128,
-                    blocks_per_sm=blocks, shared=shared,
-                )  # fmt: skip
-                attempt("bgmma", measure)
+    for channels, blocks in [(c, b) for c in (128, 256) for b in (1, 2, 4)] if capability == (9, 0) else ():
+        shared = 4 * 4 * channels * 8
+        if blocks * channels <= 512 and blocks * shared <= shared_memory_limit(torch.device("cuda")):
+            products = 4 * 64 * channels * 256 // 128
+            attempt("bgmma", lambda c=channels, n=products, b=blocks, s=shared: rate_of(
+                bgmma_kernel(128, c), n, blocks_per_sm=b, shared=s))  # fmt: skip
     return found
 
 
@@ -202,8 +197,7 @@ def _seconds(call, repeats=10) -> float:
 
 def main():
     if not torch.cuda.is_available():
-        print("No GPU here: nothing to measure.")
-        return
+        return print(NO_GPU)
     print(torch.cuda.get_device_name())
     ceilings()
 
