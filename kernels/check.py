@@ -148,44 +148,42 @@ def sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def problem_in_floats(operator, device="cpu", cases=CASES, nan=True) -> str | None:
+def problem_in_floats(operator, device="cpu", cases=CASES, nan=True, dtype=torch.float32, tolerance=1e-5) -> str | None:
     for case in cases:
-        arguments = random_layer(**case, device=device)
+        arguments = random_layer(**case, dtype=dtype, device=device)
         if nan:
             arguments[0][0, case["C"] // 2, case["sizes"][0] // 2, case["sizes"][1] // 2] = math.nan
         y = operator(*arguments)
         if y is None:
             return f"no tile fits for {case}"
         error = error_of(y, reference(arguments))
-        if not error < 1e-5:
-            return f"error {error:.1e} for {case}"
+        if y.dtype != dtype or not error < tolerance:
+            return f"{y.dtype}, error {error:.1e} for {case}"
 
 
 def problem_in_bits(operator, device="cpu", cases=CASES) -> str | None:
     for case in cases:
         arguments = random_layer(**case, out_bases=2, device=device)
         words = operator(*arguments)
-        wrong = "no tile fits" if words is None else wrong_bits(words, arguments)
-        if wrong:
+        if words is None:
+            return f"no tile fits for {case}"
+        if wrong := wrong_bits(words, arguments):
             return f"{wrong} wrong bits for {case}"
 
 
 def problem_in_other_dimensions(operator, device="cpu") -> str | None:
     """Linear layers, one and three dimensions, bfloat16."""
-    for case in (
+    cases = (
         dict(B=9, C=70, sizes=(), O=10, kernel=(), stride=(), padding=(), M=2, N=2),
         dict(B=2, C=40, sizes=(9,), O=33, kernel=(5,), stride=(2,), padding=(2, 1), M=2, N=2),
         dict(B=2, C=40, sizes=(3, 4, 5), O=6, kernel=(3, 3, 3), stride=(1, 1, 1), padding=(1,) * 6, M=2, N=2),
         CASES[0],
-    ):
-        for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
-            arguments = random_layer(**case, dtype=dtype, device=device)
-            y = operator(*arguments)
-            error = error_of(y, reference(arguments))
-            if y.dtype != dtype or not error < tolerance:
-                return f"{y.dtype}, error {error:.1e} for {case}"
-        if problem := problem_in_bits(operator, device, [case]):
-            return problem
+    )
+    return (
+        problem_in_floats(operator, device, cases, nan=False)
+        or problem_in_floats(operator, device, cases, nan=False, dtype=torch.bfloat16, tolerance=1e-2)
+        or problem_in_bits(operator, device, cases)
+    )
 
 
 def problem_in_graph(operator) -> str | None:

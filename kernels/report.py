@@ -19,16 +19,10 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 SHAPE = ["C", "O", "K", "size", "padding", "stride", "B"]
 RIVALS = ("cudnn float32", "cudnn tf32", "cudnn fp16", "int8 product")
-RUNGS = (  # contender, file in cuda/, idea
-    ("pack", "rung1_pack", "compare and pack; a warp's comparison is a word (`ballot`)"),
-    ("float", "rung2_float", "naive float convolution, a thread an output: the original's yardstick"),
-    ("popcount", "rung3_popcount", "XOR and popcount, a thread an output: the original's kernel"),
-    ("shared", "rung4_shared", "what a block's threads have in common, once, in shared memory"),
-    ("bases", "rung5_bases", "all M x N bases in one pass, scales at the end"),
-    ("mma", "rung6_tensorcore", "the binary tensor core: `mma.sync` b1, `ldmatrix`, `cp.async`, no im2col"),
-    ("wgmma", "rung7_wgmma", "Hopper's `wgmma` b1: weights read from shared memory by the tensor core"),
-    ("fused", "rung8_fused", "BatchNorm, ReLU and the next thresholds in the epilogue: bits out"),
-)
+RUNGS = {  # contender: file in cuda/
+    "pack": "rung1_pack", "float": "rung2_float", "popcount": "rung3_popcount", "shared": "rung4_shared",
+    "bases": "rung5_bases", "mma": "rung6_tensorcore", "wgmma": "rung7_wgmma", "fused": "rung8_fused",
+}  # fmt: skip
 FLOATS_OUT, BITS_OUT = ("mma", "wgmma"), ("fused", "wgmma fused")
 
 
@@ -79,7 +73,7 @@ def read(device: str):
     import pandas as pd
 
     path = RESULTS / f"{device}.csv"
-    return pd.read_csv(path) if path.exists() else None
+    return pd.read_csv(path, dtype={"capability": str, "driver": str}) if path.exists() else None
 
 
 def write_readme(device: str) -> None:
@@ -212,18 +206,18 @@ def cuda_table(rows) -> str:
         "",
         "One layer, 3 x 3, 128 -> 128, 32 x 28 x 28. Times over ours: above 1 the bits are faster.",
         "",
-        "| rung | idea | M = N | us | T multiply-adds/s | of its bound | cuDNN float32 | TF32 | fp16 |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| rung | M = N | us | T multiply-adds/s | of its bound | cuDNN float32 | TF32 | fp16 |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     ladder = timed[timed.section == "ladder"]
     cudnn = [ladder[ladder.contender == rival].microseconds.min() for rival in RIVALS[:3]]
-    for number, (contender, file, idea) in enumerate(RUNGS, 1):
+    for contender, file in RUNGS.items():
         for row in ladder[ladder.contender == contender].itertuples():
             computes = contender != "pack"
             against = [_cell(us / row.microseconds if computes else math.nan) for us in cudnn]
             rate = _cell(row.operations_per_second / 1e12 if computes else math.nan, ".3g")
             bases = "float" if math.isnan(row.bases) else int(row.bases)
-            cells = [f"{number} [{file}.py](cuda/{file}.py)", idea, bases, f"{row.microseconds:.1f}", rate,
+            cells = [f"[{file}](cuda/{file}.py)", bases, f"{row.microseconds:.1f}", rate,
                      f"{row.share_of_bound:.0%}", *against]  # fmt: skip
             lines.append("| " + " | ".join(map(str, cells)) + " |")
     lines += [
@@ -258,7 +252,7 @@ def cuda_figure(rows, path: Path) -> None:
     rows = rows[rows.microseconds.notna()]
     fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     ladder = rows[rows.section == "ladder"]
-    bars = [row for name, *_ in RUNGS[1:] for row in ladder[ladder.contender == name].itertuples()][::-1]
+    bars = [row for name in list(RUNGS)[1:] for row in ladder[ladder.contender == name].itertuples()][::-1]
     names = [row.contender + ("" if math.isnan(row.bases) else f"  M = N = {row.bases:.0f}") for row in bars]
     left.barh(names, [row.operations_per_second / 1e12 for row in bars], color="#4c72b0")
     left.set(xscale="log", xlabel="10¹² multiply-adds a second", title="The ladder, 3 x 3, 128 -> 128, 32 x 28 x 28")

@@ -182,6 +182,8 @@ class Ladder:
     def time(self, section, contender, shape, call, inputs, moved, bases="", note="", products=None):
         """One row; an error is a row too, without a time."""
         try:
+            if call(inputs[0]) is None:
+                raise ValueError("no tile fits")
             us, low, high = microseconds(call, inputs)
         except Exception as error:
             return self.skip(section, contender, shape, error, bases)
@@ -263,13 +265,9 @@ class Ladder:
             for name, module in TILED.items():
                 for tile in module.TILES if name in self.right else ():
                     if module.shared_bytes(layer, place, shape.B, tile) <= limit:
-                        call = functools.partial(_on_tile, module.conv, layer, poison, tile)
+                        call = functools.partial(module.conv, layer, poison_BHW=poison, tile=tile)
                         note = "tile {} x {}, {} x {} warps".format(*tile)
                         self.time("tiles", name, shape, call, words, moved, count, note)
-
-
-def _on_tile(conv, layer, poison, tile, words):
-    return conv(layer, words, poison, tile)
 
 
 def about() -> dict:

@@ -16,6 +16,7 @@ import torch
 from numba import cuda
 
 from ..check import NO_GPU, sentence
+from ..clock import microseconds
 from .launch import Kernel, int32, int64, pointer, shared_memory_limit, uint32, uint64
 from .primitives import (
     clock,
@@ -107,23 +108,16 @@ def bgmma_kernel(threads: int, channels: int) -> Kernel:
     return Kernel(bgmma_rate, (pointer(uint32), pointer(int64), int32, int32), threads)
 
 
-def rate_of(kernel, operations_a_thread, rounds=20_000, blocks_per_sm=1, shared=0, repeats=3) -> tuple:
-    """(multiply-adds a second, multiply-adds a clock and multiprocessor) of a kernel above, the best of some runs."""
+def rate_of(kernel, operations_a_thread, rounds=20_000, blocks_per_sm=1, shared=0) -> tuple:
+    """(multiply-adds a second, multiply-adds a clock and multiprocessor) of a kernel above."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     threads = kernel.threads[0]
     blocks = processors * blocks_per_sm
     out = torch.empty(blocks * threads, dtype=torch.int32, device="cuda")
     cycles = torch.empty(blocks, dtype=torch.int64, device="cuda")
-    best = float("inf")
-    for _ in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        kernel(blocks, out, cycles, 12345, rounds, shared=shared)
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
+    _, best, _ = microseconds(lambda _: kernel(blocks, out, cycles, 12345, rounds, shared=shared), [None])
     operations = operations_a_thread * threads * rounds
-    return operations * blocks / best, operations * blocks_per_sm / cycles.double().median().item()
+    return 1e6 * operations * blocks / best, operations * blocks_per_sm / cycles.double().median().item()
 
 
 def ceilings(say=print, skip=()) -> dict:
@@ -162,7 +156,8 @@ def ceilings(say=print, skip=()) -> dict:
 def _bandwidth() -> tuple:
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source)), None
+    us, _, _ = microseconds(lambda _: target.copy_(source), [None])
+    return 2e6 * source.numel() / us, None
 
 
 def _product(name, size=8192) -> tuple:
@@ -172,27 +167,13 @@ def _product(name, size=8192) -> tuple:
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         if dtype == torch.int8:
             a, b = (torch.randint(-128, 127, (size, size), dtype=dtype, device="cuda") for _ in range(2))
-            seconds = _seconds(lambda: torch._int_mm(a, b.t()))
+            us, _, _ = microseconds(lambda _: torch._int_mm(a, b.t()), [None])
         else:
             a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
-            seconds = _seconds(lambda: a @ b)
+            us, _, _ = microseconds(lambda _: a @ b, [None])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return size**3 / seconds, None
-
-
-def _seconds(call, repeats=10) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+    return 1e6 * size**3 / us, None
 
 
 def main():
