@@ -245,7 +245,8 @@ def measure_cuda(options) -> None:
     try:
         measured.run()
     finally:  # whatever happens, what there is is kept
-        report.write("cuda", [row | about for row in measured.rows])
+        if measured.rows:
+            report.write("cuda", [row | about for row in measured.rows])
     print(report.cuda_table(report.read("cuda")))
 
 

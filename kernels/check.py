@@ -343,16 +343,12 @@ def pool_rung(name: str, engine, device="cpu") -> None:
     there = GPU if device == "cuda" else "cpu"
 
     def calls():
-        shape = Shape(64, 64, 3, 112, 1, stride=2, B=8)
-        flips = torch.arange(64, device=there) % 2 == 0
+        shape, flips = Shape(64, 64, 3, 112, 1, stride=2, B=8), torch.arange(64, device=there) % 2 == 0
+        images, words = zip(*((shape.images(i, there), shape.words(2, i, there)) for i in range(4)))
         sizes = [3, 3], [2, 2], [1, 1], [1, 1], False
-        pool = functools.partial(functional.max_pool2d, kernel_size=3, stride=2, padding=1)
-        floats, words = ([make(seed) for seed in range(4)] for make in (
-            lambda seed: shape.images(seed, there), lambda seed: shape.words(2, seed, there)))  # fmt: skip
-        what = "3x3 / 2, 64 channels, 8 x 112x112"
         return {
-            f"{what}, float32": (pool, floats, 0, 0),
-            f"{what}, two bases of bits": (lambda w: engine.packed_max_pool(w, flips, 64, *sizes), words, 0, 0),
+            f"float32, {shape}": (lambda x: functional.max_pool2d(x, 3, 2, 1), images, 0, 0),
+            f"two bases of bits, {shape}": (lambda x: engine.packed_max_pool(x, flips, 64, *sizes), words, 0, 0),
         }
 
     demonstrate(name, lambda: problem_in_pool(engine.packed_max_pool, there), calls, device)
