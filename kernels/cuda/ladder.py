@@ -208,9 +208,7 @@ class Ladder:
                 inputs = [x.to(dtype).contiguous(memory_format=order) for x in images]
                 kernel = w.to(dtype).contiguous(memory_format=order)
                 torch.backends.cudnn.allow_tf32 = unit == "tf32"
-                call = functools.partial(
-                    functional.conv2d, weight=kernel, stride=shape.stride, padding=shape.padding
-                )  # fmt: skip
+                call = functools.partial(functional.conv2d, weight=kernel, stride=shape.stride, padding=shape.padding)
                 moved = size * (values + w.numel() + pixels * O)
                 self.time(section, f"cudnn {unit}", shape, call, inputs, moved, note=str(order).removeprefix("torch."))
         length = K * K * C
