@@ -5,7 +5,8 @@
     cache.py                what is made once and kept beside a layer's tensors
     cpu/, cuda/             the engines, from naive to fastest, one idea a file
     fuse.py, export.py      bits from layer to layer; ONNX files
-    bench.py, report.py     one clock, one table, one figure for every rung and rival
+    check.py, clock.py      random layers and the reference; one clock
+    bench.py, report.py     one CSV, one table, one figure for every rung and rival
 
 It is installed and imported as `abcnets_kernels`. In the repository its folder is called `kernels`, and it answers to
 that name too (`python -m kernels.bench`), with the very same modules behind both.

@@ -1,4 +1,6 @@
-"""What was measured, as tables and figures; and the one way in which text is filled in by a command.
+"""What bench.py measured, as tables and figures; and the one way in which text is filled in by a command.
+
+`python -m kernels.bench --readme` (and with `--device cuda`) makes them anew from results/*.csv, without measuring.
 
 A block that a command writes stands between two markers, which name it and the command:
 
@@ -9,8 +11,22 @@ A block that a command writes stands between two markers, which name it and the 
 Within a sentence, the same without line breaks: <!-- accuracy: python writeup/build.py -->94.02 %<!-- /accuracy -->.
 """
 
+import math
 import re
 from pathlib import Path
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+SHAPE = ["C", "O", "K", "size", "padding", "stride", "B"]
+RIVALS = ("cudnn float32", "cudnn tf32", "cudnn fp16", "int8 product")
+RUNGS = {  # contender: file in cuda/
+    "pack": "rung1_pack", "float": "rung2_float", "popcount": "rung3_popcount", "shared": "rung4_shared",
+    "bases": "rung5_bases", "mma": "rung6_tensorcore", "wgmma": "rung7_wgmma", "fused": "rung8_fused",
+}  # fmt: skip
+FLOATS_OUT, BITS_OUT = ("mma", "wgmma"), ("fused", "wgmma fused")
+
+
+# --------------------------------------------------------------------------- pages
 
 
 def fill(page: Path | str, command: str, values: dict[str, str]) -> str:
@@ -41,3 +57,215 @@ def fill(page: Path | str, command: str, values: dict[str, str]) -> str:
     if unused := values.keys() - filled:
         raise ValueError(f"no block of `{command}` is called {', '.join(sorted(unused))}")
     return new
+
+
+def write(device: str, rows: list[dict]) -> None:
+    """Rows of "cpu" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
+    import pandas as pd
+
+    RESULTS.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(RESULTS / f"{device}.csv", index=False, lineterminator="\n")
+    write_readme(device)
+
+
+def read(device: str):
+    """The rows of results/DEVICE.csv as a table; None where nothing was measured yet."""
+    import pandas as pd
+
+    path = RESULTS / f"{device}.csv"
+    return pd.read_csv(path, dtype={"capability": str, "driver": str}) if path.exists() else None
+
+
+def write_readme(device: str) -> None:
+    """Table and figure from results/DEVICE.csv, without running anything."""
+    rows, page = read(device), HERE / "README.md"
+    if device == "cpu":
+        command, text, figure = "python -m kernels.bench", cpu_table(rows), cpu_figure
+    else:
+        command, text, figure = "python -m kernels.bench --device cuda", cuda_table(rows), cuda_figure
+    if rows is not None:
+        figure(rows, RESULTS / f"{device}.svg")
+    page.write_text(fill(page, command, {device: text}), encoding="utf-8")
+
+
+def _pyplot():
+    import matplotlib
+
+    matplotlib.use("svg")
+    matplotlib.rcParams["svg.hashsalt"] = "abcnets"  # the same numbers make the same file
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _convolution(key) -> str:
+    from .check import Shape
+
+    return str(Shape(*map(int, key)))
+
+
+# --------------------------------------------------------------------------- CPU
+
+
+def _medians(rows):
+    """Median of times_float32 and times_int8 over the 3 x 3 convolutions, by (contender, threads, bases)."""
+    columns = ["times_float32", "times_int8"]
+    return rows[rows.K == 3].groupby(["contender", "threads", "bases"])[columns].median()
+
+
+def _bases(rows) -> list[int]:
+    return sorted(rows.bases.dropna().astype(int).unique().tolist())
+
+
+def cpu_table(rows) -> str:
+    """Times as fast as the best float32 (as the best int8, share of the bound), in Markdown."""
+    if rows is None:
+        return "Not measured yet."
+    bases, first, medians = _bases(rows), rows.iloc[0], _medians(rows)
+    out = [
+        f"{first.hardware}; {first.versions}. A core's clock is {first.clock_ghz:.2f} GHz and it counts at most "
+        f"{first.bound_tops:.2f} T bit products a second, measured (`cpu/peak.py`).",
+        "",
+        "Times as fast as the faster float32 layout / as the fastest int8 (share of the bound); float in, float out:",
+        "",
+        "| convolution | threads | float32 | int8 | " + " | ".join(f"M = N = {n}" for n in bases) + " |",
+        "|---|---|---|---|" + "---|" * len(bases),
+    ]
+    for (*shape, threads), group in rows.groupby([*SHAPE, "threads"], sort=False):
+        rivals = [group[group.contender.str.startswith(kind)].microseconds.min() for kind in ("float32", "int8")]
+        packed = group[group.contender == "packed"].set_index("bases")
+        cells = [
+            f"{row.times_float32:.2f} / {row.times_int8:.2f} ({row.share_of_bound:.0%})"
+            for row in (packed.loc[n] for n in bases)
+        ]
+        times = [f"{us:,.0f} us" for us in rivals]
+        out.append("| " + " | ".join([_convolution(shape), str(threads), *times, *cells]) + " |")
+    for contender, what in (("packed", "float in and out"), ("words", "bits in and out")):
+        for threads in sorted(rows.threads.unique()):
+            speeds = [medians.loc[contender, threads, n] for n in bases]
+            cells = [f"**{row.times_float32:.2f}** / {row.times_int8:.2f}" for row in speeds]
+            out.append(f"| median of 3x3, {what} | {threads} | | | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def cpu_figure(rows, path: Path) -> None:
+    """Speed against float32 by M = N, one panel a thread count, one line a size, int8 for comparison."""
+    plt = _pyplot()
+    bases, medians, counts = _bases(rows), _medians(rows), sorted(rows.threads.unique().tolist())
+    fig, axes = plt.subplots(1, len(counts), figsize=(5.2 * len(counts), 4), sharey=True, squeeze=False)
+    for ax, threads in zip(axes[0], counts):
+        here = rows[rows.threads == threads]
+        for (_, _, K, *_), group in here[here.contender == "packed"].groupby(SHAPE, sort=False):
+            color = "tab:blue" if K == 3 else "tab:gray"
+            ax.plot(group.bases, group.times_float32, "o-", color=color, alpha=0.35, linewidth=1, markersize=3)
+        for contender, style, label in (("packed", "o-", "median of 3x3"), ("words", "s--", "the same, bits to bits")):
+            line = [medians.times_float32[contender, threads, n] for n in bases]
+            ax.plot(bases, line, style, color="tab:red", label=label)
+        int8 = here[here.contender.str.startswith("int8") & (here.K == 3)].groupby(SHAPE).times_float32.max().median()
+        ax.axhline(int8, color="tab:green", linestyle=":", label="int8, median of 3x3")
+        ax.axhline(1, color="black", linewidth=0.8, label="float32")
+        ax.set(xlabel="M = N", yscale="log", title=f"{threads} thread{'s' * (threads > 1)}", xticks=bases)
+        ax.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        ax.grid(alpha=0.3)
+    axes[0][0].set_ylabel("times as fast as float32")
+    axes[0][0].legend(frameon=False)
+    fig.tight_layout()
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)
+
+
+# --------------------------------------------------------------------------- CUDA
+
+
+def _mean_speedup(rows, rival: str, ours, bases: int) -> float:
+    """Geometric mean of a rival's time over ours, over ResNet-18's 3 x 3 layers at batch 256 where both were timed."""
+    rows = rows[(rows.section == "resnet18") & (rows.B == 256) & (rows.K == 3)]
+    theirs, ours = rows[rows.contender == rival], rows[rows.contender.isin(ours) & (rows.bases == bases)]
+    ratios = (theirs.groupby(SHAPE).microseconds.min() / ours.groupby(SHAPE).microseconds.min()).dropna()
+    return math.exp(sum(map(math.log, ratios)) / len(ratios)) if len(ratios) else math.nan
+
+
+def _cell(number: float, form=".2f") -> str:
+    return "-" if math.isnan(number) else f"{number:{form}}"
+
+
+def cuda_table(rows) -> str:
+    """The ladder against cuDNN, ResNet-18, the crossover and the card's ceilings, in Markdown."""
+    timed = None if rows is None else rows[rows.microseconds.notna()]
+    if rows is None or timed.empty:
+        return (
+            "Not measured yet. On a machine with an NVIDIA GPU, `python -m kernels.bench --device cuda` measures and "
+            "checks everything in less than 8 minutes, and fills this table and the figure."
+        )
+    first = rows.iloc[0]
+    lines = [
+        f"{first.hardware} (compute capability {first.capability}), driver {first.driver}, {first.versions}, "
+        f"{first.date}.",
+        "",
+        "![the ladder, and bits against cuDNN](results/cuda.svg)",
+        "",
+        "One layer, 3 x 3, 128 -> 128, 32 x 28 x 28. Times over ours: above 1 the bits are faster.",
+        "",
+        "| rung | M = N | us | T multiply-adds/s | of its bound | cuDNN float32 | TF32 | fp16 |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ladder = timed[timed.section == "ladder"]
+    cudnn = [ladder[ladder.contender == rival].microseconds.min() for rival in RIVALS[:3]]
+    for contender, file in RUNGS.items():
+        for row in ladder[ladder.contender == contender].itertuples():
+            computes = contender != "pack"
+            against = [_cell(us / row.microseconds if computes else math.nan) for us in cudnn]
+            rate = _cell(row.operations_per_second / 1e12 if computes else math.nan, ".3g")
+            bases = "float" if math.isnan(row.bases) else int(row.bases)
+            cells = [f"[{file}](cuda/{file}.py)", bases, f"{row.microseconds:.1f}", rate,
+                     f"{row.share_of_bound:.0%}", *against]  # fmt: skip
+            lines.append("| " + " | ".join(map(str, cells)) + " |")
+    lines += [
+        "",
+        "ResNet-18's 3 x 3 layers at batch 256, geometric mean of cuDNN's time over ours, bits in:",
+        "",
+        "| M = N | out | float32 | TF32 | fp16 | int8 product |",
+        "|---|---|---|---|---|---|",
+    ]
+    counts = _bases(timed[timed.section == "resnet18"])
+    for n in counts:
+        for out, ours in (("floats", FLOATS_OUT), ("bits", BITS_OUT)):
+            means = [_cell(_mean_speedup(timed, rival, ours, n)) for rival in RIVALS]
+            lines.append(f"| {n} | {out} | " + " | ".join(means) + " |")
+    limits = []
+    for rival in RIVALS:
+        wins = [n * n for n in counts if _mean_speedup(timed, rival, BITS_OUT, n) > 1]
+        limits.append(f"{rival} {max(wins, default='none')}")
+    lines += ["", "Crossover, the largest measured M N at which bits are still faster (same layers, bits in and out): "
+              + ", ".join(limits) + "."]  # fmt: skip
+    ceilings = rows[rows.section == "ceilings"].itertuples()
+    told = [f"{row.contender} {row.operations_per_second:.3g} {row.note}" for row in ceilings]
+    lines += ["", "Measured ceilings: " + "; ".join(told) + "."]
+    if left_out := int(rows.note.fillna("").str.startswith(("skipped", "wrong")).sum()):
+        lines += ["", f"Left out: {left_out} rows, with their reasons in [results/cuda.csv](results/cuda.csv)."]
+    return "\n".join(lines)
+
+
+def cuda_figure(rows, path: Path) -> None:
+    """The ladder's rates, and the speed of bits over cuDNN against M N for ResNet-18's 3 x 3 layers."""
+    plt = _pyplot()
+    rows = rows[rows.microseconds.notna()]
+    fig, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    ladder = rows[rows.section == "ladder"]
+    bars = [row for name in list(RUNGS)[1:] for row in ladder[ladder.contender == name].itertuples()][::-1]
+    names = [row.contender + ("" if math.isnan(row.bases) else f"  M = N = {row.bases:.0f}") for row in bars]
+    left.barh(names, [row.operations_per_second / 1e12 for row in bars], color="#4c72b0")
+    left.set(xscale="log", xlabel="10¹² multiply-adds a second", title="The ladder, 3 x 3, 128 -> 128, 32 x 28 x 28")
+    for rival, colour in zip(RIVALS, ("#888888", "#dd8452", "#c44e52")):
+        for out, ours, style in (("bits", BITS_OUT, "o-"), ("floats", FLOATS_OUT, "s--")):
+            points = [(n * n, _mean_speedup(rows, rival, ours, n)) for n in _bases(rows)]
+            points = [point for point in points if not math.isnan(point[1])]
+            if points:
+                right.plot(*zip(*points), style, color=colour, label=f"{rival}, {out} out")
+    right.axhline(1, color="black", linewidth=0.8)
+    right.set(xscale="log", yscale="log", xlabel="M N", ylabel="times faster than cuDNN")
+    right.set_title("ResNet-18's 3 x 3 layers, batch 256")
+    if right.lines[1:]:
+        right.legend(fontsize=8)
+    fig.savefig(path, metadata={"Date": None})
+    plt.close(fig)

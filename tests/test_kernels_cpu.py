@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import abcnets
 
 pytest.importorskip("numba")
-from kernels import bench, layout
+from kernels import layout
 from kernels.cpu import engine as cpu_engine
 from kernels.cpu import scalar as cpu_scalar
 from kernels.cpu import system as cpu_system
@@ -482,21 +482,3 @@ def test_word_ranges_follow_groups():
     masks = layout.channel_masks(256, 256, 256)  # depthwise
     first, width = layout.word_ranges(masks)
     assert width == 1 and first.tolist() == [block // 4 for block in range(16)]
-
-
-# --------------------------------------------------------------------------- the benchmark's report
-
-
-def test_benchmark_report(tmp_path):
-    shape = bench.Shape(16, 16, 3, 6, 1)
-    times = bench.time_shape(shape, 1, bases=(1, 2), seconds=0.01)
-    assert {"packed 1", "words 2", "float32", "float32 channels_last"} <= times.keys()
-    about = bench.machine() | {"clock_ghz": 3.0, "bound_tops": 1.0}
-    rows = [row | about for row in bench.rows_of(shape, 1, times, 1e12)]
-    bench.write_csv(tmp_path / "cpu.csv", rows)
-    rows = bench.read_csv(tmp_path / "cpu.csv")
-    assert str(shape) in bench.table(rows)
-    readme = tmp_path / "README.md"
-    readme.write_text("before\n<!-- cpu results -->\nold\n<!-- /cpu results -->\nafter\n")
-    bench.write_between(readme, "cpu results", "new")
-    assert readme.read_text() == "before\n<!-- cpu results -->\nnew\n<!-- /cpu results -->\nafter\n"

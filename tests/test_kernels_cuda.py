@@ -34,17 +34,15 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
     from numba.cuda.simulator import kernel as simulator
 
-    from kernels.cuda import bench as cuda_bench
-    from kernels.cuda import check as cuda_check
+    from kernels.check import error_of, layer_of, random_layer, reference, wrong_bits
     from kernels.cuda import engine as cuda_engine
+    from kernels.cuda import ladder as cuda_ladder
     from kernels.cuda import layer as cuda_layer
-    from kernels.cuda import report as cuda_report
     from kernels.cuda import rung1_pack as cuda_pack
     from kernels.cuda import rung2_float as cuda_float
     from kernels.cuda import rung6_tensorcore as cuda_tensorcore
     from kernels.cuda import rung7_wgmma as cuda_wgmma
     from kernels.cuda import rung8_fused as cuda_fused
-    from kernels.cuda.check import error_of, layer_of, random_layer, reference, wrong_bits
 
     # A simulated thread is a Python thread, and Numba's simulator polls them. Here they meet at a barrier instead,
     # which is several times faster, and enough for kernels whose threads all reach every syncthreads.
@@ -128,12 +126,12 @@ if SIMULATED:
 
     @pytest.mark.parametrize(
         "rung, shape",
-        [(rung, shape) for rung in cuda_check.RUNGS for shape in (SHAPES if rung in ("popcount", "mma") else COMMON)],
+        [(rung, shape) for rung in cuda_ladder.RUNGS for shape in (SHAPES if rung in ("popcount", "mma") else COMMON)],
     )
     def test_rung_is_the_reference(rung, shape):
         arguments = random_layer(**SHAPES[shape])
         arguments[0][0, 1, 1, 2] = math.nan
-        y = cuda_check.RUNGS[rung](layer_of(arguments), *packed(arguments))
+        y = cuda_ladder.RUNGS[rung](layer_of(arguments), *packed(arguments))
         assert error_of(y, reference(arguments)) < 3e-6
 
     @pytest.mark.parametrize("tile, shape", [((32, 16, 2, 1), "130 channels, uneven"), ((16, 64, 1, 2), "33 channels")])
@@ -142,7 +140,7 @@ if SIMULATED:
         y = cuda_tensorcore.conv(layer_of(arguments), *packed(arguments), tile=cuda_tensorcore.Tile(*tile))
         assert error_of(y, reference(arguments)) < 3e-6
 
-    @pytest.mark.parametrize("conv", [cuda_fused.conv, cuda_check.wgmma_fused], ids=["mma", "wgmma"])
+    @pytest.mark.parametrize("conv", [cuda_fused.conv, cuda_ladder.wgmma_fused], ids=["mma", "wgmma"])
     def test_bits_out(conv):
         arguments = random_layer(**SHAPES["33 channels"], out_bases=3)
         arguments[-2][0, 1], arguments[-2][1, 2] = -math.inf, math.inf
@@ -213,29 +211,7 @@ if SIMULATED:
         expected = abcnets.packed_max_pool(words, flips, 128, *sizes)
         assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected)
 
-    def test_bench_rehearsal(tmp_path, capsys):
-        """One layer through the bench and its report; the times mean nothing here."""
-        bench = cuda_bench.Bench(limit=600)
-        bench.right = {"pack", "popcount", "mma", "fused", "operator"}
-        bench.ceilings = {
-            "bmma": {"rate": 1e15, "per_clock_sm": 1.0},
-            "bandwidth": {"rate": 1e12, "per_clock_sm": None},
-        }
-        bench.add(section="ceilings", method="bmma", ops_per_s="1e15", note="multiply-adds a second")
-        for section in ("ladder", "resnet18"):
-            bench.layer(section, (1, 64, 2, 3, 8, 1, 1), (1,), ("popcount", "mma"))
-        for row in bench.rows:
-            row["B"], row["K"] = 256, 3
-        (tmp_path / "README.md").write_text(f"before\n{cuda_report.BEGIN}\nold\n{cuda_report.END}\nafter\n")
-        cuda_report.report(bench.rows, tmp_path)
-        text = (tmp_path / "README.md").read_text()
-        assert text.startswith("before") and text.endswith("after\n") and "\nold\n" not in text
-        assert "cuda_popcount.py" in text and "nan" not in text
-        assert {"cuda.csv", "cuda.svg"} == {path.name for path in (tmp_path / "results").iterdir()}
-        assert "Not measured yet" in cuda_report.table([])
-
 else:
-    from kernels.cuda import bench as cuda_bench
     from kernels.cuda import launch as cuda_launch
     from kernels.cuda import pool as cuda_pool
     from kernels.cuda import ptx as cuda_ptx
@@ -260,12 +236,6 @@ else:
             command, cwd=Path(__file__).parent.parent, env=environment, capture_output=True, text=True, timeout=600
         )
         assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
-
-    def test_without_a_gpu_the_bench_says_so(capsys):
-        if torch.cuda.is_available():
-            pytest.skip("there is a GPU")
-        assert cuda_bench.main([]) == 2
-        assert "No GPU here" in capsys.readouterr().out
 
     def tool(package, name):
         """A program out of one of NVIDIA's wheels."""

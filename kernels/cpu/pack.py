@@ -167,22 +167,23 @@ def main() -> None:
     """A 1 x 1 kernel of one output channel is little but packing: check it, and print the bytes it reads a second."""
     import torch
 
-    from .. import bench
-    from ..clock import interleaved_medians
+    from ..check import Shape, demonstrate, problem_in_floats
     from .engine import packed_conv
 
-    torch.set_num_threads(1)
-    bench.check_rung("pack", packed_conv, [bench.Shape(C, 1, 1, 6, 0, B=2) for C in (1, 31, 33, 64, 200)])
-    shape = bench.Shape(64, 1, 1, 56, 0, B=8)
-    for order in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(shape.B, shape.C, shape.size, shape.size).to(memory_format=order)
-        layers = {}
-        for n in bench.BASES:
-            bits, alphas, *others = bench.packed_layer(shape, n)
-            layers[n] = (bits[:1], alphas[:1], *others)  # one weight base: as little convolution as there can be
-        contenders = {n: lambda x=x, layer=layer: packed_conv(x, *layer) for n, layer in layers.items()}
-        for n, seconds in interleaved_medians(contenders, 1.0).items():
-            print(f"pack: {order}, N = {n}: {seconds * 1e6:6.1f} us, {x.nbytes / seconds / 1e9:5.1f} GB/s read")
+    one = dict(kernel=(1, 1), stride=(1, 1), padding=(0,) * 4)
+    cases = [dict(B=2, C=C, sizes=(6, 6), O=1, M=1, N=N, **one) for C in (1, 31, 33, 64, 200) for N in (1, 2, 3)]
+
+    def calls():
+        shape, found = Shape(64, 1, 1, 56, 0, B=8), {}
+        for order in (torch.contiguous_format, torch.channels_last):
+            x = shape.images().to(memory_format=order)
+            for n in (1, 2, 3, 5):  # one weight base: as little convolution as there can be
+                layer = shape.layer(1, n)[1:]
+                call = lambda x, layer=layer: packed_conv(x, *layer)  # noqa: E731
+                found[f"{order}, N = {n}"] = call, [x], 0, x.nbytes
+        return found
+
+    demonstrate("pack", lambda: problem_in_floats(packed_conv, cases=cases), calls)
 
 
 if __name__ == "__main__":

@@ -49,24 +49,10 @@ def pool_kernel(stamp=STAMP):
 
 
 def main() -> None:
-    import torch
+    from ..check import pool_rung
+    from . import engine
 
-    import abcnets
-
-    from ..clock import interleaved_medians
-    from .engine import packed_max_pool
-
-    torch.set_num_threads(1)
-    words, flips = torch.randint(-(2**62), 2**62, (8, 112, 112, 1, 2)), torch.arange(64) % 2 == 0
-    arguments = (words, flips, 64, [3, 3], [2, 2], [1, 1], [1, 1], False)
-    assert torch.equal(packed_max_pool(*arguments), abcnets.packed_max_pool(*arguments))
-    floats = torch.randn(8, 64, 112, 112)
-    contenders = {
-        "float32": lambda: torch.nn.functional.max_pool2d(floats, 3, 2, 1),
-        "two bases of bits": lambda: packed_max_pool(*arguments),
-    }
-    for name, seconds in interleaved_medians(contenders, 1.0).items():
-        print(f"max-pool 3x3 / 2, 64 channels, 8 x 112x112, {name}: {seconds * 1e6:8.1f} us")
+    pool_rung("pool", engine)
 
 
 if __name__ == "__main__":

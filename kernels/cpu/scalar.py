@@ -91,7 +91,6 @@ def convolve(words_BXPN, weights_MOTP, masks_OP, pixels_Y, taps_T, class_of_Y, c
 
 
 if __name__ == "__main__":
-    from .. import bench
+    from ..check import cpu_rung
 
-    bench.check_rung("scalar", packed_conv, bench.RUNG_SHAPES)
-    bench.time_rung("scalar", packed_conv, bench.RESNET_18[1])
+    cpu_rung("scalar", packed_conv, nan=False)

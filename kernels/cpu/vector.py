@@ -270,8 +270,7 @@ def run_kernel(stamp=STAMP):
 
 
 if __name__ == "__main__":
-    from .. import bench
+    from ..check import cpu_rung
     from .engine import packed_conv
 
-    bench.check_rung("vector", packed_conv, bench.RUNG_SHAPES)
-    bench.time_rung("vector", packed_conv, bench.RESNET_18[1], bench.BASES)
+    cpu_rung("vector", packed_conv, (1, 2, 3, 5))

@@ -51,3 +51,14 @@ def max_pool(out_BHWPN, words_BHWPN, flips_P, kernel_size, stride, padding, dila
     grid = -(-out_BHWPN.numel() // THREADS)
     pool_kernel()(grid, out_BHWPN, words_BHWPN, flips_P, *kernel_size, *stride, *padding, *dilation)
     return out_BHWPN
+
+
+def main():
+    from ..check import pool_rung
+    from . import engine
+
+    pool_rung("pool", engine, "cuda")
+
+
+if __name__ == "__main__":
+    main()

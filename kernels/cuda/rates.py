@@ -15,6 +15,8 @@ import functools
 import torch
 from numba import cuda
 
+from ..check import NO_GPU, sentence
+from ..clock import microseconds
 from .launch import Kernel, int32, int64, pointer, shared_memory_limit, uint32, uint64
 from .primitives import (
     clock,
@@ -106,37 +108,30 @@ def bgmma_kernel(threads: int, channels: int) -> Kernel:
     return Kernel(bgmma_rate, (pointer(uint32), pointer(int64), int32, int32), threads)
 
 
-def rate_of(kernel, operations_a_thread, rounds=20_000, blocks_per_sm=1, shared=0, repeats=3) -> tuple:
-    """(multiply-adds a second, multiply-adds a clock and multiprocessor) of a kernel above, the best of some runs."""
+def rate_of(kernel, operations_a_thread, rounds=20_000, blocks_per_sm=1, shared=0) -> tuple:
+    """(multiply-adds a second, multiply-adds a clock and multiprocessor) of a kernel above."""
     processors = torch.cuda.get_device_properties(0).multi_processor_count
     threads = kernel.threads[0]
     blocks = processors * blocks_per_sm
     out = torch.empty(blocks * threads, dtype=torch.int32, device="cuda")
     cycles = torch.empty(blocks, dtype=torch.int64, device="cuda")
-    best = float("inf")
-    for _ in range(repeats + 1):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        kernel(blocks, out, cycles, 12345, rounds, shared=shared)
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, begin.elapsed_time(end) / 1e3)
+    _, best, _ = microseconds(lambda _: kernel(blocks, out, cycles, 12345, rounds, shared=shared), [None])
     operations = operations_a_thread * threads * rounds
-    return operations * blocks / best, operations * blocks_per_sm / cycles.double().median().item()
+    return 1e6 * operations * blocks / best, operations * blocks_per_sm / cycles.double().median().item()
 
 
-def ceilings(say=print) -> dict:
-    """{name: {"rate": per second, "per_clock_sm": ... or None}}; what can't be measured here is left out, and said."""
+def ceilings(say=print, skip=()) -> dict:
+    """{name: (a second, a clock and multiprocessor or None)}; what can't be measured here is left out, and said."""
     found = {}
 
     def attempt(name, measure):
+        if name in skip:
+            return say(f"  {name}: skipped, what it measures crashes here")
         try:
             rate, per_clock = measure()
         except Exception as error:
-            say(f"  {name}: skipped, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-            return
-        if name not in found or rate > found[name]["rate"]:
-            found[name] = {"rate": rate, "per_clock_sm": per_clock}
+            return say(f"  {name}: skipped, {sentence(error)}")
+        found[name] = max(found.get(name, (0, None)), (rate, per_clock), key=lambda pair: pair[0])
         say(f"  {name}: {rate:.3e} a second" + (f", {per_clock:.0f} a clock and multiprocessor" if per_clock else ""))
 
     attempt("bandwidth", _bandwidth)
@@ -146,28 +141,23 @@ def ceilings(say=print) -> dict:
     capability = torch.cuda.get_device_capability()
     if (8, 0) <= capability < (10, 0):
         for warps in (4, 8, 16):
-            kernel = bmma_kernel(32 * warps)
-            attempt("bmma", functools.partial(rate_of, kernel, CHAINS * 16 * 8 * 256 // 32))
+            attempt("bmma", lambda warps=warps: rate_of(bmma_kernel(32 * warps), CHAINS * 16 * 8 * 256 // 32))
     else:
         say(f"  bmma: skipped, capability {capability} has no binary tensor core")
-    if capability == (9, 0):
-        for channels in (128, 256):
-            shared = 4 * 4 * channels * 8
-            for blocks in (1, 2, 4):
-                if blocks * channels > 512 or blocks * shared > shared_memory_limit(torch.device("cuda")):
-                    continue
-                measure = functools.partial(
-                    rate_of, bgmma_kernel(128, channels), 4 * 64 * channels * 256 // 128,
-                    blocks_per_sm=blocks, shared=shared,
-                )  # fmt: skip
-                attempt("bgmma", measure)
+    for channels, blocks in [(c, b) for c in (128, 256) for b in (1, 2, 4)] if capability == (9, 0) else ():
+        shared = 4 * 4 * channels * 8
+        if blocks * channels <= 512 and blocks * shared <= shared_memory_limit(torch.device("cuda")):
+            products = 4 * 64 * channels * 256 // 128
+            attempt("bgmma", lambda c=channels, n=products, b=blocks, s=shared: rate_of(
+                bgmma_kernel(128, c), n, blocks_per_sm=b, shared=s))  # fmt: skip
     return found
 
 
 def _bandwidth() -> tuple:
     source = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    return 2 * source.numel() / _seconds(lambda: target.copy_(source)), None
+    us, _, _ = microseconds(lambda _: target.copy_(source), [None])
+    return 2e6 * source.numel() / us, None
 
 
 def _product(name, size=8192) -> tuple:
@@ -177,33 +167,18 @@ def _product(name, size=8192) -> tuple:
         torch.backends.cuda.matmul.allow_tf32 = name == "tf32"
         if dtype == torch.int8:
             a, b = (torch.randint(-128, 127, (size, size), dtype=dtype, device="cuda") for _ in range(2))
-            seconds = _seconds(lambda: torch._int_mm(a, b.t()))
+            us, _, _ = microseconds(lambda _: torch._int_mm(a, b.t()), [None])
         else:
             a, b = (torch.randn(size, size, dtype=dtype, device="cuda") for _ in range(2))
-            seconds = _seconds(lambda: a @ b)
+            us, _, _ = microseconds(lambda _: a @ b, [None])
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    return size**3 / seconds, None
-
-
-def _seconds(call, repeats=10) -> float:
-    for _ in range(3):
-        call()
-    times = []
-    for _ in range(repeats):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
-    return sorted(times)[len(times) // 2]
+    return 1e6 * size**3 / us, None
 
 
 def main():
     if not torch.cuda.is_available():
-        print("No GPU here: nothing to measure.")
-        return
+        return print(NO_GPU)
     print(torch.cuda.get_device_name())
     ceilings()
 

@@ -108,10 +108,17 @@ def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
 
 
 def main():
-    """Check both orders against the words' definition, then time them."""
-    from .check import demonstrate_pack
+    """Check both orders against the words' definition, then time one."""
+    from ..check import GPU, Shape, demonstrate, problem_in_pack
 
-    demonstrate_pack("rung1_pack", pack)
+    def calls():
+        shape = Shape(128, 128, 3, 28, 1, B=64)
+        thresholds, flips = torch.randn(3, shape.C, device=GPU), torch.zeros(shape.C, dtype=torch.bool, device=GPU)
+        images = [shape.images(seed, GPU) for seed in range(8)]
+        size = images[0].numel() * (4 + 3 / 8)
+        return {f"{shape.B} x {shape.C} x 28x28, N = 3": (lambda x: pack(x, thresholds, flips), images, 0, size)}
+
+    demonstrate("rung1_pack", lambda: problem_in_pack(pack), calls, "cuda")
 
 
 if __name__ == "__main__":

@@ -61,9 +61,15 @@ def conv(layer, Aq_BCHW, Wq_OCKK) -> torch.Tensor:
 
 
 def main():
-    from .check import demonstrate_float
+    from ..check import GPU, Shape, demonstrate, layer_of, problem_in_float_conv
 
-    demonstrate_float("rung2_float", conv)
+    def calls():
+        shape = Shape(128, 128, 3, 28, 1, B=32)
+        layer, w = layer_of(shape.layer(1, 1, device=GPU)), torch.randn(128, 128, 3, 3, device=GPU)
+        images = [shape.images(seed, GPU) for seed in range(4)]
+        return {str(shape): (lambda x: conv(layer, x, w), images, shape.macs, 0)}
+
+    demonstrate("rung2_float", lambda: problem_in_float_conv(conv), calls, "cuda")
 
 
 if __name__ == "__main__":

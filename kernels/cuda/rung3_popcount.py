@@ -82,9 +82,9 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .check import demonstrate
+    from ..check import cuda_rung
 
-    demonstrate("rung3_popcount", conv)
+    cuda_rung("rung3_popcount", conv)
 
 
 if __name__ == "__main__":

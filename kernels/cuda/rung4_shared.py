@@ -102,9 +102,9 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .check import demonstrate
+    from ..check import cuda_rung
 
-    demonstrate("rung4_shared", conv)
+    cuda_rung("rung4_shared", conv)
 
 
 if __name__ == "__main__":

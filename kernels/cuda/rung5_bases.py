@@ -109,9 +109,9 @@ def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
 
 
 def main():
-    from .check import demonstrate
+    from ..check import cuda_rung
 
-    demonstrate("rung5_bases", conv)
+    cuda_rung("rung5_bases", conv)
 
 
 if __name__ == "__main__":

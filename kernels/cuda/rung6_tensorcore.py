@@ -394,9 +394,9 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None):
 
 
 def main():
-    from .check import demonstrate
+    from ..check import cuda_rung
 
-    demonstrate("rung6_tensorcore", conv)
+    cuda_rung("rung6_tensorcore", conv)
 
 
 if __name__ == "__main__":

@@ -189,9 +189,9 @@ def conv(layer, words_BHWPN, poison_BHW, tile=None, output=float_output, out_thr
 
 
 def main():
-    from .check import demonstrate
+    from ..check import cuda_rung
 
-    demonstrate("rung7_wgmma", conv)
+    cuda_rung("rung7_wgmma", conv)
 
 
 if __name__ == "__main__":

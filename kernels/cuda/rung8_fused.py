@@ -100,9 +100,9 @@ def pad_outputs(out_thresholds, out_flips) -> tuple:
 
 
 def main():
-    from .check import demonstrate_fused
+    from ..check import cuda_rung
 
-    demonstrate_fused("rung8_fused", conv)
+    cuda_rung("rung8_fused", conv, bits=True)
 
 
 if __name__ == "__main__":
