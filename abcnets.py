@@ -1372,7 +1372,7 @@ def unpack_bits(packed: Tensor, count: int) -> Tensor:
 
 def _unpack_bases(bits: Tensor, channels: int) -> Tensor:
     """B (M, O, C, *K), +1.0 and -1.0, from the bits (M, O, *K, bytes)."""
-    return unpack_bits(bits, channels).float().mul_(2).sub_(1).movedim(-1, 2)
+    return (2 * unpack_bits(bits, channels).float() - 1).movedim(-1, 2)
 
 
 def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:

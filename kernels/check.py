@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import abcnets
 
+from . import registry
 from .clock import SIMULATED, interleaved_medians, microseconds
 
 GPU = "cpu" if SIMULATED else "cuda"  # where the CUDA kernels' tensors lie
@@ -339,7 +340,7 @@ def cuda_rung(name: str, conv, bits=False) -> None:
 
 def pool_rung(name: str, engine, device="cpu") -> None:
     """An engine's abcnets::packed_max_pool, beside the max-pooling of floats."""
-    engine.register(abcnets)
+    registry.implement(device, engine, abcnets)
     there = GPU if device == "cuda" else "cpu"
 
     def calls():

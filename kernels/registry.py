@@ -1,5 +1,14 @@
 """Which engine runs the packed operators on which device: `abcnets.py` asks once, at the first packed call."""
 
+import importlib
+
+import torch
+
+NAMES = {"cpu": "numba", "cuda": "numba-cuda"}
+NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda"}
+
+_libraries = {}  # an operator's implementation lives as long as its library object
+
 
 def register(abcnets) -> dict[str, dict]:
     """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation here.
@@ -11,35 +20,26 @@ def register(abcnets) -> dict[str, dict]:
         there than one float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}.
         An engine is tried before it is registered, and registering twice is harmless.
     """
-    return {"cpu": _register_cpu(abcnets), "cuda": _register_cuda(abcnets)}
+    no_gpu = {"missing": "no NVIDIA GPU", "install": ""}
+    return {"cpu": _find("cpu", abcnets), "cuda": _find("cuda", abcnets) if torch.cuda.is_available() else no_gpu}
 
 
-def _register_cpu(abcnets) -> dict:
+def _find(device: str, abcnets) -> dict:
     try:
-        from .cpu import engine
-
+        engine = importlib.import_module(f".{device}.engine", __package__)
         engine.try_it()
     except Exception as error:  # whatever is missing, too old or broken, layers must still compute
-        return {"missing": _first_line(error), "install": "pip install --upgrade numba numpy"}
-    engine.register(abcnets)
-    return {"engine": "numba", "pays": engine.pays}
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        return {"missing": reason[0], "install": NEEDS[device]}
+    implement(device, engine, abcnets)
+    return {"engine": NAMES[device], "pays": engine.pays}
 
 
-def _register_cuda(abcnets) -> dict:
-    import torch
-
-    if not torch.cuda.is_available():
-        return {"missing": "no NVIDIA GPU", "install": ""}
-    try:
-        from .cuda import engine
-
-        engine.try_it()
-    except Exception as error:
-        return {"missing": _first_line(error), "install": "pip install --upgrade numba-cuda"}
-    engine.register(abcnets)
-    return {"engine": "numba-cuda", "pays": engine.pays}
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+def implement(device: str, engine, abcnets) -> None:
+    """Make an engine's packed_conv and packed_max_pool the device's; once, however often it is asked."""
+    if device not in _libraries:
+        engine.plain = abcnets
+        library = torch.library.Library("abcnets", "IMPL")
+        for operator in ("packed_conv", "packed_max_pool"):
+            library.impl(operator, getattr(engine, operator), device.upper())
+        _libraries[device] = library

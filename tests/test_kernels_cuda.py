@@ -34,6 +34,7 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 if SIMULATED:
     from numba.cuda.simulator import kernel as simulator
 
+    from kernels import registry
     from kernels.check import error_of, layer_of, random_layer, reference, wrong_bits
     from kernels.cuda import engine as cuda_engine
     from kernels.cuda import ladder as cuda_ladder
@@ -69,7 +70,7 @@ if SIMULATED:
     simulator.BlockManager.run = run_block
     simulator.BlockThread.syncthreads = lambda thread: thread._manager.meeting.wait(300)
     torch.set_num_threads(1)
-    cuda_engine.register(abcnets)  # which needs no GPU
+    registry.implement("cuda", cuda_engine, abcnets)  # which needs no GPU
     SMALL_TILE, SMALL_GROUP = cuda_tensorcore.Tile(16, 32, 1, 1), cuda_tensorcore.Tile(64, 32, 4, 1)
 
     # H != W; channels that don't fill a word (33), fill one (64), spill into a third (130); ragged tiles, all borders.

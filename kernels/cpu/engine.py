@@ -32,8 +32,7 @@ PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; beyond, one float convolution is faster (bench.py)
 
-_libraries = []  # an operator's implementation lives as long as its library object
-_plain = None  # the abcnets module that registered this engine
+plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
 
 # --------------------------------------------------------------------------- who may use it
@@ -42,17 +41,6 @@ _plain = None  # the abcnets module that registered this engine
 def pays(M, N, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
     return 0 < M * N <= BITS_PAY_UP_TO and N <= MOST_BASES
-
-
-def register(abcnets) -> None:
-    """Make this engine the CPU implementation of the packed operators; once, however often it is asked."""
-    global _plain
-    if _plain is None:
-        _plain = abcnets
-        library = torch.library.Library("abcnets", "IMPL")
-        library.impl("packed_conv", packed_conv, "CPU")
-        library.impl("packed_max_pool", packed_max_pool, "CPU")
-        _libraries.append(library)
 
 
 def try_it() -> None:
@@ -84,7 +72,7 @@ def packed_conv(
         if not saw_nan:
             return output.to(x.dtype) if x.dtype in HALVES and not layer.out_bases else output
     # what the kernels do not compute, or must complain about
-    return _plain.packed_conv(
+    return plain.packed_conv(
         x, *tensors[:6], channels, stride, padding, dilation, groups, out_thresholds, out_flips
     )
 
@@ -331,7 +319,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
         tuple(size), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
     )
     if sources is None or words.numel() == 0:
-        return _plain.packed_max_pool(
+        return plain.packed_max_pool(
             words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
         )
     from .pool import pool_kernel

@@ -32,23 +32,12 @@ BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; not measured yet, the
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 
 _matrix_rung = "mma"
-_library = None  # an operator's implementation lives as long as its library object
-_plain = None  # the abcnets module that registered this engine
+plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
 
 def pays(M, N, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
     return 0 < M * N <= BITS_PAY_UP_TO and spatial_dims <= 2 and groups == 1
-
-
-def register(abcnets) -> None:
-    """Make the ladder the operators' implementation on CUDA tensors; once, however often it is asked."""
-    global _plain, _library
-    _plain = abcnets
-    if _library is None:
-        _library = torch.library.Library("abcnets", "IMPL")
-        _library.impl("packed_conv", packed_conv, "CUDA")
-        _library.impl("packed_max_pool", packed_max_pool, "CUDA")
 
 
 def try_it() -> None:
@@ -81,12 +70,12 @@ def packed_conv(
     N, dims = len(betas), bits.ndim - 3
     applies = groups == 1 and dims <= 2 and 0 < N <= 16 and len(bits) <= 16 and x.dtype != torch.float64
     if not applies or x.numel() == 0:
-        return _plain.packed_conv(*arguments)
+        return plain.packed_conv(*arguments)
     with _on(x.device):
         tensors = bits, alphas, betas, bias, out_thresholds, out_flips
         layer, outputs = _layers.get(tensors, channels, tuple(stride), tuple(padding), tuple(dilation))
         if layer is None:
-            return _plain.packed_conv(*arguments)
+            return plain.packed_conv(*arguments)
         if x.dtype == torch.int64:
             words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
             place = layer.place(*words_BHWPN.shape[1:3])
@@ -138,7 +127,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     size = pool_output(words.shape[1:-2], kernel_size, stride, padding, dilation, ceil_mode)
     out = words.new_empty((len(words), *size, *words.shape[-2:]))
     if dims > 2 or out.numel() == 0:
-        return _plain.packed_max_pool(*arguments)
+        return plain.packed_max_pool(*arguments)
     with _on(words.device):
         flips_P = _flip_words.get((flips,))
         ones = (1,) * (2 - dims)
@@ -161,7 +150,7 @@ def _lay_out(tensors, *geometry):
 
 
 _layers = Beside(_lay_out, LAYERS_PER_WEIGHT)
-_flip_words = Beside(lambda tensors: _plain.pack_bits(*tensors, torch.int64), 1)
+_flip_words = Beside(lambda tensors: plain.pack_bits(*tensors, torch.int64), 1)
 
 
 def _capturing() -> bool:

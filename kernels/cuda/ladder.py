@@ -29,7 +29,7 @@ from torch.nn import functional
 
 import abcnets
 
-from .. import check
+from .. import check, registry
 from ..bench import BASES, FIRST_AUTHOR, RESNET_18, row_of
 from ..check import GPU, RUNG_SHAPE, Shape
 from ..clock import SIMULATED, input_sets, microseconds
@@ -100,7 +100,7 @@ def crash(module: str) -> str | None:
 
 def problems(crashes: dict, say=print) -> dict:
     """{rung or operator: None, or what is wrong with it on this machine}."""
-    engine.register(abcnets)
+    registry.implement("cuda", engine, abcnets)
     torch.full((1 << (10 if SIMULATED else 26),), math.nan, device=GPU)  # what memory nobody writes then holds
     operators = {name: check.as_operator(conv) for name, conv in (RUNGS | FUSED).items()}
     tests = {
