@@ -10,7 +10,7 @@ Needs abcnets.py, SciPy for `allocate`, and matplotlib for the table's picture.
 import math
 
 import torch
-import tqdm.auto
+from data import tqdm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -77,8 +77,8 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
                 "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
 
     rows = Sensitivity()
-    bar = tqdm.auto.tqdm(total=len(chosen) * len(choices), desc="sensitivity", unit="setting", leave=False,
-                         disable=not progress)  # fmt: skip
+    bar = tqdm(total=len(chosen) * len(choices), desc="sensitivity", unit="setting", leave=False,
+               **({} if progress else {"disable": True}))  # fmt: skip
     for name, layer in candidates.items():
         for M, N in choices if name in chosen else [(None, None)]:
             if M is None and N is None:

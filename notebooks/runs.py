@@ -27,7 +27,7 @@ FILL = "python notebooks/experiment.py table --readme"  # as the README's marker
 
 def read_csv(path: str | Path) -> pd.DataFrame:
     """A table of results; an empty cell is NaN, and among a run's options no word."""
-    rows = pd.read_csv(path, dtype={"options": str}, float_precision="round_trip")
+    rows = pd.read_csv(path, dtype={"options": str})
     return rows.fillna({"options": ""}) if "options" in rows else rows
 
 
