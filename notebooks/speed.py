@@ -85,7 +85,7 @@ def table(rows: pd.DataFrame) -> str:
     lines = [
         "Times as fast as the fastest float32 form; the better memory layout of either, bits kept between layers:",
         "",
-        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n}" for n in counts) + " |",
+        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n:.0f}" for n in counts) + " |",
         "|---|---|---|---|" + "---|" * len(counts),
     ]
     keys = ["network", "batch", "threads"]

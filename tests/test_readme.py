@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import speed
 import torch
 from runs import FILL, RESULTS, read_csv, readme_blocks
 
@@ -84,12 +85,13 @@ def test_local_links_lead_somewhere(page):
 
 def test_tables_and_numbers_are_what_the_results_say():
     assert fill(README, FILL, readme_blocks(RESULTS)) == README
+    assert speed.table(read_csv(RESULTS / "speed.csv")) in (ROOT / "kernels/README.md").read_text()
 
 
 def test_what_the_readme_says_of_them_is_true():
     """Its sentences around the numbers: faster than float32; more accurate, with no more bytes and operations."""
-    speed = read_csv(RESULTS / "speed.csv")
-    fused = speed[(speed.network == "ResNet-18") & speed.form.str.contains("bits between layers")]
+    rows = read_csv(RESULTS / "speed.csv")
+    fused = rows[(rows.network == "ResNet-18") & rows.form.str.contains("bits between layers")]
     assert fused.groupby(["bases", "batch", "threads"]).times_float32.max().min() > 1
     for row in read_csv(RESULTS / "mixed.csv").itertuples():
         assert row.mixed_accuracy > row.uniform_accuracy and row.mixed_bytes <= row.uniform_bytes

@@ -29,7 +29,7 @@ IMAGES = 2048
 
 def weight_errors(network) -> list[dict]:
     """|W - Wq|^2 / |W - mean(W)|^2, summed over the layers that `convert` would binarize."""
-    layers = [m for m in abcnets.convert(network).modules() if isinstance(m, abcnets._ABCLayer)]
+    layers = [m for m in abcnets.convert(network).modules() if isinstance(m, (abcnets.ABCConv2d, abcnets.ABCLinear))]
     rows = []
     for M in range(1, 7):
         for name, shifts in (("even", abcnets.even_shifts), ("gaussian", abcnets.gaussian_shifts)):
@@ -62,7 +62,7 @@ def fit_part(model, images, norms: bool, thresholds: bool) -> None:
             abcnets._calibrate_statistics(norm, inputs[0])
 
     for module in model.modules():
-        if isinstance(module, abcnets._ABCLayer):
+        if isinstance(module, (abcnets.ABCConv2d, abcnets.ABCLinear)):
             hooks[module] = (before_layer, None)
         elif isinstance(module, torch.nn.BatchNorm2d):
             hooks[module] = (before_norm, None)
