@@ -1236,13 +1236,14 @@ class Summary(list):
         countable = ("parameters", "bits", "float_bytes", "packed_bytes", "macs", "binary_macs")
         return {column: sum(row[column] for row in self) for column in countable if not self or column in self[0]}
 
-    def _table(self) -> list[list[str]]:
+    def table(self) -> list[list[str]]:
+        """What is printed, cell by cell: a head, a row a layer, the totals."""
         columns = list(self[0]) if self else ["layer"]
         rows = [*self, {"layer": "total", **self.total()}]
         return [columns, *([_format(row.get(column, "")) for column in columns] for row in rows)]
 
     def __str__(self) -> str:
-        table = self._table()
+        table = self.table()
         widths = [max(map(len, column)) for column in zip(*table)]
         align = [str.ljust if name in _WORDS else str.rjust for name in table[0]]
         lines = ["  ".join(a(cell, w) for a, cell, w in zip(align, row, widths)).rstrip() for row in table]
@@ -1252,7 +1253,7 @@ class Summary(list):
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        head, *body, total = self._table()
+        head, *body, total = self.table()
         left = [' style="text-align: left"' if name in _WORDS else "" for name in head]
 
         def row(cells, tag):

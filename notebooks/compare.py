@@ -27,14 +27,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import experiment
+import pandas as pd
 import torch
+from data import ROOT, DataError, load_data, tqdm
+from runs import RESULTS, default_runs, load_float, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
+from training import load_weights
 
 import abcnets
-import kernels
-from kernels import bench
+from kernels.clock import interleaved_medians, machine
 
 LAYOUTS = {"": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -82,14 +84,13 @@ def _run_torch(model, order, dtype, x):
     return model(x.to(dtype=dtype, memory_format=order)).float()
 
 
-def abcnets_contenders(network: nn.Module, runs: list[dict], out: Path, folder: Path) -> list[Contender]:
+def abcnets_contenders(network: nn.Module, runs: pd.DataFrame, out: Path, folder: Path) -> list[Contender]:
     """Each recorded run's network, packed, written and read again, with bits kept between layers."""
     contenders = []
-    for row in runs:
-        M, N = (int(row[name]) if row[name] else None for name in ("M", "N"))
-        trained = abcnets.convert(network, M, N)
-        experiment.load_weights(trained, out / f"{row['run']}.pt")
-        path = folder / f"{Path(row['run']).name}.safetensors"
+    for row in runs.itertuples():
+        M, N = (int(count) if count > 0 else None for count in (row.M, row.N))
+        trained = load_weights(abcnets.convert(network, M, N), out / f"{row.run}.pt")
+        path = folder / f"{Path(row.run).name}.safetensors"
         abcnets.save_packed(abcnets.pack(trained), path)
         loaded = abcnets.load_packed(path, network)
         for layout, order in LAYOUTS.items():
@@ -99,16 +100,13 @@ def abcnets_contenders(network: nn.Module, runs: list[dict], out: Path, folder: 
     return contenders
 
 
-def recorded_runs(results: Path, dataset: str, out: Path) -> list[dict]:
+def kept_runs(results: Path, dataset: str, out: Path) -> pd.DataFrame:
     """The binarized runs of a data set with default options and seed; those whose network is not in `out` are named."""
-    rows = [
-        row for row in experiment.read_csv(results / "runs.csv")
-        if row["dataset"] == dataset and row["seed"] == "0" and not row["options"] and (row["M"] or row["N"])
-    ]  # fmt: skip
-    for row in rows:
-        if not (out / f"{row['run']}.pt").exists():
-            print(f"{row['run']} is left out: {out / row['run']}.pt is missing; `{row['command']}` writes it")
-    return [row for row in rows if (out / f"{row['run']}.pt").exists()]
+    rows = default_runs(results, dataset).query("M > 0 or N > 0")
+    kept = [(out / f"{run}.pt").exists() for run in rows.run]
+    for row in rows[[not there for there in kept]].itertuples():
+        print(f"{row.run} is left out: {out / row.run}.pt is missing; `{row.command}` writes it")
+    return rows[kept]
 
 
 def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tuple[str, str], Path]:
@@ -165,7 +163,7 @@ def _run_onnx(session, x):
 def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
     """Percentage of the test images named rightly, by file: what shares a file differs in memory layout only."""
     percent = {}
-    for c in experiment.tqdm(contenders, desc="accuracy", leave=False):
+    for c in tqdm(contenders, desc="accuracy", leave=False):
         if c.file not in percent:
             hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
             percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
@@ -177,14 +175,9 @@ def milliseconds(groups: list[list[Contender]], x, seconds: float) -> dict[str, 
     times = {}
     for group in groups:
         runs = {contender.name: functools.partial(contender.run, x) for contender in group}
-        times |= bench.interleaved_medians(runs, seconds * len(runs) / sum(map(len, groups)))
+        times |= interleaved_medians(runs, seconds * len(runs) / sum(map(len, groups)))
         time.sleep(0.2)  # threads that wait for more work come to rest
     return {name: 1000 * taken / len(x) for name, taken in times.items()}
-
-
-def versions() -> str:
-    names = {name: value for name, value in bench.machine().items() if name not in ("cpu", "cores")}
-    return ", ".join([f"{name} {version}" for name, version in names.items()] + [f"abcnets {abcnets.__version__}"])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -194,27 +187,24 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch and number of threads")
     parser.add_argument("--calibrate", type=int, default=2048, metavar="IMAGES", help="for int8 (default: 2048)")
-    parser.add_argument("--out", type=Path, default=experiment.ROOT / "out", help="networks (default: out)")
-    parser.add_argument("--results", type=Path, default=experiment.RESULTS, help="default: notebooks/results")
-    parser.add_argument("--data", type=Path, default=experiment.ROOT / "data", help="default: data")
+    parser.add_argument("--out", type=Path, default=ROOT / "out", help="networks (default: out)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: notebooks/results")
+    parser.add_argument("--data", type=Path, default=ROOT / "data", help="default: data")
     options = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's quantizer recommends what is done
     try:
         rows = compare(options)
-    except experiment.DataError as error:
+    except DataError as error:
         sys.exit(str(error))
-    experiment.write_csv(options.results / "competitors.csv", rows)
+    write_csv(options.results / "competitors.csv", rows)
 
 
 @torch.inference_mode()
 def compare(options) -> list[dict]:
-    kernels.require("cpu")
-    data = experiment.load_data(options.dataset, options.data)
-    network = experiment.load_float(data, options.out)
-    runs = recorded_runs(options.results, data.name, options.out)
-    about = bench.machine()
-    where = {"hardware": f"{about['cpu']}, {about['cores']} cores", "versions": versions()}
-    rows = []
+    data = load_data(options.dataset, options.data)
+    network = load_float(data, options.out)
+    runs = kept_runs(options.results, data.name, options.out)
+    where, rows = machine(), []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with torch.inference_mode(False), torch.no_grad():
@@ -223,7 +213,7 @@ def compare(options) -> list[dict]:
             files = onnx_files(network, data, folder, options.calibrate)
         percent = accuracies([*torch_forms, *ours, *onnx_contenders(files, 1)], data)
         cases = list(itertools.product(options.threads, options.batches))
-        for threads, batch in experiment.tqdm(cases, desc="timing", unit="case", leave=False):
+        for threads, batch in tqdm(cases, desc="timing", unit="case", leave=False):
             torch.set_num_threads(threads)
             groups = [torch_forms + ours, onnx_contenders(files, threads)]
             x = next(data.test_batches(batch))[0].contiguous()

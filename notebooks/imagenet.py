@@ -24,33 +24,22 @@ import sys
 from pathlib import Path
 
 import torch
-from experiment import (
-    RESULTS,
-    ROOT,
-    DataError,
-    PartialState,
-    _import_torchvision,
-    best_device,
-    finetune,
-    is_main_process,
-    machine,
-    own_device,
-    predict,
-    read_csv,
-    save,
-    shuffled_loader,
-    write_csv,
-)
+from accelerate import PartialState
+from data import ROOT, DataError, save, shuffled_loader
+from networks import import_torchvision
+from runs import RESULTS, keep_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
+from training import best_device, finetune, is_main_process, own_device, predict
 
 import abcnets
+from kernels.clock import machine
 
 PUBLISHED = {("resnet18", None, None): (69.3, 89.2), ("resnet18", 5, 5): (65.0, 85.9)}  # arXiv:1711.11294: top-1, top-5
 
 
 class ImageFolders:
-    """PATH/train/CLASS/* and PATH/val/CLASS/*, decoded and augmented as they are needed; for `experiment.train`.
+    """PATH/train/CLASS/* and PATH/val/CLASS/*, decoded and augmented as they are needed; for `training.train`.
 
     Training images are a random crop of `size` pixels (8 % to 100 % of the image) and mirrored half of the time, test
     images are brought to 8/7 of `size` and cut in the middle: 224 and 256 pixels, as torchvision trains and tests.
@@ -62,7 +51,7 @@ class ImageFolders:
         for split in ("train", "val"):
             if not (path / split).is_dir():
                 raise DataError(f"{path / split} is missing: PATH needs train/CLASS/*.JPEG and val/CLASS/*.JPEG")
-        _import_torchvision()
+        import_torchvision()
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
@@ -120,7 +109,7 @@ def float_network(name: str, weights: str, classes: int) -> tuple[nn.Module, boo
 
     Raises: DataError, one sentence with what to do, if there is no such network or its weights can't be had.
     """
-    _import_torchvision()
+    import_torchvision()
     from torchvision.models import get_model, list_models
 
     known = list_models(sys.modules["torchvision.models"])
@@ -201,9 +190,7 @@ def run(options) -> dict:
     }  # fmt: skip
     if is_main_process():
         save(model.state_dict(), path)
-        table = options.results / "imagenet.csv"
-        others = [old for old in (read_csv(table) if table.exists() else []) if old["run"] != name]
-        write_csv(table, sorted([*others, row], key=lambda row: row["run"]))
+        keep_rows(options.results / "imagenet.csv", [row], by=["run"])
         print(f"{name}: kept in {path}")
     return row
 

@@ -11,26 +11,25 @@ Writes notebooks/results/speed.csv and the table of networks in kernels/README.m
 import argparse
 import copy
 import os
-from pathlib import Path
 
-import experiment
+import networks
 import pandas as pd
 import torch
+from data import ROOT
+from runs import RESULTS, write_csv
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 import abcnets
-import kernels
-from kernels import bench
-
-RESULTS = Path(__file__).parent / "results"
+from kernels.clock import interleaved_medians, machine
+from kernels.report import fill
 
 
 def nine_layer():
-    return experiment.nine_layer().eval(), (1, 28, 28)
+    return networks.nine_layer().eval(), (1, 28, 28)
 
 
 def resnet18():
-    experiment._import_torchvision()
+    networks.import_torchvision()
     from torchvision.models import resnet18
 
     return resnet18().eval(), (3, 224, 224)
@@ -69,7 +68,7 @@ def contenders(name: str, batch: int, bases, compiled: bool) -> dict:
 def measure(name: str, batch: int, threads: int, bases, seconds: float, compiled: bool) -> pd.DataFrame:
     torch.set_num_threads(threads)
     with torch.inference_mode():
-        times = bench.interleaved_medians(contenders(name, batch, bases, compiled), seconds)
+        times = interleaved_medians(contenders(name, batch, bases, compiled), seconds)
     best = min(t for (_, n), t in times.items() if n == 0)
     rows = [
         {"network": name, "batch": batch, "threads": threads, "form": form, "bases": n or "",
@@ -86,7 +85,7 @@ def table(rows: pd.DataFrame) -> str:
     lines = [
         "Times as fast as the fastest float32 form; the better memory layout of either, bits kept between layers:",
         "",
-        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n}" for n in counts) + " |",
+        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n:.0f}" for n in counts) + " |",
         "|---|---|---|---|" + "---|" * len(counts),
     ]
     keys = ["network", "batch", "threads"]
@@ -108,16 +107,15 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="for the rounds of one case")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
     options = parser.parse_args()
-    kernels.require("cpu")
     tables = []
     for name, batch in CASES:
         for threads in options.threads if name in options.networks else []:
             tables.append(measure(name, batch, threads, options.bases, options.seconds, options.compile))
             print(tables[-1].to_string(index=False), "\n", flush=True)
-    rows = pd.concat(tables).assign(**bench.machine())
     if options.networks == list(NETWORKS):
-        rows.to_csv(RESULTS / "speed.csv", index=False)
-        bench.write_between(bench.HERE / "README.md", "network results", table(rows))
+        rows, page = pd.concat(tables).assign(**machine()), ROOT / "kernels" / "README.md"
+        write_csv(RESULTS / "speed.csv", rows)
+        page.write_text(fill(page, "python notebooks/speed.py", {"networks": table(rows)}), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
 """notebooks/compare.py measures each form of one network, and only what is there."""
 
 import compare
-import experiment
 import pytest
 import torch
+from data import save
+from networks import nine_layer
+from runs import read_csv, write_csv
+from training import accuracy
 
 import abcnets
 
@@ -12,42 +15,39 @@ pytest.importorskip("onnxscript")
 
 
 @pytest.fixture
-def trained(tmp_path):
+def trained(tmp_path, digits):
     """A float network, one with M = N = 1, and the rows of runs.csv that such runs leave; one row has no network."""
-    data = experiment.load_data("digits")
     torch.manual_seed(0)
-    network = experiment.nine_layer().eval()
+    network = nine_layer().eval()
     binary = abcnets.convert(network, 1, 1)
-    abcnets.calibrate(binary, data.calibration_batches(64), compensate=False, progress=False)
+    abcnets.calibrate(binary, digits.calibration_batches(64), compensate=False, progress=False)
     for name, model in (("float", network), ("M1-N1", binary)):
-        experiment.save(model.state_dict(), tmp_path / "digits" / f"{name}.pt")
+        save(model.state_dict(), tmp_path / "digits" / f"{name}.pt")
     runs = (("float", "", ""), ("M1-N1", 1, ""), ("M2-N2", 2, ""), ("M1-N1-per-layer", 1, "per-layer"))
     common = {"dataset": "digits", "seed": 0, "command": "train"}
     rows = [{"run": f"digits/{name}", "M": M, "N": M, "options": words, **common} for name, M, words in runs]
-    experiment.write_csv(tmp_path / "runs.csv", rows)
-    return tmp_path, data, network, binary
+    write_csv(tmp_path / "runs.csv", rows)
+    return tmp_path, network, binary
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_every_form_of_one_network(trained, capsys):
-    folder, data, network, binary = trained
-    threads = torch.get_num_threads()
+def test_every_form_of_one_network(trained, digits, threads, capsys):
+    folder, network, binary = trained
     options = "--dataset digits --batches 2 --threads 1 --seconds 0 --calibrate 32"
     compare.main([*options.split(), "--out", str(folder), "--results", str(folder)])
-    torch.set_num_threads(threads)
-    rows = experiment.read_csv(folder / "competitors.csv")
+    rows = read_csv(folder / "competitors.csv").fillna({"M": 0, "N": 0}).to_dict("records")
     forms = {}
     for row in rows:
         forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
-    assert set(forms) == {("torch float32", "", ""), ("torch bfloat16", "", ""), ("onnxruntime float32", "", ""),
-                          ("onnxruntime int8", "", ""), ("abcnets", "1", "1")}  # fmt: skip
+    assert set(forms) == {("torch float32", 0, 0), ("torch bfloat16", 0, 0), ("onnxruntime float32", 0, 0),
+                          ("onnxruntime int8", 0, 0), ("abcnets", 1, 1)}  # fmt: skip
     assert "digits/M2-N2 is left out" in capsys.readouterr().out
-    assert all(float(row["ms_per_image"]) > 0 and row["hardware"] and "torch" in row["versions"] for row in rows)
-    expected = experiment.accuracy(network, data), experiment.accuracy(binary, data)
+    assert all(row["ms_per_image"] > 0 and row["hardware"] and "torch" in row["versions"] for row in rows)
+    expected = accuracy(network, digits), accuracy(binary, digits)
     for form, which in {"torch float32": 0, "onnxruntime float32": 0, "abcnets": 1}.items():
         for row in (row for row in rows if row["form"] == form):
-            assert float(row["accuracy"]) == pytest.approx(expected[which], abs=0.5), row  # of 500, two on a boundary
-    sizes = {key[0]: min(int(row["bytes"]) for row in group) for key, group in forms.items()}
+            assert row["accuracy"] == pytest.approx(expected[which], abs=0.5), row  # of 500, two on a boundary
+    sizes = {key[0]: min(row["bytes"] for row in group) for key, group in forms.items()}
     assert sizes["torch float32"] > 1.9 * sizes["torch bfloat16"] > sizes["onnxruntime int8"] > 2 * sizes["abcnets"]
 
 

@@ -8,19 +8,22 @@ import subprocess
 import sys
 from pathlib import Path
 
-import experiment
 import pytest
 import torch
+from data import load_data
+from runs import read_csv
 from torch import nn
+from training import predict, train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).parent.parent
 COMMAND = ["pretrain", "--dataset", "digits", "--limit", "160", "--batch-size", "80", "--epochs", "2", "--seed", "5"]
 RUN = "digits/float-batch-size=80-limit=160-s5"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 
 
-def digits():
-    return experiment.load_data("digits", limit=320)
+def some_digits():
+    return load_data("digits", limit=320)
 
 
 def places(folder: Path) -> list[str]:
@@ -37,15 +40,7 @@ def small(norm: bool) -> nn.Module:
 def train_small(data, norm: bool, **options):
     model = small(norm)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    return model, experiment.train(model, data, optimizer, epochs=2, batch_size=80, seed=1, **options)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+    return model, train(model, data, optimizer, epochs=2, batch_size=80, seed=1, **options)
 
 
 @pytest.fixture(scope="module")
@@ -85,13 +80,13 @@ def test_the_main_process_alone_writes(two):
     main, other = two["outputs"]
     assert main.count("epoch 2/2") == 3 and main.count("kept in") == 1  # two small networks, one command
     assert "epoch" not in other and "kept in" not in other
-    assert len(experiment.read_csv(two["whole"] / "results/runs.csv")) == 1
+    assert len(read_csv(two["whole"] / "results/runs.csv")) == 1
     assert not list(two["whole"].glob("**/.*")), "a temporary file was left"
 
 
 def test_two_processes_do_what_one_does(two):
     """Without BatchNorm all that counts is the batch as a whole: its images, their augmentation, the mean gradient."""
-    data = digits()
+    data = some_digits()
     model, history = train_small(data, norm=False)
     for many, one in zip(two["norm=False"]["history"], history):
         assert many["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -100,18 +95,18 @@ def test_two_processes_do_what_one_does(two):
         torch.testing.assert_close(torch.tensor(many), one.detach(), rtol=1e-3, atol=1e-4)
     predictions = torch.tensor(two["norm=False"]["predictions"])
     assert predictions.shape == (500, 10)
-    torch.testing.assert_close(predictions, experiment.predict(model, data), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(predictions, predict(model, data), rtol=1e-2, atol=1e-2)
 
 
 def test_with_batch_norm_two_processes_do_nearly_what_one_does(two):
     """On the CPU each process normalizes its half of a batch by itself; the running statistics are shared."""
-    model, history = train_small(digits(), norm=True)
+    model, history = train_small(some_digits(), norm=True)
     assert two["norm=True"]["history"][0]["loss"] == pytest.approx(history[0]["loss"], rel=0.05)
     assert two["same everywhere"]
 
 
 def test_parts_of_a_batch_make_the_whole_step():
-    data = digits()
+    data = some_digits()
     (whole, history), (parts, again) = (train_small(data, norm=False, accumulate=count) for count in (1, 2))
     for one, other in zip(whole.parameters(), parts.parameters()):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-4)
@@ -121,7 +116,7 @@ def test_parts_of_a_batch_make_the_whole_step():
 
 def test_batch_norm_sees_a_part_at_a_time():
     """The exception: each part is normalized by itself, so the running statistics move with each part."""
-    data = digits()
+    data = some_digits()
     (whole, _), (parts, _) = (train_small(data, norm=True, accumulate=count) for count in (1, 2))
     assert (int(whole[1].num_batches_tracked), int(parts[1].num_batches_tracked)) == (8, 16)
     assert not torch.allclose(whole[3].weight, parts[3].weight, rtol=1e-3, atol=1e-4)
@@ -129,9 +124,9 @@ def test_batch_norm_sees_a_part_at_a_time():
 
 def test_a_batch_that_does_not_divide_is_refused():
     with pytest.raises(ValueError, match="multiple of 3 .* got 80"):
-        train_small(digits(), norm=False, accumulate=3)
+        train_small(some_digits(), norm=False, accumulate=3)
 
 
 def test_training_leaves_the_model_as_its_owner_knows_it():
-    model, _ = train_small(digits(), norm=True)
+    model, _ = train_small(some_digits(), norm=True)
     assert vars(model).keys() == vars(small(norm=True)).keys()

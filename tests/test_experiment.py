@@ -1,130 +1,14 @@
-"""Data sets, training and its checkpoints, the rows that runs leave behind, the commands."""
+"""The commands: of experiment.py, and of make."""
 
-import csv
 import subprocess
 import sys
-from pathlib import Path
 
 import experiment
-import numpy as np
-import pytest
+import runs
 import torch
-from PIL import Image
-
-import abcnets
-
-ROOT = Path(__file__).parent.parent
-SMALL = {"batch_size": 100, "epochs": 2}
-
-
-@pytest.fixture(scope="module")
-def digits():
-    return experiment.load_data("digits", limit=400)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # sums in one order, whatever else the machine does
-    yield
-    torch.set_num_threads(threads)
-
-
-def test_digits_are_real_and_complete():
-    data = experiment.load_data("digits")
-    assert len(data.train_images) + len(data.test_images) == 1797 and len(data.classes) == 10
-    images, labels = next(data.test_batches(50))
-    assert images.shape == (50, 1, 28, 28) and images.dtype == torch.float32 and labels.max() < 10
-
-
-def test_a_folder_of_images_is_a_data_set(tmp_path):
-    generator = np.random.default_rng(0)
-    for split in ("train", "test"):
-        for label in ("cat", "dog"):
-            (tmp_path / split / label).mkdir(parents=True)
-            for i in range(3):
-                pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
-    data = experiment.load_data(f"folder:{tmp_path}")
-    assert list(data.classes) == ["cat", "dog"] and len(data.train_images) == len(data.test_images) == 6
-    assert experiment.build_network(data)(next(data.test_batches(2))[0]).shape == (2, 2)
-
-
-@pytest.mark.parametrize("name", ["folder:nowhere", "nonsense", "cifar10-jpeg"])
-def test_a_data_set_that_can_not_be_had_gives_one_sentence(name, tmp_path):
-    with pytest.raises(experiment.DataError) as error:
-        experiment.load_data(name, root=tmp_path)
-    assert len(str(error.value)) > 30 and "\n" not in str(error.value).strip()
-
-
-def test_the_nine_layer_network_is_the_originals():
-    network = experiment.nine_layer()
-    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
-    sizes = [(m.in_channels, m.out_channels) for m in convolutions]
-    assert sizes == [(1, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64), (64, 64), (64, 64)]
-    assert all(m.kernel_size == (3, 3) and m.padding == (1, 1) for m in convolutions)
-    assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
-
-
-def test_a_killed_run_goes_on_to_the_very_same_weights(digits, tmp_path, monkeypatch):
-    whole, history = experiment.pretrain(digits, **SMALL)
-    measure, calls = experiment.accuracy, []
-
-    def killed_in_the_second_epoch(*arguments):
-        calls.append(1)
-        if len(calls) == 2:
-            raise RuntimeError("killed")
-        return measure(*arguments)
-
-    monkeypatch.setattr(experiment, "accuracy", killed_in_the_second_epoch)
-    with pytest.raises(RuntimeError, match="killed"):
-        experiment.pretrain(digits, **SMALL, checkpoint=tmp_path / "run.checkpoint")
-    monkeypatch.setattr(experiment, "accuracy", measure)
-    resumed, again = experiment.pretrain(digits, **SMALL, checkpoint=tmp_path / "run.checkpoint")
-    for (name, value), other in zip(whole.state_dict().items(), resumed.state_dict().values()):
-        assert torch.equal(value, other), name
-    assert [entry["loss"] for entry in again] == [entry["loss"] for entry in history] and len(history) == 2
-    assert [path.name for path in tmp_path.iterdir()] == ["run.checkpoint"]
-
-
-def test_the_last_steps_and_every_test_compute_in_float32(digits, monkeypatch):
-    monkeypatch.setattr(experiment, "fast_bfloat16", lambda device: True)
-    model, steps, tests = experiment.build_network(digits), [], []
-    *_, last = model.children()
-    last.register_forward_hook(lambda layer, _, logits: (steps if layer.training else tests).append(logits.dtype))
-    experiment.train(model, digits, torch.optim.SGD(model.parameters(), 0.01), **SMALL, exact=0.25)
-    mixed = len(steps) * 3 // 4
-    assert steps == [torch.bfloat16] * mixed + [torch.float32] * (len(steps) - mixed) and 0 < mixed < len(steps)
-    assert set(tests) == {torch.float32}
-
-
-def test_ctrl_c_keeps_what_was_learned(digits, monkeypatch, capsys):
-    def interrupted(*arguments):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(experiment, "accuracy", interrupted)
-    model, history = experiment.pretrain(digits, **SMALL)
-    assert history == [] and "stopped after 0 of 2 epochs" in capsys.readouterr().out
-    assert not torch.equal(next(model.parameters()), next(experiment.build_network(digits).parameters()))
-
-
-def test_fine_tuning_recovers_and_leaves_a_row(digits, tmp_path):
-    teacher, _ = experiment.pretrain(digits, batch_size=50, epochs=4)
-    model = abcnets.convert(teacher, 2, 2)
-    binarized = experiment.accuracy(model, digits)
-    abcnets.calibrate(model, digits.calibration_batches(200), progress=False)
-    calibrated = experiment.accuracy(model, digits)
-    history = experiment.finetune(model, digits, teacher, **SMALL)
-    tuned, whole = experiment.accuracy(model, digits), experiment.accuracy(teacher, digits)
-    assert calibrated > binarized + 10 and tuned > whole - 8, (whole, binarized, calibrated, tuned)
-    for _ in range(2):  # the second takes the first one's place
-        experiment.record(tmp_path, digits, model, history, 2, 2, binarized=binarized, accuracy=tuned)
-    with open(tmp_path / "runs.csv") as file:
-        (row,) = csv.DictReader(file)
-    assert (row["M"], row["N"], row["dataset"], row["epochs"]) == ("2", "2", "digits", "2")
-    assert float(row["accuracy"]) == pytest.approx(tuned, abs=1e-3) and "torch" in row["versions"]
-    assert "--weight-bases 2 --activation-bases 2" in row["command"]
-    assert int(row["packed_bytes"]) < int(row["float_bytes"]) / 5
+from data import ROOT, save
+from runs import read_csv, write_csv
+from torch import nn
 
 
 def test_the_command_line_trains_and_evaluates(tmp_path):
@@ -136,11 +20,37 @@ def test_the_command_line_trains_and_evaluates(tmp_path):
     start = ["--from", str(tmp_path / "out/digits/float-limit=200.pt")]
     tuned = subprocess.run([*command, "finetune", *small, *bases, *start, *where], capture_output=True, text=True)
     assert tuned.returncode == 0 and "fine-tuned" in tuned.stdout, tuned.stderr
-    runs = experiment.read_csv(tmp_path / "results" / "runs.csv")
-    assert [(row["M"], row["N"]) for row in runs] == [("1", ""), ("", "")]
+    rows = read_csv(tmp_path / "results" / "runs.csv")
+    assert rows.M.fillna(0).tolist() == [1, 0] and rows.N.isna().all()
+    known = subprocess.run([*command, "table", *where[2:4]], capture_output=True, text=True, check=True).stdout
+    assert "digits/M1-limit=200" in known and "digits/float" not in known
     missing = [*command, "pretrain", "--dataset", "folder:nowhere", *where]
     failed = subprocess.run(missing, capture_output=True, text=True)
     assert failed.returncode != 0 and "Traceback" not in failed.stderr and "nowhere" in failed.stderr
+
+
+def test_the_command_measures_and_compares(tmp_path, monkeypatch):
+    def tiny(data, seed=0):
+        torch.manual_seed(seed)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 5, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+        )  # fmt: skip
+
+    monkeypatch.setattr(runs, "build_network", tiny)
+    save(tiny(None).state_dict(), tmp_path / "digits/float.pt")
+    another = {"dataset": "another", "seed": 0, "uniform": 2, "uniform_accuracy": 90, "mixed_accuracy": 91}
+    write_csv(tmp_path / "mixed.csv", [another])
+    experiment.main(["sensitivity", "--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path),
+                     "--images", "100", "--limit", "200", "--apart", "0"])  # fmt: skip
+    mixed = read_csv(tmp_path / "mixed.csv")
+    assert list(zip(mixed.dataset, mixed.uniform)) == [("another", 2), ("digits", 2), ("digits", 3)]
+    for row in mixed[1:].itertuples():
+        assert 0 < row.mixed_bytes <= row.uniform_bytes
+        assert 0 < row.mixed_binary_macs <= row.uniform_binary_macs
+        assert row.mixed_summed_error <= row.uniform_summed_error
+    measured = read_csv(tmp_path / "sensitivity.csv")
+    assert len(measured) == 2 * 5 + 3 and set(measured.dataset) == {"digits"}
 
 
 def test_a_second_make_installs_nothing(tmp_path):

@@ -1,8 +1,8 @@
 """The paper's own experiment, on a small folder laid out like ImageNet: digits as JPEG files."""
 
+import csv
 import urllib.error
 
-import experiment
 import imagenet
 import pytest
 import torch
@@ -12,9 +12,8 @@ RUN = ["--size", "64", "--epochs", "1", "--batch-size", "12", "--device", "cpu",
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(tmp_path_factory, digits):
     path = tmp_path_factory.mktemp("tiny")
-    digits = experiment.load_data("digits")
     train, test = (digits.train_images, digits.train_labels, 8), (digits.test_images, digits.test_labels, 3)
     for split, (images, labels, count) in {"train": train, "val": test}.items():
         for label in range(3):
@@ -26,12 +25,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
-def quietly(monkeypatch):
+def quietly(monkeypatch, one_thread):
     monkeypatch.setenv("TQDM_DISABLE", "1")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def places(path):
@@ -44,7 +39,8 @@ def folders(folder, workers=0):
 
 def test_resnet18_from_nothing_to_a_row(folder, tmp_path, capsys):
     row = imagenet.main([str(folder), *RUN, "--weights", "none", "--calibrate", "0", *places(tmp_path)])
-    (kept,) = experiment.read_csv(tmp_path / "results/imagenet.csv")
+    with open(tmp_path / "results/imagenet.csv", newline="") as file:
+        (kept,) = csv.DictReader(file)
     assert kept == {name: str(value) for name, value in row.items()}
     assert (kept["network"], kept["M"], kept["N"], kept["classes"], kept["images"]) == ("resnet18", "5", "5", "3", "24")
     assert float(kept["fine-tuned top-5"]) == 100  # of three classes

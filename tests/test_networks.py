@@ -1,18 +1,23 @@
-"""Whole networks, packed and fused, on the engines of `kernels`, against their float simulation."""
+"""Whole networks, packed and fused, on the engines there are, against their float simulation."""
 
 import os
 
-import experiment
 import pytest
 import torch
 import torch.nn.functional as F
+from networks import import_torchvision
+from networks import nine_layer as new_nine_layer
 
 import abcnets
 
 
-@pytest.fixture(scope="module")
-def digits():
-    return experiment.load_data("digits")
+def test_the_nine_layer_network_is_the_originals():
+    network = new_nine_layer()
+    convolutions = [m for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
+    sizes = [(m.in_channels, m.out_channels) for m in convolutions]
+    assert sizes == [(1, 16), (16, 32), (32, 32), (32, 32), (32, 64), (64, 64), (64, 64), (64, 64), (64, 64)]
+    assert all(m.kernel_size == (3, 3) and m.padding == (1, 1) for m in convolutions)
+    assert network(torch.rand(2, 1, 28, 28)).shape == (2, 10)
 
 
 def thousand(digits):
@@ -20,13 +25,8 @@ def thousand(digits):
     return torch.cat(batches)[:1000]
 
 
-@pytest.fixture(scope="module")
-def nine_layer(digits):
-    return experiment.pretrain(digits, epochs=2, lr=0.05)[0].to(memory_format=torch.contiguous_format)
-
-
 def resnet18():
-    experiment._import_torchvision()
+    import_torchvision()
     from torchvision.models import resnet18
 
     torch.manual_seed(0)

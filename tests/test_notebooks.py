@@ -3,7 +3,10 @@
 import nbformat
 import papermill
 import pytest
-from experiment import ROOT, accuracy, build_network, load_data, read_csv
+from data import ROOT
+from networks import build_network
+from runs import read_csv
+from training import accuracy
 
 import abcnets
 
@@ -30,12 +33,12 @@ def executed(tmp_path_factory):
     return out
 
 
-def run(out) -> dict:
-    return {row["run"]: row for row in read_csv(out / "results" / "runs.csv")}["digits/M3-N3"]
+def run(out):
+    return read_csv(out / "results" / "runs.csv").set_index("run").loc["digits/M3-N3"]
 
 
 def test_accuracy_falls_and_comes_back(executed):
-    row = {key: float(run(executed)[key]) for key in ("float", "binarized", "calibrated", "accuracy")}
+    row = run(executed)
     assert row["float"] > 75
     assert row["binarized"] < row["float"] - 20
     assert row["calibrated"] > row["binarized"] + 20
@@ -43,24 +46,22 @@ def test_accuracy_falls_and_comes_back(executed):
     assert row["accuracy"] > row["float"] - 10
 
 
-def test_the_packed_file_is_small_and_as_accurate(executed):
-    folder, data = executed / "digits", load_data("digits")
+def test_the_packed_file_is_small_and_as_accurate(executed, digits):
+    folder = executed / "digits"
     assert (folder / "float.pt").stat().st_size > 5 * (folder / "M3-N3.safetensors").stat().st_size
-    packed = abcnets.load_packed(folder / "M3-N3.safetensors", build_network(data))
+    packed = abcnets.load_packed(folder / "M3-N3.safetensors", build_network(digits))
     # Sums in another order may move an activation across a threshold: one image in 500.
-    assert accuracy(packed, data) == pytest.approx(float(run(executed)["accuracy"]), abs=0.21)
+    assert accuracy(packed, digits) == pytest.approx(run(executed)["accuracy"], abs=0.21)
 
 
 def test_calibration_alone_in_eval(executed):
-    (row,) = read_csv(executed / "results" / "eval" / "digits-calibrated.csv")
-    assert float(row["calibrated"]) > float(row["binarized"]) + 20
+    (row,) = read_csv(executed / "results" / "eval" / "digits-calibrated.csv").itertuples()
+    assert row.calibrated > row.binarized + 20
 
 
 def test_more_bases_lose_less(executed):
     rows = read_csv(executed / "results" / "eval" / "digits-weight-error.csv")
-    gaussian = {
-        (row["shifts"], int(row["M"])): float(row["error"]) for row in rows if row["weights"] == "Gaussian weights"
-    }
+    gaussian = rows[rows.weights == "Gaussian weights"].set_index(["shifts", "M"]).error
     for M, error in {1: 0.363, 2: 0.190, 3: 0.1175, 5: 0.058}.items():
         assert gaussian["Gaussian", M] == pytest.approx(error, rel=0.03)
         assert gaussian["Gaussian", M] <= gaussian["even", M] + 1e-3

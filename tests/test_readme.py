@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import experiment
 import pytest
+import speed
 import torch
+from runs import FILL, RESULTS, read_csv, readme_blocks
 
 import abcnets
+from kernels.report import fill
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -37,7 +39,7 @@ def test_the_example_of_any_model_runs_without_a_network(tmp_path):
     """As it stands, but for the trained weights: they would be downloaded."""
     code = examples()[2]
     assert code.count('weights="DEFAULT"') == 1
-    printed = run("import experiment; experiment._import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
+    printed = run("import networks; networks.import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
     assert "last layer" not in printed and "settings say no" in printed and (tmp_path / "layer.png").exists()
 
 
@@ -81,16 +83,19 @@ def test_local_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-def test_the_table_is_what_the_results_say():
-    results = ROOT / "notebooks/results"
-    times = experiment.fastest(experiment.read_csv(results / "competitors.csv"))
-    runs = experiment.read_csv(results / "runs.csv")
-    assert experiment.results_table(runs, "fashion-mnist", times) in README
-    assert experiment.results_table(runs, "cifar10-jpeg") in README
-    assert experiment.speed_sentence(experiment.read_csv(results / "speed.csv")) in README
-    mixed = results / "mixed.csv"
-    (sentence,) = re.findall(r"<!-- mixed -->\n(.*?)<!-- /mixed -->", README, re.S)
-    assert sentence.strip() == (experiment.mixed_sentence(experiment.read_csv(mixed)) if mixed.exists() else "")
+def test_tables_and_numbers_are_what_the_results_say():
+    assert fill(README, FILL, readme_blocks(RESULTS)) == README
+    assert speed.table(read_csv(RESULTS / "speed.csv")) in (ROOT / "kernels/README.md").read_text()
+
+
+def test_what_the_readme_says_of_them_is_true():
+    """Its sentences around the numbers: faster than float32; more accurate, with no more bytes and operations."""
+    rows = read_csv(RESULTS / "speed.csv")
+    fused = rows[(rows.network == "ResNet-18") & rows.form.str.contains("bits between layers")]
+    assert fused.groupby(["bases", "batch", "threads"]).times_float32.max().min() > 1
+    for row in read_csv(RESULTS / "mixed.csv").itertuples():
+        assert row.mixed_accuracy > row.uniform_accuracy and row.mixed_bytes <= row.uniform_bytes
+        assert row.mixed_binary_macs <= row.uniform_binary_macs
 
 
 def test_public_names_are_documented_and_listed():

@@ -15,10 +15,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-import experiment  # noqa: E402
 import torch  # noqa: E402
+from data import load_data  # noqa: E402
+from runs import load_float, write_csv  # noqa: E402
+from training import accuracy  # noqa: E402
 
 import abcnets  # noqa: E402
+from kernels.clock import machine  # noqa: E402
 
 RESULTS = HERE / "results"
 IMAGES = 2048
@@ -26,7 +29,7 @@ IMAGES = 2048
 
 def weight_errors(network) -> list[dict]:
     """|W - Wq|^2 / |W - mean(W)|^2, summed over the layers that `convert` would binarize."""
-    layers = [m for m in abcnets.convert(network).modules() if isinstance(m, abcnets._ABCLayer)]
+    layers = [m for m in abcnets.convert(network).modules() if isinstance(m, (abcnets.ABCConv2d, abcnets.ABCLinear))]
     rows = []
     for M in range(1, 7):
         for name, shifts in (("even", abcnets.even_shifts), ("gaussian", abcnets.gaussian_shifts)):
@@ -59,7 +62,7 @@ def fit_part(model, images, norms: bool, thresholds: bool) -> None:
             abcnets._calibrate_statistics(norm, inputs[0])
 
     for module in model.modules():
-        if isinstance(module, abcnets._ABCLayer):
+        if isinstance(module, (abcnets.ABCConv2d, abcnets.ABCLinear)):
             hooks[module] = (before_layer, None)
         elif isinstance(module, torch.nn.BatchNorm2d):
             hooks[module] = (before_norm, None)
@@ -81,7 +84,7 @@ def calibrations(network, data, n: int) -> dict:
     for name, calibrate in ways.items():
         model = abcnets.convert(network, n, n)
         calibrate(model)
-        row[name] = round(experiment.accuracy(model, data), 2)
+        row[name] = round(accuracy(model, data), 2)
     return row
 
 
@@ -93,17 +96,17 @@ def main() -> None:
     options = parser.parse_args()
     if options.threads:
         torch.set_num_threads(options.threads)
-    data = experiment.load_data("fashion-mnist")
-    network = experiment.load_float(data, options.out)
+    data = load_data("fashion-mnist")
+    network = load_float(data, options.out)
     RESULTS.mkdir(exist_ok=True)
-    machine = experiment.machine()
-    experiment.write_csv(RESULTS / "weights.csv", [row | machine for row in weight_errors(network)])
-    float_accuracy = round(experiment.accuracy(network, data), 2)
+    where = machine()
+    write_csv(RESULTS / "weights.csv", [row | where for row in weight_errors(network)])
+    float_accuracy = round(accuracy(network, data), 2)
     rows = []
     for n in options.bases:
-        rows.append(calibrations(network, data, n) | {"float": float_accuracy} | machine)
+        rows.append(calibrations(network, data, n) | {"float": float_accuracy} | where)
         print(rows[-1], flush=True)
-        experiment.write_csv(RESULTS / "calibration.csv", rows)
+        write_csv(RESULTS / "calibration.csv", rows)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-import experiment
+import budget
 import matplotlib
 import pandas as pd
 import pytest
@@ -72,7 +72,7 @@ CHOICES = ((1, 1), (3, 3), (2, None), (None, None))
 
 @pytest.fixture(scope="module")
 def table(network, images):
-    return abcnets.sensitivity(network, images.split(50), CHOICES, progress=False)
+    return budget.sensitivity(network, images.split(50), CHOICES, progress=False)
 
 
 def errors(table):
@@ -102,24 +102,24 @@ def test_many_bases_come_close_to_the_float_layer():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
     x = torch.randn(4000, 6)
-    error = errors(abcnets.sensitivity(model, x, ((1, 1), (6, 6), (15, 100)), progress=False))
+    error = errors(budget.sensitivity(model, x, ((1, 1), (6, 6), (15, 100)), progress=False))
     assert error["2", 1, 1] > 0.3 > 0.1 > error["2", 6, 6] > 0.005 > error["2", 15, 100]
 
 
 def test_the_error_is_what_no_scale_and_offset_explain():
     y, noise = torch.randn(2, 2000, 3, generator=torch.Generator().manual_seed(0))
-    assert abcnets._unexplained(y, y) == 0
-    assert abcnets._unexplained(y, 3 * y + torch.tensor([1.0, 2, 3])) == pytest.approx(0, abs=1e-9)
-    assert abcnets._unexplained(y, -y) == 1 and abcnets._unexplained(y, torch.zeros_like(y)) == 1
+    assert budget._unexplained(y, y) == 0
+    assert budget._unexplained(y, 3 * y + torch.tensor([1.0, 2, 3])) == pytest.approx(0, abs=1e-9)
+    assert budget._unexplained(y, -y) == 1 and budget._unexplained(y, torch.zeros_like(y)) == 1
     Y = y + noise
     scales = torch.linspace(0, 1, 1001)[:, None, None, None]
     left = ((y - y.mean(0)) - scales * (Y - Y.mean(0))).square().sum((1, 2, 3)) / (y - y.mean(0)).square().sum()
-    assert abcnets._unexplained(y, Y) == pytest.approx(left.min().item(), abs=1e-5)
+    assert budget._unexplained(y, Y) == pytest.approx(left.min().item(), abs=1e-5)
 
 
 def test_the_model_is_left_as_it_was(network, images):
     before, modes = copy.deepcopy(network.state_dict()), [m.training for m in network.modules()]
-    again = abcnets.sensitivity(network, images.split(50), CHOICES[:1], progress=False)
+    again = budget.sensitivity(network, images.split(50), CHOICES[:1], progress=False)
     assert [m.training for m in network.modules()] == modes and type(network.late) is nn.Conv2d
     assert all(torch.equal(value, before[key]) for key, value in network.state_dict().items())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
@@ -130,7 +130,7 @@ def test_the_model_is_left_as_it_was(network, images):
 def test_bytes_and_macs_are_those_of_the_file_and_of_summary(table, network, images, choice, tmp_path):
     stay = ("first", "last", "everything else")
     rows = [row for row in table if (row["M"], row["N"]) == choice or row["layer"] in stay]
-    chosen = abcnets.allocate(rows, 10**9)
+    chosen = budget.allocate(rows, 10**9)
     assert chosen["first"] is None and "everything else" not in chosen
     model = abcnets.convert(network, settings=chosen)
     assert [(m.weight_bases, m.activation_bases) for m in (model.early, model.late, model.never)] == [choice] * 3
@@ -146,31 +146,31 @@ def test_bytes_and_macs_are_those_of_the_file_and_of_summary(table, network, ima
 
 
 def test_filter_fn_and_what_convert_then_leaves(network, images):
-    only = abcnets.sensitivity(network, images, ((2, 2),), filter_fn=lambda layer, name: name == "last", progress=False)
-    chosen = abcnets.allocate(only, 10**9)
+    only = budget.sensitivity(network, images, ((2, 2),), filter_fn=lambda layer, name: name == "last", progress=False)
+    chosen = budget.allocate(only, 10**9)
     assert chosen["last"] == {"weight_bases": 2, "activation_bases": 2}
     model = abcnets.convert(network, settings=chosen)
     assert [name for name, m in model.named_modules() if hasattr(m, "active")] == ["last"]
 
 
 def test_a_single_layer_is_a_model_too():
-    table = abcnets.sensitivity(nn.Linear(5, 4), torch.randn(50, 5), ((1, 1), (2, 2)), progress=False)
-    model = abcnets.convert(nn.Linear(5, 4), settings=abcnets.allocate(table, 10**6))
+    table = budget.sensitivity(nn.Linear(5, 4), torch.randn(50, 5), ((1, 1), (2, 2)), progress=False)
+    model = abcnets.convert(nn.Linear(5, 4), settings=budget.allocate(table, 10**6))
     assert model.weight_bases == 2
 
 
 def test_sensitivity_says_what_is_wrong(network, images):
     for choices in ((), ((1, 2, 3),)):
         with pytest.raises(ValueError, match="pairs"):
-            abcnets.sensitivity(network, images, choices, progress=False)
+            budget.sensitivity(network, images, choices, progress=False)
     with pytest.raises(ValueError, match="positive integer"):
-        abcnets.sensitivity(network, images, ((0, 1),), progress=False)
+        budget.sensitivity(network, images, ((0, 1),), progress=False)
     with pytest.raises(ValueError, match="no layer to binarize"):
-        abcnets.sensitivity(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(4, 2), progress=False)
+        budget.sensitivity(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), torch.randn(4, 2), progress=False)
     with pytest.raises(ValueError, match="at least two images"):
-        abcnets.sensitivity(network, images[:1], progress=False)
+        budget.sensitivity(network, images[:1], progress=False)
     with pytest.raises(ValueError, match="an entry an image"):
-        abcnets.sensitivity(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), torch.randn(4, 2), progress=False,
+        budget.sensitivity(nn.Sequential(nn.Linear(2, 2), nn.Flatten(0)), torch.randn(4, 2), progress=False,
                             filter_fn=lambda layer, name: True)  # fmt: skip
 
 
@@ -211,9 +211,9 @@ def test_allocation_is_the_best_of_all(costs, budget_bytes, budget_macs):
     ]  # fmt: skip
     if not within:
         with pytest.raises(ValueError, match="smallest possible|meets both"):
-            abcnets.allocate(table, budget_bytes, budget_macs)
+            budget.allocate(table, budget_bytes, budget_macs)
         return
-    chosen = abcnets.allocate(table, budget_bytes, budget_macs)
+    chosen = budget.allocate(table, budget_bytes, budget_macs)
     picks = [options[chosen[str(l)]["weight_bases"] - 1] for l, options in enumerate(costs)]
     assert sum(o[0] for o in picks) == pytest.approx(min(within), rel=1e-8, abs=1e-8)
     assert sum(o[1] for o in picks) <= budget_bytes
@@ -230,7 +230,7 @@ def test_allocation_of_many_layers_keeps_its_budgets_and_beats_uniform():
                           "packed_bytes": M * size + layer, "binary_macs": M * N * 700_000})  # fmt: skip
     uniform = [row for row in table if row["M"] == row["N"] == 2]
     budgets = [sum(row[name] for row in uniform) for name in ("packed_bytes", "binary_macs")]
-    chosen = abcnets.allocate(table, *budgets)
+    chosen = budget.allocate(table, *budgets)
     rows = [row for row in table if (row["M"], row["N"]) == tuple(chosen[row["layer"]].values())]
     assert len(rows) == 40 and sum(row["error"] for row in rows) < 0.8 * sum(row["error"] for row in uniform)
     assert [sum(row[name] for row in rows) for name in ("packed_bytes", "binary_macs")] <= budgets
@@ -241,49 +241,22 @@ def test_a_budget_too_small_says_the_smallest(table):
     rows = [row for row in table if row["M"] is None or row["M"] == row["N"]]
     layers = {row["layer"] for row in rows}
     smallest = sum(min(row["packed_bytes"] for row in rows if row["layer"] == layer) for layer in layers)
-    chosen = abcnets.allocate(rows, smallest)
+    chosen = budget.allocate(rows, smallest)
     assert chosen["late"] == {"weight_bases": 1, "activation_bases": 1}
     with pytest.raises(ValueError, match=rf"{smallest - 1:,} packed_bytes .* smallest possible is {smallest:,}"):
-        abcnets.allocate(rows, smallest - 1)
+        budget.allocate(rows, smallest - 1)
     with pytest.raises(ValueError, match="binary_macs is too small"):
-        abcnets.allocate(rows, smallest, -1)
+        budget.allocate(rows, smallest, -1)
     crossed = [a_row("a", 0, 0.1, 1, 9), a_row("a", 1, 0.1, 9, 1)]
     with pytest.raises(ValueError, match="meets both"):
-        abcnets.allocate(crossed, 5, 5)
+        budget.allocate(crossed, 5, 5)
 
 
 def test_allocate_refuses_what_it_can_not_weigh(table):
     with pytest.raises(ValueError, match="at least one layer"):
-        abcnets.allocate([], 100)
+        budget.allocate([], 100)
     with pytest.raises(ValueError, match="nan, that of layer 'a'"):
-        abcnets.allocate([a_row("a", 0, math.nan, 1, 1)], 100)
-
-
-# The command
-
-
-def test_the_command_measures_and_compares(tmp_path, monkeypatch):
-    def tiny(data, seed=0):
-        torch.manual_seed(seed)
-        return nn.Sequential(
-            nn.Conv2d(1, 4, 5, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-            nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-        )  # fmt: skip
-
-    monkeypatch.setattr(experiment, "build_network", tiny)
-    experiment.save(tiny(None).state_dict(), tmp_path / "digits/float.pt")
-    another = {"dataset": "another", "seed": 0, "uniform": 2, "uniform_accuracy": 90, "mixed_accuracy": 91}
-    experiment.write_csv(tmp_path / "mixed.csv", [another])
-    experiment.main(["sensitivity", "--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path),
-                     "--images", "100", "--limit", "200", "--apart", "0"])  # fmt: skip
-    mixed = experiment.read_csv(tmp_path / "mixed.csv")
-    assert [(row["dataset"], row["uniform"]) for row in mixed] == [("another", "2"), ("digits", "2"), ("digits", "3")]
-    for row in mixed[1:]:
-        assert 0 < int(row["mixed_bytes"]) <= int(row["uniform_bytes"])
-        assert 0 < int(row["mixed_binary_macs"]) <= int(row["uniform_binary_macs"])
-        assert float(row["mixed_summed_error"]) <= float(row["uniform_summed_error"])
-    measured = experiment.read_csv(tmp_path / "sensitivity.csv")
-    assert len(measured) == 2 * 5 + 3 and {row["dataset"] for row in measured} == {"digits"}
+        budget.allocate([a_row("a", 0, math.nan, 1, 1)], 100)
 
 
 # The README
@@ -293,7 +266,7 @@ def test_the_example_of_the_readme_runs():
     readme = (ROOT / "README.md").read_text()
     (code,) = re.findall(r"```python\n(.*?)```", readme.split("## A budget in bytes")[1].split("\n## ")[0], re.S)
     model = nn.Sequential(nn.Linear(9, 32), nn.ReLU(), nn.Linear(32, 1600), nn.ReLU(), nn.Linear(1600, 10))
-    names = {"abcnets": abcnets, "model": model, "images": torch.randn(100, 9)}
+    names = {"abcnets": abcnets, "budget": budget, "model": model, "images": torch.randn(100, 9)}
     exec(code, names)
     size = abcnets.summary(names["small"], names["images"]).total()["packed_bytes"]
     assert names["small"][2].weight_bases == 2 and 90_000 < size <= 100_000

@@ -1,0 +1,263 @@
+"""Data sets: every image in memory as one uint8 tensor, augmented and normalized a batch at a time.
+
+Everything else in this folder imports it, and so it has what all need: where the repository is, how a bar is drawn, and
+files that are written whole or not at all.
+"""
+
+import contextlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tqdm.auto
+from networks import import_torchvision
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
+
+if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
+    tqdm.auto.tqdm = tqdm.std.tqdm
+tqdm = tqdm.auto.tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # where abcnets.py and kernels/ are, for whoever imports this file
+
+
+class DataError(RuntimeError):
+    """Something to read that is not there; the message says what to do."""
+
+
+@dataclass
+class Data:
+    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing."""
+
+    name: str
+    classes: list[str]
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+    flip: bool = True
+    shift: int = 2
+    test_batch_size = 500
+
+    def __post_init__(self):
+        pixels = self.train_images[:10_000].float() / 255
+        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+
+    def to(self, device) -> "Data":
+        for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.train_images.device
+
+    def normalize(self, images_BHWC: Tensor) -> Tensor:
+        """Pixels of mean 0 and deviation 1 as (B, C, H, W) in the channels_last layout, the fastest to convolve."""
+        return ((images_BHWC.float() / 255 - self.mean) / self.std).permute(0, 3, 1, 2)
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """What is random in the augmentation of so many images: (count, 3), pixels down and right, mirrored or not."""
+        down, right = torch.randint(2 * self.shift + 1, (2, count, 1), generator=generator)
+        return torch.cat([down, right, torch.rand(count, 1, generator=generator) < 0.5 * self.flip], dim=1)
+
+    def augment(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Each image moved by up to `shift` pixels in both directions and, where it makes sense, mirrored."""
+        (B, _, H, W), s, device = images.shape, self.shift, images.device
+        down, right, mirrored = draws.to(device).split(1, dim=1)
+        columns = torch.arange(W, device=device)
+        rows_BH = torch.arange(H, device=device) + down
+        columns_BW = torch.where(mirrored.bool(), W - 1 - columns, columns) + right
+        which = torch.arange(B, device=device)[:, None, None]
+        return self.normalize(F.pad(images, (s, s, s, s))[which, :, rows_BH[:, :, None], columns_BW[:, None, :]])
+
+    def train_loader(self, batch_size: int, accumulate: int = 1, seed: int = 0) -> DataLoader:
+        """The training images, augmented, in random order."""
+
+        def pick(rows):
+            places = rows[:, 0].to(self.device)
+            return self.augment(self.train_images[places], rows[:, 1:]), self.train_labels[places]
+
+        dataset = WholeBatches(len(self.train_images), pick)
+        return shuffled_loader(dataset, self.draw, batch_size, accumulate, seed, collate_fn=_as_it_is)
+
+    def test_loader(self, batch_size: int = test_batch_size) -> DataLoader:
+        """The test images as they are, in their order."""
+
+        def pick(places):
+            places = places.to(self.device)
+            return self.normalize(self.test_images[places].permute(0, 2, 3, 1)), self.test_labels[places]
+
+        return DataLoader(WholeBatches(len(self.test_images), pick), batch_size, collate_fn=_as_it_is)
+
+    def test_batches(self, batch_size: int = test_batch_size):
+        return iter(self.test_loader(batch_size))
+
+    def calibration_batches(self, count: int = 2048, batch_size: int = 128, seed: int = 0):
+        """Training images as they are, for `abcnets.calibrate`."""
+        generator = torch.Generator().manual_seed(seed)
+        picks = torch.randperm(len(self.train_images), generator=generator)[:count].to(self.train_images.device)
+        return [self.normalize(self.train_images[part].permute(0, 2, 3, 1)) for part in picks.split(batch_size)]
+
+
+class WholeBatches(Dataset):
+    """A data set in memory, for a DataLoader: `pick` makes a whole batch at once of a tensor of places."""
+
+    def __init__(self, count: int, pick):
+        self.count, self.pick = count, pick
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitems__(self, places: list):
+        return self.pick(torch.tensor(places))
+
+
+def _as_it_is(batch):
+    return batch
+
+
+class Shuffled(Sampler):
+    """The places of a training set in random order, each as a list with the random numbers of its augmentation.
+
+    All of it follows from the seed and the epoch (Accelerate calls `set_epoch`) and is drawn for a whole batch before
+    that is divided: the same happens to an image whichever process, worker or part of a batch it falls to. An
+    incomplete last batch is left out.
+    """
+
+    def __init__(self, count: int, draw, batch_size: int, seed: int):
+        self.count, self.draw, self.batch_size, self.seed, self.epoch = count, draw, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.count // self.batch_size * self.batch_size
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(1_000_000 * self.seed + self.epoch)
+        for places in torch.randperm(self.count, generator=generator)[: len(self)].split(self.batch_size):
+            yield from torch.cat([places[:, None], self.draw(len(places), generator)], dim=1).tolist()
+
+
+def shuffled_loader(dataset: Dataset, draw, batch_size: int, accumulate: int, seed: int, **options) -> DataLoader:
+    """A training set in random order, each batch in `accumulate` parts; draw: what `Shuffled` adds to a place."""
+    shuffled = Shuffled(len(dataset), draw, batch_size, seed)
+    parts = BatchSampler(shuffled, batch_size // accumulate, drop_last=True)
+    return DataLoader(dataset, batch_sampler=parts, **options)
+
+
+def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = None) -> Data:
+    """The data set of that name: digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH.
+
+    With a limit, only that many training images: for trying things out.
+    Raises: DataError, one sentence with what to do, if it cannot be had.
+    """
+    data = _load_data(name, Path(root))
+    if limit:
+        picks = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:limit]
+        data.train_images, data.train_labels = data.train_images[picks], data.train_labels[picks]
+    return data
+
+
+def _load_data(name: str, root: Path) -> Data:
+    if name == "digits":
+        return _digits()
+    if name in ("fashion-mnist", "cifar10"):
+        return _torchvision(name, root)
+    if name == "cifar10-jpeg":
+        return _folder(name, root / "cifar10-jpeg")
+    if name.startswith("folder:"):
+        return _folder(name, Path(name.removeprefix("folder:")).expanduser())
+    raise DataError(f"unknown data set {name!r}: choose digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH")
+
+
+def _digits() -> Data:
+    """1 797 scans of handwritten digits that come with scikit-learn, 8x8 enlarged to 28x28; 500 of them for testing."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    scans = load_digits()
+    images = torch.tensor(scans.images, dtype=torch.float32)[:, None] * (255 / 16)
+    images = F.interpolate(images, size=(28, 28), mode="bilinear").round().to(torch.uint8)
+    labels = torch.tensor(scans.target, dtype=torch.int64)
+    train, test = train_test_split(range(len(labels)), test_size=500, random_state=0, stratify=labels)
+    classes = [str(digit) for digit in range(10)]
+    return Data("digits", classes, images[train], labels[train], images[test], labels[test], flip=False)
+
+
+def _torchvision(name: str, root: Path) -> Data:
+    import_torchvision()
+    from torchvision import datasets
+
+    kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
+    try:
+        train, test = (kind(str(root), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise DataError(
+            f"{name} is not in {root} and could not be downloaded ({error}): connect to a network, or put the files"
+            f" there as torchvision.datasets.{kind.__name__} keeps them, or use --dataset digits, which needs neither"
+        ) from error
+
+    def images(split):
+        pixels = torch.as_tensor(split.data)
+        return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+
+    labels = (torch.as_tensor(split.targets, dtype=torch.int64) for split in (train, test))
+    train_labels, test_labels = labels
+    shift = 2 if name == "fashion-mnist" else 4
+    return Data(name, train.classes, images(train), train_labels, images(test), test_labels, shift=shift)
+
+
+def _folder(name: str, path: Path, size: int = 32) -> Data:
+    """PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, brought to 32x32 and decoded once into PATH.pt."""
+    if not (path / "train").is_dir() or not (path / "test").is_dir():
+        raise DataError(f"{name} needs the folders {path}/train and {path}/test with one folder of images per class")
+    import_torchvision()
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import functional as transforms
+
+    def decode(folder):
+        images = []
+        for file, _ in tqdm(folder.samples, desc=f"decoding {folder.root}", leave=False):
+            image = transforms.center_crop(transforms.resize(folder.loader(file), size), size)
+            images.append(transforms.pil_to_tensor(image))
+        return torch.stack(images)
+
+    train, test = ImageFolder(str(path / "train")), ImageFolder(str(path / "test"))
+    if train.classes != test.classes:
+        raise DataError(f"{name}: train/ and test/ must hold the same classes, got {train.classes} and {test.classes}")
+    files = [(str(Path(file).relative_to(path)), os.path.getsize(file)) for file, _ in train.samples + test.samples]
+    cache = path.with_name(path.name + ".pt")
+    decoded = torch.load(cache) if cache.exists() else {}
+    if decoded.get("files") != files:
+        decoded = {"files": files, "train": decode(train), "test": decode(test)}
+        try:
+            save(decoded, cache)
+        except OSError:
+            pass  # A folder that cannot be written to is decoded anew each time.
+    labels = (torch.tensor(folder.targets) for folder in (train, test))
+    train_labels, test_labels = labels
+    return Data(name, train.classes, decoded["train"], train_labels, decoded["test"], test_labels, shift=4)
+
+
+def save(what, path: str | Path) -> None:
+    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
+    with replacing(Path(path)) as temporary:
+        torch.save(what, temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary file's name beside `path`, which takes its place if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

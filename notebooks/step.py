@@ -1,0 +1,128 @@
+"""What a training step costs, binarized against float, and what torch.compile makes of it.
+
+`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case.
+"""
+
+import functools
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from networks import nine_layer
+from training import mixed_precision
+
+import abcnets
+from kernels.clock import interleaved_medians, machine
+
+
+def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool,
+                  compiled: bool = False):  # fmt: skip
+    """A function that makes one full step (forward, backward, optimizer) of the nine-layer network."""
+    torch.manual_seed(0)
+    model = nine_layer()
+    if M or N:
+        model = abcnets.convert(model, M, N)
+    model = model.to(device, memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(10, (batch_size,), device=device)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+
+    def step():
+        with mixed_precision(device, mixed):
+            loss = F.cross_entropy(forward(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def inference(form: str, M: int, N: int, batch_size: int, device: torch.device, compiled: bool):
+    """A function that runs the nine-layer network once: "float", "binarized" or "packed" (with one convolution)."""
+    torch.manual_seed(0)
+    model = nine_layer().eval()
+    images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    if form != "float":
+        model = abcnets.convert(model, M, N)
+    if form == "packed":
+        model = abcnets.pack(model, engine="float")
+    model = model.to(device, memory_format=torch.channels_last)
+    forward = torch.compile(model, fullgraph=True) if compiled else model
+
+    @torch.inference_mode()
+    def run():
+        forward(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return run
+
+
+def step_memory(kind: tuple, **options) -> float:
+    """MiB that three steps need at their peak beyond what a step on one image does; call it in a fresh process."""
+    peak = torch.cuda.max_memory_allocated if options["device"].type == "cuda" else _peak_resident
+    training_step(*kind, **{**options, "batch_size": 1})()
+    before = peak()
+    step = training_step(*kind, **options)
+    for _ in range(3):
+        step()
+    return (peak() - before) / 2**20
+
+
+def _peak_resident() -> int:
+    """Bytes of memory that this process held at its peak."""
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux hands getrusage's peak down from parent to child: it can't be used there
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if "VmHWM" in line)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None, **common) -> Iterator[dict]:
+    """Time and memory of a step, in both precisions. common: batch_size, device."""
+    kinds = {"float": (None, None), "binarized": (M, N)}
+    for mixed in (False, True):
+        steps = {name: training_step(*kind, mixed=mixed, **common) for name, kind in kinds.items()}
+        ms = {name: 1000 * seconds for name, seconds in interleaved_medians(steps, rounds=rounds).items()}
+        mib = {}
+        for name, kind in kinds.items():
+            with torch.multiprocessing.get_context("spawn").Pool(1, use_threads, (threads,)) as pool:
+                mib[name] = pool.apply(step_memory, (kind,), {"mixed": mixed, **common})
+        yield {
+            "network": "nine-layer", "M": M, "N": N, "precision": "mixed" if mixed else "float32",
+            "batch_size": common["batch_size"],
+            "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
+            "ratio": round(ms["binarized"] / ms["float"], 3),
+            "float_mib": round(mib["float"]), "binarized_mib": round(mib["binarized"]),
+            "memory_ratio": round(mib["binarized"] / mib["float"], 3), **machine(),
+        }  # fmt: skip
+
+
+def use_threads(count: int | None) -> None:
+    if count:
+        torch.set_num_threads(count)
+
+
+def measure_compiled(M: int | None, N: int | None, rounds: int, **common) -> Iterator[dict]:
+    """torch.compile (Inductor, one graph) against eager, in turns: training steps in both precisions, and inference."""
+    cases = []
+    for mixed in (False, True):
+        for form, kind in (("float", (None, None)), ("binarized", (M, N))):
+            make = functools.partial(training_step, *kind, mixed=mixed, **common)
+            cases.append(("training step, " + ("mixed" if mixed else "float32"), form, make))
+    for form in ("float", "binarized", "packed"):
+        cases.append(("inference, float32", form, functools.partial(inference, form, M, N, **common)))
+    for what, form, make in cases:
+        forms = {"eager": make(compiled=False), "compiled": make(compiled=True)}
+        ms = {name: 1000 * seconds for name, seconds in interleaved_medians(forms, rounds=rounds).items()}
+        bases = {"M": None, "N": None} if form == "float" else {"M": M, "N": N}
+        yield {
+            "network": "nine-layer", "what": what, "form": form, **bases, "batch_size": common["batch_size"],
+            "eager_ms": round(ms["eager"], 2), "compiled_ms": round(ms["compiled"], 2),
+            "speedup": round(ms["eager"] / ms["compiled"], 3), **machine(),
+        }  # fmt: skip

@@ -1,0 +1,35 @@
+"""What several test files start from."""
+
+import pytest
+import torch
+from data import load_data
+from training import pretrain
+
+
+@pytest.fixture
+def threads():
+    """torch computes on as many threads afterwards, whatever the test sets."""
+    before = torch.get_num_threads()
+    yield before
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def one_thread(threads):
+    torch.set_num_threads(1)  # sums in one order, whatever else the machine does
+
+
+@pytest.fixture(scope="session")
+def digits():
+    return load_data("digits")
+
+
+@pytest.fixture(scope="session")
+def few_digits():
+    return load_data("digits", limit=400)
+
+
+@pytest.fixture(scope="session")
+def nine_layer(digits):
+    """The nine-layer network, trained on the digits for a moment."""
+    return pretrain(digits, epochs=2, lr=0.05)[0].to(memory_format=torch.contiguous_format)
