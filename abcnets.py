@@ -1278,7 +1278,7 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     Columns: layer, kind, output (shape of its first tensor), M, N (None where that side is float), parameters, bits
     (stored by binarized weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after
     `pack`), macs (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are
-    binary), engine ("bits" or "float": how a packed layer computes where it is now).
+    binary), engine ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
     """
     rows: dict[nn.Module, dict] = {}
     names = {module: name for name, module in model.named_modules()}
@@ -1313,6 +1313,9 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
                 M, N = _bases_of(layer)
+                pays = M is not None and _bits_pay(layer.weight.device.type, M, N or 0, layer.spatial_dims,
+                                                   getattr(layer, "groups", 1))  # fmt: skip
+                engine = "bits" if pays else "float" if M else ""
         biases = 0 if layer.bias is None else O
         parameters = O * per_group * kernel + biases + 2 * (N or 0)
         float_bytes = 4 * (O * per_group * kernel + biases)

@@ -10,9 +10,9 @@ Needs abcnets.py, SciPy for `allocate`, and matplotlib for the table's picture.
 import math
 
 import torch
-from data import tqdm
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 import abcnets
 

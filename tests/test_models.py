@@ -218,7 +218,7 @@ def test_calibrate_says_what_is_missing(trained, digits):
 @pytest.mark.parametrize("N", [2, 3, 5])
 def test_steps_of_training_leave_a_constant_base_constant(N):
     """Its threshold at 0, the lowest input, one step would make it -1 on half of a rectified input."""
-    layer = abcnets.ABCConv2d(1, 4, 1, activation_bases=N)
+    layer = abcnets.ABCConv2d(1, 4, 1, activation_bases=N, active=True)
     R = torch.randn(2000, 1, 3, 3).relu()
     optimizer = torch.optim.Adam(layer.parameters(), lr=0.01)
     vs = layer.vs.detach().clone()
