@@ -29,7 +29,7 @@ import torch.nn.functional as F
 import abcnets
 
 from . import report
-from .check import NO_GPU, Shape
+from .check import NO_GPU, Shape, need_engine
 from .clock import SIMULATED, interleaved_medians, machine
 
 BASES = (1, 2, 3, 5)
@@ -215,9 +215,9 @@ def parse_arguments(arguments=None):
 
 
 def measure_cpu(options) -> None:
+    need_engine("cpu")
     from .cpu import peak
 
-    print(abcnets.engines())
     shapes = QUICK if options.quick else ON_A_CPU
     if options.shape:
         C, O, K, size, padding, *stride = map(int, options.shape.split(","))

@@ -25,6 +25,13 @@ NO_GPU = "No GPU here, so nothing is measured; `python -m pytest tests/test_kern
 WRONG = 3  # the exit code of a kernel file that computes something, but not the right thing
 
 
+def need_engine(device: str) -> None:
+    """End the program, in one sentence, where packed layers do not run bits: there is nothing to measure then."""
+    runs = abcnets.engines()[device]
+    if runs.startswith("float"):
+        sys.exit(f"nothing to measure: packed layers run as {runs}")
+
+
 # --------------------------------------------------------------------------- convolutions and random layers
 
 

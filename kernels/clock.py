@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+import abcnets
+
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"  # Numba runs CUDA kernels on the CPU: nothing is timed
 PACKAGES = ("torch", "numba", "llvmlite", "numba-cuda", "onnxruntime")
 
@@ -29,7 +31,7 @@ def machine() -> dict:
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    versions = [f"python {platform.python_version()}"]
+    versions = [f"python {platform.python_version()}, abcnets {abcnets.__version__}"]
     for package in PACKAGES:
         try:
             versions.append(f"{package} {metadata.version(package)}")

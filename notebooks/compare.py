@@ -36,6 +36,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import load_weights
 
 import abcnets
+from kernels.check import need_engine
 from kernels.clock import interleaved_medians, machine
 
 LAYOUTS = {"": torch.contiguous_format, "channels last": torch.channels_last}
@@ -201,6 +202,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 @torch.inference_mode()
 def compare(options) -> list[dict]:
+    need_engine("cpu")
     data = load_data(options.dataset, options.data)
     network = load_float(data, options.out)
     runs = kept_runs(options.results, data.name, options.out)

@@ -20,6 +20,7 @@ from runs import RESULTS, write_csv
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 import abcnets
+from kernels.check import need_engine
 from kernels.clock import interleaved_medians, machine
 from kernels.report import fill
 
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="for the rounds of one case")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
     options = parser.parse_args()
+    need_engine("cpu")
     tables = []
     for name, batch in CASES:
         for threads in options.threads if name in options.networks else []:
