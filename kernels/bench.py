@@ -26,8 +26,6 @@ from dataclasses import asdict, replace
 import torch
 import torch.nn.functional as F
 
-import abcnets
-
 from . import report
 from .check import NO_GPU, Shape, need_engine
 from .clock import SIMULATED, interleaved_medians, machine
