@@ -880,9 +880,8 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
 
 def _bases_of(layer: nn.Module) -> tuple[int | None, int | None]:
     """M and N of an ABC layer or a packed one; None on a side that is float."""
-    if isinstance(layer, PackedLayer):
-        return len(layer.bits), len(layer.betas) or None
-    return (layer.weight_bases, layer.activation_bases) if layer.active else (None, None)
+    is_binary = isinstance(layer, PackedLayer) or layer.active
+    return (layer.weight_bases, layer.activation_bases) if is_binary else (None, None)
 
 
 def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None, **bases):
@@ -1643,6 +1642,7 @@ class PackedLayer(nn.Module):
         bits: (M, O, *K, ceil(C / groups / 8)) uint8, the weight bases.
         alphas (M, O), bias (O,) or None: float32.
         thresholds (N,), betas (N,): float32, A_n = +1 where input >= thresholds[n]; empty where the input stays float.
+    And weight_bases M, activation_bases N or None.
 
     `engine` is "bits", which runs M x N binary convolutions through the operator abcnets::packed_conv; "float", which
     runs one float convolution with the weights unpacked (and kept, outside the state dict); or "auto", whichever is
@@ -1666,6 +1666,7 @@ class PackedLayer(nn.Module):
         self.padding = _padding_pairs(layer)
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
+        self.weight_bases, self.activation_bases = M, N or None
         device = layer.weight.device
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
         self.register_buffer("bits", torch.zeros(bits_shape, dtype=torch.uint8, device=device))
@@ -1721,9 +1722,9 @@ class PackedLayer(nn.Module):
         if self.engine != "auto":
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
-            return len(self.betas) > 0
-        M, N = len(self.bits), len(self.betas)
-        return _bits_pay(device or self.bits.device.type, M, N, self.spatial_dims, self.groups)
+            return self.activation_bases is not None
+        bases = self.weight_bases, self.activation_bases or 0
+        return _bits_pay(device or self.bits.device.type, *bases, self.spatial_dims, self.groups)
 
     def refresh(self) -> None:
         """Forget what was derived from the tensors (the unpacked weights); for when these were changed in place."""
@@ -1752,9 +1753,9 @@ class PackedLayer(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
-        if x.dtype != torch.int64 and not self.runs_bits(x.device.type):
+        if self.engine != "bits" and x.dtype != torch.int64 and not self.runs_bits(x.device.type):
             return self._float_convolve(x, padding)
-        return torch.ops.abcnets.packed_conv(
+        return torch.ops.abcnets.packed_conv.default(  # spares torch a search among overloads
             x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
             self.stride, padding, self.dilation, self.groups, self.out_thresholds, self.out_flips,
         )  # fmt: skip
@@ -1781,7 +1782,7 @@ class PackedLayer(nn.Module):
             size += f", kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
         if self.groups != 1:
             size += f", groups={self.groups}"
-        bases = f"weight_bases={len(self.bits)}, activation_bases={len(self.betas) or None}"
+        bases = f"weight_bases={self.weight_bases}, activation_bases={self.activation_bases}"
         return f"{size}, {bases}, engine={self.engine!r}"
 
 
@@ -1902,7 +1903,7 @@ def _describe(layer: nn.Module) -> dict:
     names = ("channels", "out_channels", "groups", "padding_mode")
     lists = ("kernel_size", "stride", "padding", "dilation")
     return {
-        "kind": "packed", "M": len(layer.bits), "N": len(layer.betas),
+        "kind": "packed", "M": layer.weight_bases, "N": layer.activation_bases or 0,
         **{name: getattr(layer, name) for name in names}, **{name: list(getattr(layer, name)) for name in lists},
     }  # fmt: skip
 

@@ -40,7 +40,7 @@ class _Fusion:
         for node in nodes:
             layer = self.module_of(node)
             if self.is_packed(layer) and layer.runs_bits() and layer.padding_mode == "zeros" and layer.groups == 1:
-                if len(layer.betas):
+                if layer.activation_bases:
                     self.fold_input(node, layer)
         for node in nodes:
             if type(self.module_of(node)) in _BATCH_NORMS:
