@@ -13,7 +13,7 @@ help:
 	@echo "make run      both notebooks on the scikit-learn digits, into $(RUN) (minutes)"
 	@echo "make test     style and tests"
 	@echo "make lab      the notebooks in the browser"
-	@echo "make bench    the kernels' speed, into kernels/results"
+	@echo "make bench    the speed of kernels and networks, into their results/"
 	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results (hours; resumes)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
 	@echo "make writeup  writeup/writeup.pdf"

@@ -32,7 +32,7 @@ What is in it, from top to bottom:
     export_onnx                                        one ONNX file, which runs without torch
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
-found at the first packed call. Without it they run as float convolutions.
+found when it is first needed. Without it they run as float convolutions, and `fuse` and `export_onnx` are missing.
 
 Symbols, used throughout:
 
@@ -1312,8 +1312,8 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
                 M, N = _bases_of(layer)
-                pays = M is not None and _bits_pay(layer.weight.device.type, M, N or 0, layer.spatial_dims,
-                                                   getattr(layer, "groups", 1))  # fmt: skip
+                groups = getattr(layer, "groups", 1)
+                pays = M and N and _bits_pay(layer.weight.device.type, M, N, layer.spatial_dims, groups)
                 engine = "bits" if pays else "float" if M else ""
         biases = 0 if layer.bias is None else O
         parameters = O * per_group * kernel + biases + 2 * (N or 0)
@@ -1584,7 +1584,8 @@ def _kernels(part: str):
                     del sys.modules[_PACKAGE]
                     raise
             elif importlib.util.find_spec(_PACKAGE) is None:
-                raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}")
+                raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}: "
+                                  "copy that folder there")  # fmt: skip
         package = importlib.import_module(_PACKAGE)
     if package.INTERFACE != _INTERFACE:
         raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {__file__} has {_INTERFACE}: "
@@ -1600,7 +1601,7 @@ def _engines() -> dict[str, dict]:
                 try:
                     _loaded.update(_kernels("registry").register(sys.modules[__name__]))
                 except Exception as error:
-                    none = {"missing": str(error), "install": "pip install abcnets, or copy kernels/ beside abcnets.py"}
+                    none = {"missing": str(error), "install": "the folder kernels/ of this abcnets.py's version"}
                     _loaded.update(cpu=none, cuda=none)
     return _loaded
 
@@ -1613,17 +1614,17 @@ def engines() -> dict[str, str]:
 
 
 @torch.compiler.assume_constant_result
-def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int) -> bool:
+def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int, warn: bool = False) -> bool:
     """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
     found = _engines().get(device, {})
-    if "engine" not in found:
-        _warn_once(device)
-        return False
-    return found["pays"](M, N, spatial_dims, groups)
+    if warn and "engine" not in found:
+        _warn_without_engine(device)
+    return "engine" in found and found["pays"](M, N, spatial_dims, groups)
 
 
 @functools.cache
-def _warn_once(device: str) -> None:
+def _warn_without_engine(device: str) -> None:
+    """Say once that a device has no engine, and what would help, if anything would."""
     found = _engines().get(device, {})
     if found.get("install"):
         warnings.warn(f"packed layers run as float convolutions on {device}, since {found['missing']}; for speed: "
@@ -1719,12 +1720,14 @@ class PackedLayer(nn.Module):
 
     def runs_bits(self, device: str | None = None) -> bool:
         """Whether the layer runs binary convolutions on such a device ("cpu", "cuda"), by default where it is now."""
-        if self.engine != "auto":
+        return self._runs_bits(device or self.bits.device.type, warn=False)
+
+    def _runs_bits(self, device: str, warn: bool) -> bool:
+        if self.engine != "auto" or self.activation_bases is None:
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
-            return self.activation_bases is not None
-        bases = self.weight_bases, self.activation_bases or 0
-        return _bits_pay(device or self.bits.device.type, *bases, self.spatial_dims, self.groups)
+            return True
+        return _bits_pay(device, self.weight_bases, self.activation_bases, self.spatial_dims, self.groups, warn)
 
     def refresh(self) -> None:
         """Forget what was derived from the tensors (the unpacked weights); for when these were changed in place."""
@@ -1753,7 +1756,7 @@ class PackedLayer(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
-        if self.engine != "bits" and x.dtype != torch.int64 and not self.runs_bits(x.device.type):
+        if x.dtype != torch.int64 and not self._runs_bits(x.device.type, warn=True):
             return self._float_convolve(x, padding)
         return torch.ops.abcnets.packed_conv.default(  # spares torch a search among overloads
             x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
@@ -1831,10 +1834,9 @@ def save_packed(model: nn.Module, path) -> None:
         model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
         path: the file to write.
 
-    Raises: ValueError where the model has no packed layer.
+    Raises: ValueError where the model has no packed layer, ImportError without safetensors.
     """
-    import safetensors.torch
-
+    safetensors = _safetensors()
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
     if not any(layer["kind"] == "packed" for layer in layers.values()):
         raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")
@@ -1867,8 +1869,7 @@ def load_packed(path, skeleton: nn.Module) -> nn.Module:
     Raises: FileNotFoundError; ValueError, saying what is wrong, for a file that is truncated, tampered with, not one of
         ours or of a later version, or that does not fit the skeleton.
     """
-    import safetensors
-
+    safetensors = _safetensors()
     if not os.path.exists(path):
         raise FileNotFoundError(f"there is no packed model at {path}")
     try:
@@ -1894,6 +1895,14 @@ def load_packed(path, skeleton: nn.Module) -> nn.Module:
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit the skeleton: {error}") from None
     return model
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError(f"packed models are kept in safetensors files: pip install safetensors ({error})") from None
+    return safetensors
 
 
 def _describe(layer: nn.Module) -> dict:

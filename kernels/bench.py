@@ -27,16 +27,9 @@ import torch
 import torch.nn.functional as F
 
 from . import report
-from .check import NO_GPU, Shape, need_engine
+from .check import BASES, FIRST_AUTHOR, NO_GPU, RESNET_18, Shape, need_engine
 from .clock import SIMULATED, interleaved_medians, machine
 
-BASES = (1, 2, 3, 5)
-FIRST_AUTHOR = [Shape(128, 128, 3, size, 0, B=32) for size in (8, 16, 32, 50)]
-RESNET_18 = [
-    Shape(64, 64, 3, 56, 1), Shape(128, 128, 3, 28, 1), Shape(256, 256, 3, 14, 1), Shape(512, 512, 3, 7, 1),
-    Shape(64, 128, 3, 56, 1, 2), Shape(64, 128, 1, 56, 0, 2), Shape(128, 256, 3, 28, 1, 2),
-    Shape(256, 512, 3, 14, 1, 2), Shape(128, 256, 1, 28, 0, 2), Shape(256, 512, 1, 14, 0, 2),
-]  # fmt: skip
 QUICK = [FIRST_AUTHOR[1], RESNET_18[1], RESNET_18[3]]
 ON_A_CPU = FIRST_AUTHOR + [replace(shape, B=B) for B in (1, 8) for shape in RESNET_18[:6]]
 
@@ -151,17 +144,6 @@ def time_shape(shape: Shape, threads: int, bases=BASES, seconds=6.0, compiled=Fa
     return times
 
 
-def row_of(shape: Shape, contender: str, bases, microseconds: float, operations=None) -> dict:
-    """What a row says on every device; `bases` is "" for what is not made of bits."""
-    operations = shape.macs * (bases or 1) ** 2 if operations is None else operations
-    return asdict(shape) | {
-        "contender": contender,
-        "bases": bases,
-        "microseconds": round(microseconds, 2),
-        "operations_per_second": float(f"{operations / microseconds * 1e6:.4g}"),
-    }
-
-
 def rows_of(shape: Shape, threads: int, times: dict, peak: float) -> list[dict]:
     """One row a contender: its time, and what that makes against the best float32, the best int8 and the bound."""
     best_float = min(t for name, t in times.items() if name.startswith("float32"))
@@ -169,7 +151,7 @@ def rows_of(shape: Shape, threads: int, times: dict, peak: float) -> list[dict]:
     rows = []
     for name, seconds in times.items():
         bases = int(name.split()[-1]) if name.startswith(("packed", "words")) else ""
-        row = row_of(shape, name.rsplit(" ", 1)[0] if bases else name, bases, seconds * 1e6)
+        row = report.row_of(shape, name.rsplit(" ", 1)[0] if bases else name, bases, seconds * 1e6)
         share = shape.macs * bases**2 / seconds / (peak * threads) if bases else ""
         against = {
             "times_float32": round(best_float / seconds, 3),
@@ -224,7 +206,7 @@ def measure_cpu(options) -> None:
     about = machine() | {"clock_ghz": round(peak.clock() / 1e9, 3), "bound_tops": round(peak.peak() / 1e12, 3)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     rows = []
-    for shape in shapes:  # a whole network is one more set of contenders for interleaved_medians
+    for shape in shapes:
         for threads in options.threads:
             times = time_shape(shape, threads, options.bases, seconds, options.compile)
             new = rows_of(shape, threads, times, peak.peak())
@@ -237,7 +219,7 @@ def measure_cpu(options) -> None:
 def measure_cuda(options) -> None:
     from .cuda import ladder
 
-    about = machine() | ladder.about()
+    about = machine("cuda") | ladder.about()
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     measured = ladder.Ladder(options.limit)
     try:

@@ -21,7 +21,7 @@ from . import registry
 from .clock import SIMULATED, interleaved_medians, microseconds
 
 GPU = "cpu" if SIMULATED else "cuda"  # where the CUDA kernels' tensors lie
-NO_GPU = "No GPU here, so nothing is measured; `python -m pytest tests/test_kernels_cuda.py` simulates the kernels."
+NO_GPU = "No GPU here, so nothing is measured; with NUMBA_ENABLE_CUDASIM=1 in front a rung is checked in a simulator."
 WRONG = 3  # the exit code of a kernel file that computes something, but not the right thing
 
 
@@ -77,6 +77,13 @@ class Shape:
         return f"{self.C}→{self.O} {self.K}x{self.K}{stride}, {self.B} x {self.size}x{self.size}"
 
 
+BASES = (1, 2, 3, 5)
+FIRST_AUTHOR = [Shape(128, 128, 3, size, 0, B=32) for size in (8, 16, 32, 50)]
+RESNET_18 = [
+    Shape(64, 64, 3, 56, 1), Shape(128, 128, 3, 28, 1), Shape(256, 256, 3, 14, 1), Shape(512, 512, 3, 7, 1),
+    Shape(64, 128, 3, 56, 1, 2), Shape(64, 128, 1, 56, 0, 2), Shape(128, 256, 3, 28, 1, 2),
+    Shape(256, 512, 3, 14, 1, 2), Shape(128, 256, 1, 28, 0, 2), Shape(256, 512, 1, 14, 0, 2),
+]  # fmt: skip
 RUNG_SHAPE = Shape(128, 128, 3, 28, 1)  # what every rung is timed on: one image on a CPU, 32 on a GPU
 
 

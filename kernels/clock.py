@@ -20,25 +20,27 @@ SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM", "0") == "1"  # Numba runs CUD
 PACKAGES = ("torch", "numba", "llvmlite", "numba-cuda", "onnxruntime")
 
 
-def machine() -> dict:
-    """What a number without its machine is worth nothing without: {"hardware": ..., "versions": ...}.
+def machine(device="cpu", threads: int | None = None) -> dict:
+    """What a number was measured on: {"hardware": ..., "versions": ...}.
 
-    hardware names the processor, or the GPU if there is one, and how many cores and of torch's threads there are.
+    Args:
+        device: the GPU is named for "cuda", else the processor with its cores.
+        threads: how many of them were used, where no column of its own says so.
     """
     name = platform.processor() or platform.machine()
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
+    if torch.device(device).type == "cuda":
+        name = torch.cuda.get_device_name(device)
     elif Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    counts = [f"{os.cpu_count()} cores", *([f"{threads} threads"] if threads else [])]
     versions = [f"python {platform.python_version()}, abcnets {abcnets.__version__}"]
     for package in PACKAGES:
         try:
             versions.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             pass
-    return {"hardware": f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-            "versions": ", ".join(versions)}  # fmt: skip
+    return {"hardware": ", ".join([name, *counts]), "versions": ", ".join(versions)}
 
 
 def interleaved_medians(contenders: dict, seconds: float = math.inf, rounds: int = 60) -> dict:

@@ -26,7 +26,6 @@ from math import prod
 
 import numpy as np
 
-LANES = 8  # 64-bit words in one 512-bit register
 BLOCK = 16  # output channels that one CPU tile computes: two registers of lanes
 
 

@@ -5,7 +5,7 @@ import importlib
 import torch
 
 NAMES = {"cpu": "numba", "cuda": "numba-cuda"}
-NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda"}
+NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda[cu13]"}
 
 _libraries = {}  # an operator's implementation lives as long as its library object
 

@@ -13,6 +13,7 @@ Within a sentence, the same without line breaks: <!-- accuracy: python writeup/b
 
 import math
 import re
+from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -59,6 +60,17 @@ def fill(page: Path | str, command: str, values: dict[str, str]) -> str:
     return new
 
 
+def row_of(shape, contender: str, bases, microseconds: float, operations=None) -> dict:
+    """What a row says on every device; `bases` is "" for what is not made of bits."""
+    operations = shape.macs * (bases or 1) ** 2 if operations is None else operations
+    return asdict(shape) | {
+        "contender": contender,
+        "bases": bases,
+        "microseconds": round(microseconds, 2),
+        "operations_per_second": float(f"{operations / microseconds * 1e6:.4g}"),
+    }
+
+
 def write(device: str, rows: list[dict]) -> None:
     """Rows of "cpu" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
     import pandas as pd
@@ -85,7 +97,8 @@ def write_readme(device: str) -> None:
         command, text, figure = "python -m kernels.bench --device cuda", cuda_table(rows), cuda_figure
     if rows is not None:
         figure(rows, RESULTS / f"{device}.svg")
-    page.write_text(fill(page, command, {device: text}), encoding="utf-8")
+    if page.exists():  # it does not where the package is installed
+        page.write_text(fill(page, command, {device: text}), encoding="utf-8")
 
 
 def _pyplot():

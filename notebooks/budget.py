@@ -4,7 +4,7 @@
     binary = abcnets.convert(model, settings=budget.allocate(table, 100_000))
     abcnets.calibrate(binary, images)
 
-Needs abcnets.py, SciPy for `allocate`, and matplotlib for the table's picture.
+Needs abcnets.py and tqdm; SciPy for `allocate`; pictures.py and matplotlib for the table's picture.
 """
 
 import math

@@ -27,10 +27,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
+
 import pandas as pd
 import torch
-from data import ROOT, DataError, load_data, tqdm
-from runs import RESULTS, default_runs, load_float, write_csv
+from data import DataError, load_data
+from files import RESULTS, ROOT, tqdm
+from runs import default_runs, load_float, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import load_weights

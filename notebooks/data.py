@@ -1,28 +1,15 @@
-"""Data sets: every image in memory as one uint8 tensor, augmented and normalized a batch at a time.
+"""Data sets: every image in memory as one uint8 tensor, augmented and normalized a batch at a time."""
 
-Everything else in this folder imports it, and so it has what all need: where the repository is, how a bar is drawn, and
-files that are written whole or not at all.
-"""
-
-import contextlib
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-import tqdm.auto
+from files import ROOT, save, tqdm
 from networks import import_torchvision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
-
-if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
-    tqdm.auto.tqdm = tqdm.std.tqdm
-tqdm = tqdm.auto.tqdm
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # where abcnets.py and kernels/ are, for whoever imports this file
 
 
 class DataError(RuntimeError):
@@ -243,21 +230,3 @@ def _folder(name: str, path: Path, size: int = 32) -> Data:
     labels = (torch.tensor(folder.targets) for folder in (train, test))
     train_labels, test_labels = labels
     return Data(name, train.classes, decoded["train"], train_labels, decoded["test"], test_labels, shift=4)
-
-
-def save(what, path: str | Path) -> None:
-    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
-    with replacing(Path(path)) as temporary:
-        torch.save(what, temporary)
-
-
-@contextlib.contextmanager
-def replacing(path: Path):
-    """A temporary file's name beside `path`, which takes its place if all goes well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

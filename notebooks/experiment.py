@@ -26,13 +26,15 @@ import functools
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
+
 import budget
 import torch
 from accelerate import PartialState
-from data import ROOT, Data, DataError, load_data
+from data import Data, DataError, load_data
+from files import RESULTS, ROOT
 from runs import (
     FILL,
-    RESULTS,
     binarized,
     keep_rows,
     load_float,
@@ -100,7 +102,8 @@ def run_sensitivity(options) -> None:
     model = load_float(data, options.out, options.seed, options.start)
     choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
     table = budget.sensitivity(model, data.calibration_batches(options.images), choices)
-    common, where, key = {"dataset": data.name, "seed": options.seed}, machine(), ["dataset", "seed"]
+    common, where = {"dataset": data.name, "seed": options.seed}, machine(data.device, torch.get_num_threads())
+    key = list(common)
     keep_rows(options.results / "sensitivity.csv", [{**common, **row, **where} for row in table], key)
     whole, rows = round(accuracy(model, data), 3), []
     for row in budget.against_uniform(model, table, data.calibration_batches(), lambda binary: accuracy(binary, data)):

@@ -23,11 +23,14 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
+
 import torch
 from accelerate import PartialState
-from data import ROOT, DataError, save, shuffled_loader
+from data import DataError, shuffled_loader
+from files import RESULTS, ROOT, save
 from networks import import_torchvision
-from runs import RESULTS, keep_rows
+from runs import keep_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from training import best_device, finetune, is_main_process, own_device, predict
@@ -186,7 +189,8 @@ def run(options) -> dict:
         **{f"{stage} top-{k}": round(percent, 3)
            for stage, both in found.items() for k, percent in zip((1, 5), both)},
         "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
-        "seconds": sum(entry["seconds"] for entry in history), "processes": PartialState().num_processes, **machine(),
+        "seconds": sum(entry["seconds"] for entry in history), "processes": PartialState().num_processes,
+        **machine(device, torch.get_num_threads()),
     }  # fmt: skip
     if is_main_process():
         save(model.state_dict(), path)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pandas as pd
 import torch
-from data import ROOT, Data, replacing, save
+from data import Data
+from files import replacing, save
 from networks import build_network
 from torch import nn
 from training import accuracy, finetune, is_main_process, load_weights, pretrain
@@ -17,7 +18,6 @@ from training import accuracy, finetune, is_main_process, load_weights, pretrain
 import abcnets
 from kernels.clock import machine
 
-RESULTS = ROOT / "notebooks" / "results"
 FILL = "python notebooks/experiment.py table --readme"  # as the README's markers name it
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -161,7 +161,7 @@ def record(
         "run": run, "dataset": data.name, "M": M, "N": N, "options": options, "seed": seed, "epochs": len(history),
         **{name: accuracies.get(name) for name in ("float", "binarized", "calibrated", "accuracy")},
         "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
-        "seconds": sum(entry["seconds"] for entry in history), **machine(),
+        "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
         "command": f"python notebooks/experiment.py {'finetune' if bases else 'pretrain'} --dataset {data.name}"
                    f"{bases}{flags} --epochs {len(history)}",
     }  # fmt: skip

@@ -11,12 +11,16 @@ Writes notebooks/results/speed.csv and the table of networks in kernels/README.m
 import argparse
 import copy
 import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
 
 import networks
 import pandas as pd
 import torch
-from data import ROOT
-from runs import RESULTS, write_csv
+from files import RESULTS, ROOT
+from runs import write_csv
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 
 import abcnets

@@ -1,4 +1,4 @@
-"""What a training step costs, binarized against float, and what torch.compile makes of it.
+"""What a training step costs, binarized against float; what torch.compile makes of it; what a forward pass costs.
 
 `experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case.
 """
@@ -99,13 +99,24 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),
             "float_mib": round(mib["float"]), "binarized_mib": round(mib["binarized"]),
-            "memory_ratio": round(mib["binarized"] / mib["float"], 3), **machine(),
+            "memory_ratio": round(mib["binarized"] / mib["float"], 3), **_where(common["device"]),
         }  # fmt: skip
+
+
+def _where(device: torch.device) -> dict:
+    return machine(device, torch.get_num_threads())
 
 
 def use_threads(count: int | None) -> None:
     if count:
         torch.set_num_threads(count)
+
+
+@torch.inference_mode()
+def milliseconds(networks: dict[str, torch.nn.Module], images: torch.Tensor, rounds: int = 9) -> dict[str, float]:
+    """Median milliseconds that each network takes for a batch, called in turns."""
+    calls = {name: functools.partial(network, images) for name, network in networks.items()}
+    return {name: 1000 * seconds for name, seconds in interleaved_medians(calls, rounds=rounds).items()}
 
 
 def measure_compiled(M: int | None, N: int | None, rounds: int, **common) -> Iterator[dict]:
@@ -124,5 +135,5 @@ def measure_compiled(M: int | None, N: int | None, rounds: int, **common) -> Ite
         yield {
             "network": "nine-layer", "what": what, "form": form, **bases, "batch_size": common["batch_size"],
             "eager_ms": round(ms["eager"], 2), "compiled_ms": round(ms["compiled"], 2),
-            "speedup": round(ms["eager"] / ms["compiled"], 3), **machine(),
+            "speedup": round(ms["eager"] / ms["compiled"], 3), **_where(common["device"]),
         }  # fmt: skip

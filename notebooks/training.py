@@ -11,7 +11,8 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather, patch_environment
-from data import Data, DataError, save, tqdm
+from data import Data, DataError
+from files import save, tqdm
 from networks import build_network
 from torch import Tensor, nn
 

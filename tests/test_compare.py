@@ -3,7 +3,7 @@
 import compare
 import pytest
 import torch
-from data import save
+from files import save
 from networks import nine_layer
 from runs import read_csv, write_csv
 from training import accuracy

@@ -6,7 +6,7 @@ import sys
 import experiment
 import runs
 import torch
-from data import ROOT, save
+from files import ROOT, save
 from runs import read_csv, write_csv
 from torch import nn
 

@@ -60,7 +60,7 @@ FORMS = {
     "simulation": lambda model: model,
     "bits": lambda model: abcnets.pack(model, engine="bits"),
     "float": lambda model: abcnets.pack(model, engine="float"),
-    "fused": lambda model: abcnets.fuse(abcnets.pack(model)),
+    "fused": lambda model: abcnets.fuse(abcnets.pack(model, engine="bits")),
 }
 
 

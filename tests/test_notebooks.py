@@ -3,7 +3,7 @@
 import nbformat
 import papermill
 import pytest
-from data import ROOT
+from files import ROOT
 from networks import build_network
 from runs import read_csv
 from training import accuracy

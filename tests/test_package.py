@@ -49,7 +49,7 @@ def copy_to(folder, *names):
 def test_one_file_alone_says_that_it_runs_floats_and_what_to_do(tmp_path):
     said = run(copy_to(tmp_path, "abcnets.py"), EXAMPLE)
     assert "'cpu': 'float convolutions: abcnets_kernels is neither installed nor" in said
-    assert said.count("packed layers run as float convolutions on cpu") == 1 and "copy kernels/ beside" in said
+    assert said.count("packed layers run as float convolutions on cpu") == 1 and "copy that folder there" in said
 
 
 def test_with_the_folder_beside_it_runs_bits(tmp_path):

@@ -17,6 +17,7 @@ from torch import nn
 import abcnets
 import kernels.fuse
 from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear, PackedLayer
+from kernels.cpu.system import has_vector_popcount
 
 
 @st.composite
@@ -110,7 +111,10 @@ def test_packing_weights_only_and_leaving_the_rest():
 
 def test_auto_runs_layers_beyond_the_limit_as_float():
     layers = [ABCLinear(4, 4, weight_bases=M, activation_bases=N, active=True) for M, N in ((4, 4), (5, 5), (1, 8))]
-    assert [abcnets.pack(layer).runs_bits() for layer in layers] == [True, False, True]
+    with_popcount = has_vector_popcount()
+    assert [abcnets.pack(layer).runs_bits() for layer in layers] == [with_popcount, False, with_popcount]
+    few = [ABCLinear(4, 4, weight_bases=M, activation_bases=N, active=True) for M, N in ((1, 1), (2, 2), (1, 4))]
+    assert all(abcnets.pack(layer).runs_bits() for layer in few)
     assert [abcnets.pack(layer).runs_bits("mps") for layer in layers] == [False, False, False]
 
 
@@ -327,7 +331,7 @@ def deep():
 def test_fused_models_hand_on_bits_and_put_out_the_same():
     x = torch.randn(64, 1, 16, 16)
     model = abcnets.calibrate(abcnets.convert(deep(), 2, 3), x, progress=False)
-    packed = abcnets.pack(model)
+    packed = abcnets.pack(model, engine="bits")
     fused = abcnets.fuse(packed)
     assert torch.allclose(packed(x), model(x), atol=1e-4)
     assert torch.equal(fused(x), packed(x))
@@ -341,7 +345,25 @@ def test_fused_models_hand_on_bits_and_put_out_the_same():
     ]
     fused(x)
     assert seen == [torch.int64, torch.int64, torch.float32, torch.int64, torch.float32] and len(handles) == 5
-    assert torch.allclose(abcnets.fuse(abcnets.pack(model))(x[:0]), packed(x[:0]))
+    assert torch.allclose(fused(x[:0]), packed(x[:0]))
+
+
+@pytest.mark.parametrize("M, N", [(1, 1), (2, 3), (5, 5)])
+def test_fused_models_run_what_is_faster_and_put_out_the_same(M, N):
+    """Left to "auto", a chain becomes bits only where these are faster; where thresholds were folded, it is bits."""
+    x = torch.randn(16, 1, 16, 16)
+    packed = abcnets.pack(abcnets.calibrate(abcnets.convert(deep(), M, N), x, progress=False))
+    fused = abcnets.fuse(packed)
+    difference = (fused(x) - packed(x)).abs().amax(1)
+    assert (difference < 1e-3).float().mean() > 0.9  # rounding may put a value on the other side of a threshold
+    for layer in fused.modules():
+        if isinstance(layer, PackedLayer):
+            spread = layer.thresholds[:, None].expand_as(layer.in_thresholds)
+            folded = layer.out_thresholds is not None or not torch.equal(layer.in_thresholds, spread)
+            assert layer.engine == "bits" or not folded and layer.engine == "auto"
+    for layer in packed.modules():
+        if isinstance(layer, PackedLayer):
+            assert layer.engine == "auto" and layer.out_thresholds is None
 
 
 def test_fused_thresholds_decide_as_the_modules_do():
@@ -378,7 +400,7 @@ class Residual(nn.Module):
 def test_sums_stay_float_in_a_fused_residual_network():
     x = torch.randn(16, 1, 8, 8)
     model = abcnets.calibrate(abcnets.convert(Residual().eval(), 2, 2), x, progress=False)
-    packed = abcnets.pack(model)
+    packed = abcnets.pack(model, engine="bits")
     fused = abcnets.fuse(packed)
     assert torch.equal(fused(x), packed(x))
     assert [fused.get_submodule(f"convs.{i}").out_thresholds is not None for i in range(4)] == [

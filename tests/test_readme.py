@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import speed
 import torch
-from runs import FILL, RESULTS, read_csv, readme_blocks
+from files import RESULTS
+from runs import FILL, read_csv, readme_blocks
 
 import abcnets
 from kernels.report import fill

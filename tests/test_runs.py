@@ -8,6 +8,7 @@ import pytest
 import runs
 import torch
 import training
+from files import RESULTS
 from runs import binarized, default_runs, keep_rows, pretrained, read_csv, results_table, write_csv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -56,7 +57,7 @@ def test_what_is_there_is_not_trained_again(few_digits, tmp_path, monkeypatch):
 
 def test_a_row_takes_the_place_of_its_like_and_others_stay_to_the_letter(tmp_path):
     """The tracked table, written again row by row as a run would, is the very same file."""
-    table = runs.RESULTS / "runs.csv"
+    table = RESULTS / "runs.csv"
     shutil.copy(table, tmp_path)
     for row in read_csv(table).to_dict("records"):
         row |= {name: None if pd.isna(row[name]) else int(row[name]) for name in "MN"}
@@ -67,14 +68,14 @@ def test_a_row_takes_the_place_of_its_like_and_others_stay_to_the_letter(tmp_pat
     assert [(row["accuracy"], row["new"]) for row in strings(tmp_path / "runs.csv") if row["new"]] == [("12.5", "1")]
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in runs.RESULTS.glob("*.csv")))
+@pytest.mark.parametrize("name", sorted(path.name for path in RESULTS.glob("*.csv")))
 def test_numbers_are_read_as_they_were_written(name, tmp_path):
-    rows = read_csv(runs.RESULTS / name)
+    rows = read_csv(RESULTS / name)
     write_csv(tmp_path / name, rows)
     pd.testing.assert_frame_equal(read_csv(tmp_path / name), rows)
     # An int among empty cells is read as a float: 3.0.
     whole = [column for column in rows if column not in ("M", "N", "bases", "seconds")]
-    first, second = (strings(folder / name) for folder in (runs.RESULTS, tmp_path))
+    first, second = (strings(folder / name) for folder in (RESULTS, tmp_path))
     assert all(one[column] == other[column] for one, other in zip(first, second, strict=True) for column in whole)
 
 

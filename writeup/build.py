@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
-from kernels.report import fill  # noqa: E402
-from writeup import claims, figures, tables  # noqa: E402
+from kernels.report import fill
+from writeup import claims, figures, tables
 
 COMMAND = "python writeup/build.py"
 WRITEUP = HERE / "writeup.md"

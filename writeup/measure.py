@@ -15,13 +15,13 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 
-import torch  # noqa: E402
-from data import load_data  # noqa: E402
-from runs import load_float, write_csv  # noqa: E402
-from training import accuracy  # noqa: E402
+import torch
+from data import load_data
+from runs import load_float, write_csv
+from training import accuracy
 
-import abcnets  # noqa: E402
-from kernels.clock import machine  # noqa: E402
+import abcnets
+from kernels.clock import machine
 
 RESULTS = HERE / "results"
 IMAGES = 2048
@@ -99,7 +99,7 @@ def main() -> None:
     data = load_data("fashion-mnist")
     network = load_float(data, options.out)
     RESULTS.mkdir(exist_ok=True)
-    where = machine()
+    where = machine(threads=torch.get_num_threads())
     write_csv(RESULTS / "weights.csv", [row | where for row in weight_errors(network)])
     float_accuracy = round(accuracy(network, data), 2)
     rows = []

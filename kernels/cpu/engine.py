@@ -30,7 +30,8 @@ HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; beyond, one float convolution is faster (bench.py)
+BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
+#                                        beyond, one float convolution is faster (bench.py)
 
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
@@ -40,17 +41,23 @@ plain = None  # the abcnets module whose operators run what is not computed here
 
 def pays(M, N, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
-    return 0 < M * N <= BITS_PAY_UP_TO and N <= MOST_BASES
+    return 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()] and N <= MOST_BASES
 
 
 def try_it() -> None:
-    """Compile and run the smallest kernel; raises whatever stands in the way (no Numba, an old NumPy)."""
+    """Compile and run small kernels of both kinds; raises whatever stands in the way (no Numba, an old NumPy)."""
     if not hasattr(np, "bitwise_count"):
         raise ImportError(f"NumPy {np.__version__} is too old: 2.0 or newer is needed")
     words = torch.tensor([5, 3, 8, 0]).view(1, 4, 1, 1)
     pooled = packed_max_pool(words, torch.zeros(4, dtype=torch.bool), 4, [2], [2], [0], [1], False)
     if pooled.flatten().tolist() != [7, 8]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {pooled.flatten().tolist()} instead of [7, 8]")
+    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    weight, flips = torch.ones(1, 1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
+    layer = weight, 2 * one, one[0], zero, flips, one[0], 1, [1, 1], [0] * 4, [1, 1], 1
+    outputs = packed_conv(torch.tensor([-1.0, 0.0, 3.0]).view(1, 1, 1, 3), *layer).flatten().tolist()
+    if outputs != [-1, 3, 3]:
+        raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
 
 
 # --------------------------------------------------------------------------- the convolution

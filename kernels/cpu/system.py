@@ -74,6 +74,16 @@ def run(address: int, argument: int, threads: int) -> None:
         _function(address)(argument)
 
 
+@functools.cache
+def has_vector_popcount() -> bool:
+    """Whether Numba compiles for a processor that counts the bits of 512-bit registers (AVX512_VPOPCNTDQ)."""
+    from llvmlite.binding import get_host_cpu_features
+    from numba.core import config
+
+    features = config.CPU_FEATURES or get_host_cpu_features().flatten()
+    return "+avx512vpopcntdq" in features.split(",")
+
+
 LARGE = 32 << 20  # bytes; smaller tensors come from memory that malloc keeps, without page faults
 _PAGE, _MADV_HUGEPAGE = 4096, 14
 

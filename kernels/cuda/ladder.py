@@ -30,9 +30,9 @@ from torch.nn import functional
 import abcnets
 
 from .. import check, registry
-from ..bench import BASES, FIRST_AUTHOR, RESNET_18, row_of
-from ..check import GPU, RUNG_SHAPE, Shape
+from ..check import BASES, FIRST_AUTHOR, GPU, RESNET_18, RUNG_SHAPE, Shape
 from ..clock import SIMULATED, input_sets, microseconds
+from ..report import row_of
 from . import (
     engine,
     rates,

@@ -1,0 +1,33 @@
+"""What the files of this folder share: where the repository is, progress bars, files written whole or not at all."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+import tqdm.auto
+
+if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
+    tqdm.auto.tqdm = tqdm.std.tqdm
+tqdm = tqdm.auto.tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "notebooks" / "results"
+
+
+def save(what, path: str | Path) -> None:
+    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
+    with replacing(Path(path)) as temporary:
+        torch.save(what, temporary)
+
+
+@contextlib.contextmanager
+def replacing(path: Path):
+    """A temporary file's name beside `path`, which takes its place if all goes well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
