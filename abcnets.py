@@ -375,7 +375,7 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
 
 def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
     """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
-    if torch.compiler.is_compiling():  # in one expression, which a compiler fuses and an exporter translates as it is
+    if torch.compiler.is_compiling() or type(R) not in (Tensor, nn.Parameter):  # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
         steps = [torch.where(r >= t, 2 * beta, 0) for t, beta in zip(thresholds, betas.to(r.dtype))]
         return torch.where(r.isnan(), r, sum(steps, -betas.sum())).to(R.dtype)
@@ -854,7 +854,7 @@ def _why_not(layer: nn.Module) -> str | None:
     if isinstance(layer, PackedLayer):
         return "packed already"
     if isinstance(layer, _ABCLayer):
-        return "binary already"
+        return "binary already" if layer.active else "binary, but switched off: binarize switches it on"
     if nn.parameter.is_lazy(getattr(layer, "weight", None)):
         return "its shape is not known yet: run the model once"
     if type(layer) in _ABC_OF:
@@ -1381,7 +1381,8 @@ def _unpack_bases(bits: Tensor, channels: int) -> Tensor:
 def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
     """Wq (O, C, *K) from its bits (M, O, *K, bytes) and alphas (M, O)."""
     B = _unpack_bases(bits, channels).to(alphas.dtype)
-    return torch.einsum("mo,mo...->o...", alphas, B).contiguous()
+    scales = alphas.view(*alphas.shape, *[1] * (B.ndim - 2))
+    return (scales * B).sum(0)  # a product that autocast leaves in float32
 
 
 _CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
@@ -1550,8 +1551,9 @@ def _define_operators() -> None:
 
 def _run_operator(plain, x: Tensor, *arguments) -> Tensor:
     """What runs where no engine is registered: perhaps none was looked for yet, as in a program that was exported."""
-    if "engine" in _engines().get(x.device.type, {}):
+    if "engine" in _engine(x.device.type):
         return getattr(torch.ops.abcnets, plain.__name__)(x, *arguments)
+    _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 
 
@@ -1563,8 +1565,18 @@ _define_operators()
 # ---------------------------------------------------------------------------------------------------------------------
 
 _PACKAGE = "abcnets_kernels"
-_loading = threading.RLock()
-_loaded: dict[str, dict] = {}  # what `register` of the package returned, once it was asked
+_loading, _looking = threading.Lock(), threading.Lock()
+_found: dict[str, dict] = {}  # what `register` of the package returned for a device, once it was asked
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _kernels(part: str):
@@ -1574,18 +1586,21 @@ def _kernels(part: str):
     """
     with _loading:
         if _PACKAGE not in sys.modules:
-            beside = Path(__file__).resolve().with_name("kernels") / "__init__.py"
-            if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
-                spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
-                sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
-                try:
-                    spec.loader.exec_module(sys.modules[_PACKAGE])
-                except BaseException:
-                    del sys.modules[_PACKAGE]
-                    raise
-            elif importlib.util.find_spec(_PACKAGE) is None:
-                raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}: "
-                                  "copy that folder there")  # fmt: skip
+            file = Path(__file__)
+            for beside in (path.with_name("kernels") / "__init__.py" for path in (file.absolute(), file.resolve())):
+                if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
+                    spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
+                    sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
+                    try:
+                        spec.loader.exec_module(sys.modules[_PACKAGE])
+                    except BaseException:
+                        del sys.modules[_PACKAGE]
+                        raise
+                    break
+            else:
+                if importlib.util.find_spec(_PACKAGE) is None:
+                    raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}: "
+                                      "copy that folder there")  # fmt: skip
         package = importlib.import_module(_PACKAGE)
     if package.INTERFACE != _INTERFACE:
         raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {__file__} has {_INTERFACE}: "
@@ -1593,40 +1608,47 @@ def _kernels(part: str):
     return importlib.import_module(f"{_PACKAGE}.{part}")
 
 
-def _engines() -> dict[str, dict]:
-    """What there is for each device (see `register` in kernels/registry.py); looked for once."""
-    if not _loaded:
-        with _loading:
-            if not _loaded:
-                try:
-                    _loaded.update(_kernels("registry").register(sys.modules[__name__]))
-                except Exception as error:
-                    none = {"missing": str(error), "install": "the folder kernels/ of this abcnets.py's version"}
-                    _loaded.update(cpu=none, cuda=none)
-    return _loaded
+def _engine(device: str) -> dict:
+    """What there is for a device (see `register` in kernels/registry.py); looked for once."""
+    if device not in _found:
+        with _looking:
+            if device not in _found:
+                # In a thread of its own, where no mode of the caller's reaches: default device, fake tensors, autocast.
+                looking = threading.Thread(target=_look_for_engine, args=(device,))
+                looking.start()
+                looking.join()
+    return _found[device]
+
+
+def _look_for_engine(device: str) -> None:
+    try:
+        if device not in ("cpu", "cuda"):
+            raise ImportError(f"there is no engine for {device}")
+        _found[device] = _kernels("registry").register(sys.modules[__name__], device, _forked)
+    except BaseException as error:
+        advice = "the folder kernels/ of this abcnets.py's version" if device in ("cpu", "cuda") else ""
+        _found[device] = {"missing": str(error), "install": advice}
 
 
 def engines() -> dict[str, str]:
     """What runs packed layers on each device, such as {"cpu": "numba", "cuda": "float convolutions: no NVIDIA GPU"}."""
-    return {
-        device: found.get("engine") or f"float convolutions: {found['missing']}" for device, found in _engines().items()
-    }
+    found = {device: _engine(device) for device in ("cpu", "cuda")}
+    return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
 
 @torch.compiler.assume_constant_result
 def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int, warn: bool = False) -> bool:
     """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
-    found = _engines().get(device, {})
-    if warn and "engine" not in found:
+    if warn and "engine" not in _engine(device):
         _warn_without_engine(device)
-    return "engine" in found and found["pays"](M, N, spatial_dims, groups)
+    return "engine" in _engine(device) and _engine(device)["pays"](M, N, spatial_dims, groups)
 
 
 @functools.cache
 def _warn_without_engine(device: str) -> None:
     """Say once that a device has no engine, and what would help, if anything would."""
-    found = _engines().get(device, {})
-    if found.get("install"):
+    found = _engine(device)
+    if found["install"]:
         warnings.warn(f"packed layers run as float convolutions on {device}, since {found['missing']}; for speed: "
                       f"{found['install']}", stacklevel=2)  # fmt: skip
 
@@ -1667,6 +1689,7 @@ class PackedLayer(nn.Module):
         self.padding = _padding_pairs(layer)
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
+        self.folded = False  # `fuse` sets it, where thresholds are no longer those of the state dict
         self.weight_bases, self.activation_bases = M, N or None
         device = layer.weight.device
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
@@ -1680,7 +1703,7 @@ class PackedLayer(nn.Module):
         self.register_buffer("in_flips", torch.zeros(self.channels, dtype=torch.bool, device=device), persistent=False)
         self.register_buffer("out_thresholds", None, persistent=False)
         self.register_buffer("out_flips", None, persistent=False)
-        self._Wq = None
+        self._unpacked = None  # Wq and the tensors that it was made from
 
     @classmethod
     def from_layer(cls, layer: _ABCLayer, engine: str = "auto"):
@@ -1698,19 +1721,29 @@ class PackedLayer(nn.Module):
                 packed.betas.copy_(layer.betas)
             if layer.bias is not None:
                 packed.bias.copy_(layer.bias)
-        packed._spread_thresholds()
+        packed.refresh()
         return packed.eval()
 
-    def _spread_thresholds(self) -> None:
-        self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
+    def refresh(self) -> None:
+        """Make anew what is derived from the tensors in the state dict; for when these were changed in place."""
+        self._unpacked = None
+        if not self.folded:
+            self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
+            self.in_flips.zero_()
 
-    def _load_from_state_dict(self, *arguments):
-        super()._load_from_state_dict(*arguments)
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
+        if self.folded:
+            errors.append(f"{prefix[:-1]} was folded by fuse, and its thresholds are in no state dict: load into the "
+                          "packed model, and fuse that")  # fmt: skip
+            return
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.refresh()
-        self._spread_thresholds()
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_unpacked": None}  # neither copies nor files hold it
 
     def _apply(self, fn, recurse=True):
-        self.refresh()
+        self._unpacked = None
         # Flat, since a memory format means nothing to bits: (M, O, kH, kW, bytes) is no 5-dimensional image.
         return super()._apply(lambda tensor: fn(tensor.reshape(-1)).view(tensor.shape), recurse)
 
@@ -1723,15 +1756,13 @@ class PackedLayer(nn.Module):
         return self._runs_bits(device or self.bits.device.type, warn=False)
 
     def _runs_bits(self, device: str, warn: bool) -> bool:
+        if self.folded:  # one float convolution knows no threshold a channel
+            return True
         if self.engine != "auto" or self.activation_bases is None:
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
             return True
         return _bits_pay(device, self.weight_bases, self.activation_bases, self.spatial_dims, self.groups, warn)
-
-    def refresh(self) -> None:
-        """Forget what was derived from the tensors (the unpacked weights); for when these were changed in place."""
-        self._Wq = None
 
     def forward(self, input: Tensor) -> Tensor:
         words = input.dtype == torch.int64
@@ -1757,27 +1788,40 @@ class PackedLayer(nn.Module):
             x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
         if x.dtype != torch.int64 and not self._runs_bits(x.device.type, warn=True):
-            return self._float_convolve(x, padding)
+            return self._float_convolve(x.detach(), padding).to(x.dtype)
         return torch.ops.abcnets.packed_conv.default(  # spares torch a search among overloads
             x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
             self.stride, padding, self.dilation, self.groups, self.out_thresholds, self.out_flips,
         )  # fmt: skip
 
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
-        if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
-            Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
-        else:
-            if self._Wq is None:
-                self._Wq = _unpack_weight(self.bits, self.alphas, self.channels // self.groups)
-            Wq = self._Wq
-        Aq = _staircase(x, self.thresholds, self.betas) if len(self.betas) else x
-        Wq, bias = Wq.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
+        if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # which few processors convolve fast
+            x = x.float()
+        Aq = _staircase(x, self.thresholds, self.betas) if self.activation_bases else x
+        Wq, bias = self._float_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)
         symmetric = padding[::2]
         if symmetric != padding[1::2]:
             Aq, symmetric = F.pad(Aq, _for_pad(padding)), 0
         return _CONVOLUTIONS[self.spatial_dims](Aq, Wq, bias, self.stride, symmetric, self.dilation, self.groups)
+
+    def _float_weight(self) -> Tensor:
+        """Wq, unpacked once for as long as the tensors are the same, in whatever mode the first call is made."""
+        bits, alphas, channels = self.bits, self.alphas, self.channels // self.groups
+        if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
+            return _unpack_weight(bits, alphas, channels)
+        if torch.compiler.is_compiling():
+            if self._unpacked is None:
+                self._unpacked = _unpack_weight(bits, alphas, channels), bits, alphas
+            return self._unpacked[0]
+        if self._unpacked is None or self._unpacked[1] is not bits or self._unpacked[2] is not alphas:
+            with torch.inference_mode(False), torch.no_grad():
+                Wq = _unpack_weight(bits, alphas, channels)
+            if type(Wq) is not Tensor:  # but a fake one, which only its tracer may see
+                return Wq
+            self._unpacked = Wq, bits, alphas
+        return self._unpacked[0]
 
     def extra_repr(self) -> str:
         size = f"{self.channels}, {self.out_channels}"
@@ -1834,10 +1878,12 @@ def save_packed(model: nn.Module, path) -> None:
         model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
         path: the file to write.
 
-    Raises: ValueError where the model has no packed layer, ImportError without safetensors.
+    Raises: ValueError where the model has no packed layer or is fused, ImportError without safetensors.
     """
     safetensors = _safetensors()
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
+    if any(isinstance(m, PackedLayer) and m.folded for m in model.modules()):
+        raise ValueError("save_packed writes what pack() returned; a fused model is made anew from that after loading")
     if not any(layer["kind"] == "packed" for layer in layers.values()):
         raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}

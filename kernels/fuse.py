@@ -29,6 +29,8 @@ class _Fusion:
 
     def __init__(self, abcnets, model: nn.Module):
         self.packed_layer = abcnets.PackedLayer
+        if any(self.is_packed(module) and module.folded for module in model.modules()):
+            raise ValueError("fuse takes what pack or load_packed returned; this model is fused already")
         try:
             graph = _tracer(abcnets).trace(model)
         except Exception as error:
@@ -64,7 +66,7 @@ class _Fusion:
         if self.is_packed(producing) and producing.runs_bits() and len(producer.users) == 1:
             functions = [self.function_of(link) for link in chain]
             producing.out_thresholds, producing.out_flips = fold(functions, layer)
-            producing.engine = layer.engine = "bits"  # nothing but bits is handed on from here
+            producing.folded = layer.folded = True
             source = producer
             for i in pools:
                 after = fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
@@ -72,7 +74,7 @@ class _Fusion:
         else:
             rest = chain[pools[-1] + 1 :] if pools else chain
             layer.in_thresholds, layer.in_flips = fold([self.function_of(link) for link in rest], layer)
-            layer.engine = "bits"  # one float convolution knows no threshold a channel
+            layer.folded = True
             source = chain[pools[-1]] if pools else producer
         node.replace_input_with(node.args[0], source)
 

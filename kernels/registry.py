@@ -1,4 +1,4 @@
-"""Which engine runs the packed operators on which device: `abcnets.py` asks once, at the first packed call."""
+"""Which engine runs the packed operators on a device: `abcnets.py` asks once for each, at its first packed call."""
 
 import importlib
 
@@ -10,22 +10,23 @@ NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgr
 _libraries = {}  # an operator's implementation lives as long as its library object
 
 
-def register(abcnets) -> dict[str, dict]:
-    """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation here.
+def register(abcnets, device: str, forked: bool = False) -> dict:
+    """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation on a device.
 
     Args:
         abcnets: the module that asks, whose plain operators run what an engine does not compute.
+        device: "cpu" or "cuda".
+        forked: whether this process was forked from one that may have used torch's threads.
 
-    Returns: for each device {"engine": name, "pays": a function (M, N, spatial_dims, groups) -> whether bits are faster
-        there than one float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}.
-        An engine is tried before it is registered, and registering twice is harmless.
+    Returns: {"engine": name, "pays": a function (M, N, spatial_dims, groups) -> whether bits are faster there than one
+        float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}. An engine is
+        tried before it is registered, and registering twice is harmless.
     """
-    no_gpu = {"missing": "no NVIDIA GPU", "install": ""}
-    return {"cpu": _find("cpu", abcnets), "cuda": _find("cuda", abcnets) if torch.cuda.is_available() else no_gpu}
-
-
-def _find(device: str, abcnets) -> dict:
+    if device == "cuda" and not torch.cuda.is_available():
+        return {"missing": "no NVIDIA GPU", "install": ""}
     try:
+        if forked:
+            importlib.import_module(".cpu.system", __package__).after_fork()
         engine = importlib.import_module(f".{device}.engine", __package__)
         engine.try_it()
     except Exception as error:  # whatever is missing, too old or broken, layers must still compute

@@ -152,6 +152,53 @@ def test_an_old_numpy_is_found_and_named(tmp_path):
     assert "engine: float convolutions: NumPy 1.26.4 is too old" in said
 
 
+# Whatever the circumstances of the first call
+
+
+FORKED = """
+import os, signal, torch, abcnets
+torch.set_num_threads(2)
+layer = abcnets.ABCConv2d(64, 64, 3, weight_bases=1, activation_bases=1, active=True)
+packed, x = abcnets.pack(layer), torch.randn(8, 64, 30, 30)
+expected = layer(x).detach().numpy()  # torch's threads are there now, and will not be in the child
+child = os.fork()
+if child == 0:
+    signal.alarm(120)
+    os._exit(0 if abs(packed(x).numpy() - expected).max() < 1e-3 and packed.runs_bits() else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no fork")
+def test_the_first_packed_call_may_be_in_a_forked_process(tmp_path):
+    run(copy_to(tmp_path, "abcnets.py", "kernels"), FORKED)
+
+
+def test_the_first_look_for_engines_may_be_in_any_mode(tmp_path):
+    copy_to(tmp_path, "abcnets.py", "kernels")
+    modes = """
+import torch, abcnets
+from torch._subclasses import FakeTensorMode
+torch.set_default_dtype(torch.float64)
+with torch.device("meta"), FakeTensorMode(), torch.autocast("cpu"), torch.inference_mode():
+    abcnets.engines()
+torch.set_default_dtype(torch.float32)
+"""
+    assert "engine: numba" in run(tmp_path, modes + FAST)
+
+
+def test_a_link_to_the_file_finds_the_folder_beside_either(tmp_path):
+    copy_to(tmp_path / "there", "abcnets.py", "kernels")
+    copy_to(tmp_path / "elsewhere", "abcnets.py")
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/abcnets.py").symlink_to(tmp_path / "there/abcnets.py")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/abcnets.py").symlink_to(tmp_path / "elsewhere/abcnets.py")
+    (tmp_path / "b/kernels").symlink_to(tmp_path / "there/kernels")
+    for folder in ("a", "b"):
+        assert "engine: numba" in run(tmp_path / folder, FAST)
+
+
 # In the repository
 
 

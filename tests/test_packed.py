@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import pickle
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import abcnets
 import kernels.fuse
@@ -360,10 +362,10 @@ def test_fused_models_run_what_is_faster_and_put_out_the_same(M, N):
         if isinstance(layer, PackedLayer):
             spread = layer.thresholds[:, None].expand_as(layer.in_thresholds)
             folded = layer.out_thresholds is not None or not torch.equal(layer.in_thresholds, spread)
-            assert layer.engine == "bits" or not folded and layer.engine == "auto"
+            assert layer.folded or not folded
     for layer in packed.modules():
         if isinstance(layer, PackedLayer):
-            assert layer.engine == "auto" and layer.out_thresholds is None
+            assert not layer.folded and layer.out_thresholds is None
 
 
 def test_fused_thresholds_decide_as_the_modules_do():
@@ -450,3 +452,93 @@ def test_fuse_says_what_it_can_not_trace():
 
     with pytest.raises(ValueError, match="torch.fx"):
         abcnets.fuse(abcnets.pack(Branching()))
+
+
+def test_a_fused_model_says_what_it_is_not_for(packed, tmp_path):
+    packed[3].engine = "bits"
+    x = torch.randn(3, 1, 8, 8)
+    fused = abcnets.fuse(packed)
+    y = fused(x)
+    for layer in fused.modules():
+        if isinstance(layer, PackedLayer):
+            layer.engine = "float"  # which knows no folded thresholds: they stay bits
+    assert torch.equal(fused(x), y)
+    with pytest.raises(RuntimeError, match="was folded by fuse"):
+        fused.load_state_dict(fused.state_dict())
+    assert torch.equal(fused(x), y)
+    with pytest.raises(ValueError, match="is fused already"):
+        abcnets.fuse(fused)
+    with pytest.raises(ValueError, match="made anew"):
+        abcnets.save_packed(fused, tmp_path / "model.safetensors")
+    assert list(tmp_path.iterdir()) == []
+
+
+# What is kept between calls
+
+
+@pytest.fixture(params=["bits", "float"])
+def pair(request):
+    """An ABC layer, its packed form on either engine, and an input."""
+    torch.manual_seed(0)
+    layer = ABCConv2d(40, 24, 3, padding=1, weight_bases=2, activation_bases=2, active=True)
+    return layer.requires_grad_(False), abcnets.pack(layer, engine=request.param), torch.randn(2, 40, 6, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_the_default_dtype_is_no_matter(pair, dtype):
+    layer, packed, x = pair
+    expected = packed(x)
+    torch.set_default_dtype(dtype)
+    try:
+        for _ in range(20):
+            assert torch.equal(packed(x), expected)
+        with torch.device("meta"):
+            assert torch.equal(packed(x), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_the_mode_of_the_first_call_is_no_matter(pair):
+    layer, packed, x = pair
+    first = copy.deepcopy(packed)
+    with torch.autocast("cpu", torch.bfloat16):
+        first(x)
+    assert torch.allclose(first(x), layer(x), atol=1e-5)
+    first = copy.deepcopy(packed)
+    with torch.inference_mode():
+        first(x)
+    trainable = nn.Conv2d(40, 40, 1)
+    assert torch.allclose(nn.Sequential(trainable, first)(x), layer(trainable(x)), atol=1e-5)
+    first = copy.deepcopy(packed)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert first(mode.from_tensor(x)).shape == (2, 24, 6, 6)
+    assert torch.allclose(first(x), layer(x), atol=1e-5)
+
+
+def test_changed_tensors_are_seen(pair):
+    layer, packed, x = pair
+    packed(x)
+    state = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
+    state["alphas"] *= 2
+    bias = layer.bias[:, None, None]
+    doubled = 2 * (layer(x) - bias) + bias
+    assert torch.allclose(torch.func.functional_call(packed, state, x), doubled, atol=1e-4)
+    assert torch.allclose(packed(x), layer(x), atol=1e-5)
+    packed.alphas.mul_(2)
+    packed.thresholds.add_(0.3)
+    packed.refresh()
+    layer.vs -= 0.3
+    assert torch.allclose(packed(x), 2 * (layer(x) - bias) + bias, atol=1e-4)
+    empty = copy.deepcopy(packed).to_empty(device="cpu")
+    empty.in_flips.fill_(True)
+    empty.load_state_dict(packed.state_dict())
+    assert torch.equal(empty(x), packed(x))
+
+
+def test_copies_and_pickles_hold_no_unpacked_weights(pair):
+    _, packed, x = pair
+    before = len(pickle.dumps(packed))
+    y = packed(x)
+    assert len(pickle.dumps(packed)) == before
+    for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
+        assert torch.equal(twin(x), y)

@@ -52,10 +52,10 @@ def try_it() -> None:
     pooled = packed_max_pool(words, torch.zeros(4, dtype=torch.bool), 4, [2], [2], [0], [1], False)
     if pooled.flatten().tolist() != [7, 8]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {pooled.flatten().tolist()} instead of [7, 8]")
-    one, zero = torch.ones(1, 1), torch.zeros(1, 1)
+    one, zero = torch.ones(1, 1, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.float32)
     weight, flips = torch.ones(1, 1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
     layer = weight, 2 * one, one[0], zero, flips, one[0], 1, [1, 1], [0] * 4, [1, 1], 1
-    outputs = packed_conv(torch.tensor([-1.0, 0.0, 3.0]).view(1, 1, 1, 3), *layer).flatten().tolist()
+    outputs = packed_conv(torch.tensor([-1, 0, 3]).float().view(1, 1, 1, 3), *layer).flatten().tolist()
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
 
@@ -236,10 +236,10 @@ class Plan:
 
     def _empty_output(self, layer):
         if not layer.out_bases:
-            return system.in_large_pages(torch.empty(self.output_shape))
+            return system.in_large_pages(torch.empty(self.output_shape, dtype=torch.float32, device="cpu"))
         if layer.blocks * layout.BLOCK % 64:  # the last word's upper blocks are nobody's to write
-            return torch.zeros(self.output_shape, dtype=torch.int64)
-        return torch.empty(self.output_shape, dtype=torch.int64)
+            return torch.zeros(self.output_shape, dtype=torch.int64, device="cpu")
+        return torch.empty(self.output_shape, dtype=torch.int64, device="cpu")
 
 
 class Workspace:
@@ -333,7 +333,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
 
     words = words.contiguous()
     B, P, N = words.shape[0], *words.shape[-2:]
-    output = torch.empty((B, *output_size, P, N), dtype=torch.int64)
+    output = torch.empty((B, *output_size, P, N), dtype=torch.int64, device="cpu")
     flip_words = layout.flip_words(flips.numpy())
     job = PoolJob(
         input=words.data_ptr(),

@@ -20,13 +20,14 @@ import torch
 _forked = False  # OpenMP's threads do not survive a fork, and waiting for them would never end
 
 
-def _after_fork():
+def after_fork() -> None:
+    """This process is a forked one: from now on kernels run on the calling thread."""
     global _forked
     _forked = True
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
+    os.register_at_fork(after_in_child=after_fork)
 
 
 class Pool:

@@ -60,7 +60,8 @@ class Layer:
         # Copies: what is kept beside a tensor must not keep it alive.
         self.alphas_MO = alphas.to(torch.float32, copy=True).contiguous()
         self.betas_N = betas.to(torch.float32, copy=True).contiguous()
-        self.bias_O = torch.zeros(self.O, device=self.device) if bias is None else bias.to(torch.float32, copy=True)
+        none = torch.zeros(self.O, dtype=torch.float32, device=self.device)
+        self.bias_O = none if bias is None else bias.to(torch.float32, copy=True)
         self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
         self.center_xor = self.C * self.KH * self.KW // 2
         self.center_and = self.C * self.KH * self.KW // 4
@@ -188,7 +189,7 @@ class Place:
         return self._no_poison.get(batch, self._zeros, batch)
 
     def _zeros(self, batch):
-        return torch.zeros(batch, self.height, self.width, device=self.layer.device)
+        return torch.zeros(batch, self.height, self.width, dtype=torch.float32, device=self.layer.device)
 
     @cached_property
     def taps(self) -> torch.Tensor:
@@ -226,7 +227,8 @@ class Place:
         Not channels_last: eight neighbouring threads of a tensor-core tile hold eight neighbouring pixels of one
         channel, which is a full 32-byte sector; and it is what the operator promises to torch.compile.
         """
-        return torch.empty(batch, self.layer.O, self.out_height, self.out_width, device=self.layer.device)
+        shape = batch, self.layer.O, self.out_height, self.out_width
+        return torch.empty(shape, dtype=torch.float32, device=self.layer.device)
 
     def output_words(self, batch: int, bases: int) -> torch.Tensor:
         """An empty result in bits, (B, H', W', ceil(O / 64), N')."""

@@ -96,7 +96,7 @@ def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
     B, C, H, W = x_BCHW.shape
     N, P = len(thresholds_NC), words_of(C)
     words = torch.empty(B, H, W, P, N, dtype=torch.int64, device=x_BCHW.device)
-    poison = torch.zeros(B, H, W, device=x_BCHW.device)
+    poison = torch.zeros(B, H, W, dtype=torch.float32, device=x_BCHW.device)
     pixels = B * H * W
     constants = thresholds_NC.float().contiguous(), flips_C.contiguous().view(torch.uint8)
     if not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last):
