@@ -82,9 +82,7 @@ __all__ = [
 ]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Shifts and levels
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Shifts and levels
 
 
 def even_shifts(M: int) -> Tensor:
@@ -186,9 +184,7 @@ def _check_bases(name: str, count: int) -> None:
         raise ValueError(f"{name} must be a positive integer, or None to leave that side float; got {count!r}")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Weights
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Weights
 
 
 def weight_bases(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
@@ -317,9 +313,7 @@ class _QuantizeWeight(torch.autograd.Function):
         return G, torch.stack(G_us).to(us.dtype), None
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Activations
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Activations
 
 
 def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor) -> Tensor:
@@ -426,9 +420,7 @@ class _QuantizeActivation(torch.autograd.Function):
         return G_R, G_vs, G_betas
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Layers
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Layers
 
 
 class _ABCLayer(nn.Module):
@@ -751,9 +743,7 @@ class ABCLinear(_ABCLayer, nn.Linear):
 _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Whole models
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Whole models
 
 
 def binarize(module: nn.Module, active: bool = True) -> nn.Module:
@@ -1343,9 +1333,7 @@ def _first_tensor(output) -> Tensor | None:
     return next((tensor for part in parts if (tensor := _first_tensor(part)) is not None), None)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: bits and the operators on them
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Packed: bits, operators
 #
 # Weights are stored as uint8 (M, O, *K, ceil(C / 8)): bit c % 8 of byte c // 8 is 1 where B_m = +1 at channel c of the
 # group, spare bits are 0. That is the file format, whatever machine wrote it.
@@ -1560,9 +1548,7 @@ def _run_operator(plain, x: Tensor, *arguments) -> Tensor:
 _define_operators()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: engines
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Packed: engines
 
 _PACKAGE = "abcnets_kernels"
 _loading, _looking = threading.Lock(), threading.Lock()
@@ -1653,9 +1639,7 @@ def _warn_without_engine(device: str) -> None:
                       f"{found['install']}", stacklevel=2)  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: layers and models
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Packed: layers, models, files
 
 
 class PackedLayer(nn.Module):
@@ -1787,7 +1771,10 @@ class PackedLayer(nn.Module):
         if self.padding_mode != "zeros":
             x = F.pad(x, _for_pad(padding), mode=self.padding_mode)
             padding = (0,) * len(padding)
-        if x.dtype != torch.int64 and not self._runs_bits(x.device.type, warn=True):
+        as_floats = not self._runs_bits(x.device.type, warn=True)
+        if x.dtype == torch.float64:  # no engine computes in it
+            as_floats |= self.engine == "auto" and not self.folded
+        if as_floats and x.dtype != torch.int64:
             return self._float_convolve(x.detach(), padding).to(x.dtype)
         return torch.ops.abcnets.packed_conv.default(  # spares torch a search among overloads
             x, self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias, self.channels,
@@ -2003,9 +1990,7 @@ def _digest(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Packed inference: fused and exported, by abcnets_kernels
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------- Packed: fused, exported
 
 
 def fuse(model: nn.Module) -> "torch.fx.GraphModule":
