@@ -201,7 +201,8 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
 def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | None:
     """The index of one option (error, cost, ...) a layer, of least summed error with costs within the budgets.
 
-    An integer program: x_lc in {0, 1}, one of each layer's is 1. Costs are integers, errors scaled to the largest.
+    An integer program: x_lc in {0, 1}, one of each layer's is 1. Costs are integers. Errors are scaled so that the
+    largest is a million, since the solver is content within a millionth of the optimum.
     """
     try:
         import numpy as np
@@ -212,7 +213,7 @@ def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | 
     of_layer = np.repeat(np.arange(len(options)), [len(choices) for choices in options])
     one_each = LinearConstraint(np.arange(len(options))[:, None] == of_layer, 1, 1)
     within = [LinearConstraint(cost[None] / max(budget, 1), ub=min(budget, 1)) for cost, budget in zip(costs, budgets)]
-    solution = milp(error / (error.max() or 1), integrality=np.ones(len(error)), bounds=Bounds(0, 1),
+    solution = milp(1e6 * error / (error.max() or 1), integrality=np.ones(len(error)), bounds=Bounds(0, 1),
                     constraints=[one_each, *within], options={"mip_rel_gap": 0})  # fmt: skip
     if solution.x is None:
         return None
