@@ -1622,12 +1622,14 @@ def engines() -> dict[str, str]:
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
 
-@torch.compiler.assume_constant_result
 def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int, warn: bool = False) -> bool:
     """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
     if warn and "engine" not in _engine(device):
         _warn_without_engine(device)
     return "engine" in _engine(device) and _engine(device)["pays"](M, N, spatial_dims, groups)
+
+
+_bits_pay._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
 
 
 @functools.cache

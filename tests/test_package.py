@@ -14,7 +14,7 @@ EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), r
 
 FAST = """
 import torch, abcnets
-layer = abcnets.ABCConv2d(40, 24, 3, padding=1, weight_bases=2, activation_bases=2, active=True)
+layer = abcnets.ABCConv2d(40, 24, 3, padding=1, weight_bases=2, activation_bases=1, active=True)
 packed, x = abcnets.pack(layer), torch.randn(2, 40, 9, 9)
 assert torch.allclose(packed(x), layer(x), atol=1e-4)
 print("engine:", abcnets.engines()["cpu"])

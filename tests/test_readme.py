@@ -48,7 +48,7 @@ def test_abcnets_alone_in_an_empty_folder(tmp_path):
     (tmp_path / "abcnets.py").write_text((ROOT / "abcnets.py").read_text())
     script = """
 import sys, torch, abcnets
-assert not {"numba", "safetensors", "pandas"} & set(sys.modules)
+assert not {"numba", "safetensors", "pandas", "torch._dynamo"} & set(sys.modules)
 model = torch.nn.Sequential(*[torch.nn.Conv2d(4, 4, 3) for _ in range(3)])
 binary = abcnets.calibrate(abcnets.convert(model, 2, 2), torch.randn(8, 4, 9, 9), progress=False)
 x = torch.randn(2, 4, 9, 9)
