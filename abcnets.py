@@ -1557,8 +1557,8 @@ _forked = False
 
 
 def _after_fork() -> None:
-    global _forked
-    _forked = True
+    global _forked, _loading, _looking
+    _forked, _loading, _looking = True, threading.Lock(), threading.Lock()  # whoever held them is not here
 
 
 if hasattr(os, "register_at_fork"):
@@ -1676,7 +1676,7 @@ class PackedLayer(nn.Module):
         self.padding = _padding_pairs(layer)
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
-        self.folded = False  # `fuse` sets it, where thresholds are no longer those of the state dict
+        self.fused = self.folded = False  # `fuse` sets them: a tensor, or the thresholds, differ from the state dict's
         self.weight_bases, self.activation_bases = M, N or None
         device = layer.weight.device
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
@@ -1714,13 +1714,13 @@ class PackedLayer(nn.Module):
     def refresh(self) -> None:
         """Make anew what is derived from the tensors in the state dict; for when these were changed in place."""
         self._unpacked = None
-        if not self.folded:
+        if not self.fused:
             self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
             self.in_flips.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
-        if self.folded:
-            errors.append(f"{prefix[:-1]} was folded by fuse, and its thresholds are in no state dict: load into the "
+        if self.fused:
+            errors.append(f"{prefix[:-1]} was folded by fuse, and what was folded is in no state dict: load into the "
                           "packed model, and fuse that")  # fmt: skip
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
@@ -1777,12 +1777,18 @@ class PackedLayer(nn.Module):
         as_floats = not self._runs_bits("cpu" if x.is_cpu else x.device.type, warn=True)
         if x.dtype == torch.float64:  # no engine computes in it
             as_floats |= self.engine == "auto" and not self.folded
+        if x.requires_grad:
+            x = x.detach()
         if as_floats and x.dtype != torch.int64:
-            return self._float_convolve(x.detach(), padding).to(x.dtype)
+            return self._float_convolve(x, padding).to(x.dtype)
         own = self._buffers  # as attributes they would be looked for in three places: a fifth of a small call's time
+        try:
+            tensors = [own[name] for name in ("bits", "alphas", "betas", "in_thresholds", "in_flips", "bias")]
+        except KeyError:  # somebody made a parameter of one
+            tensors = [self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias]
         return torch.ops.abcnets.packed_conv.default(
-            x, own["bits"], own["alphas"], own["betas"], own["in_thresholds"], own["in_flips"], own["bias"],
-            self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
+            x, *tensors, self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"],
+            own["out_flips"],
         )  # fmt: skip
 
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
@@ -1873,7 +1879,7 @@ def save_packed(model: nn.Module, path) -> None:
     """
     safetensors = _safetensors()
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
-    if any(isinstance(m, PackedLayer) and m.folded for m in model.modules()):
+    if any(getattr(m, "fused", False) for m in model.modules()):
         raise ValueError("save_packed writes what pack() returned; a fused model is made anew from that after loading")
     if not any(layer["kind"] == "packed" for layer in layers.values()):
         raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")
@@ -2001,15 +2007,17 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     """Keep bits between the layers of a packed model: BatchNorm, ReLU and max-pool become thresholds and ORs.
 
     Between two packed layers, whatever is elementwise and monotone in each channel only moves the next layer's
-    thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. How, and what
-    is folded where that cannot be, is told in kernels/fuse.py.
+    thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. From then on
+    these layers run bits. Packed layers that run as floats (see `PackedLayer.runs_bits`) stay as they are, but for a
+    BatchNorm behind them. How, and what is folded where that cannot be, is told in kernels/fuse.py.
 
     Args:
         model: what `pack` or `load_packed` returned; it is not touched.
 
     Returns: a torch.fx.GraphModule with the same outputs, to rounding. NaN in the input raises ValueError where it
         would have to become bits.
-    Raises: ValueError where the model can't be traced by torch.fx, ImportError without the package abcnets_kernels.
+    Raises: ValueError where the model can't be traced by torch.fx or is fused already, ImportError without the package
+        abcnets_kernels.
     """
     return _kernels("fuse").fuse(sys.modules[__name__], model)
 

@@ -29,7 +29,7 @@ class _Fusion:
 
     def __init__(self, abcnets, model: nn.Module):
         self.packed_layer = abcnets.PackedLayer
-        if any(self.is_packed(module) and module.folded for module in model.modules()):
+        if any(getattr(module, "fused", False) for module in model.modules()):
             raise ValueError("fuse takes what pack or load_packed returned; this model is fused already")
         try:
             graph = _tracer(abcnets).trace(model)
@@ -50,6 +50,7 @@ class _Fusion:
         self.fused.graph.eliminate_dead_code()
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
+        self.fused.fused = True  # for `fuse` and `save_packed`, which take what was not
         return self.fused
 
     def module_of(self, node) -> nn.Module | None:
@@ -66,7 +67,7 @@ class _Fusion:
         if self.is_packed(producing) and producing.runs_bits() and len(producer.users) == 1:
             functions = [self.function_of(link) for link in chain]
             producing.out_thresholds, producing.out_flips = fold(functions, layer)
-            producing.folded = layer.folded = True
+            producing.fused = producing.folded = layer.fused = layer.folded = True
             source = producer
             for i in pools:
                 after = fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
@@ -74,7 +75,7 @@ class _Fusion:
         else:
             rest = chain[pools[-1] + 1 :] if pools else chain
             layer.in_thresholds, layer.in_flips = fold([self.function_of(link) for link in rest], layer)
-            layer.folded = True
+            layer.fused = layer.folded = True
             source = chain[pools[-1]] if pools else producer
         node.replace_input_with(node.args[0], source)
 
@@ -91,6 +92,7 @@ class _Fusion:
             shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
             layer.alphas = layer.alphas * scale
             layer.bias = shift if layer.bias is None else layer.bias * scale + shift
+            layer.fused = True
             layer.refresh()
         else:
             return

@@ -174,6 +174,18 @@ def test_the_first_packed_call_may_be_in_a_forked_process(tmp_path):
     run(copy_to(tmp_path, "abcnets.py", "kernels"), FORKED)
 
 
+def test_a_processor_that_is_not_known_runs_floats(tmp_path):
+    """With no features but those of every such processor, bits pay for few bases only."""
+    copy_to(tmp_path, "abcnets.py", "kernels")
+    many = """
+import abcnets
+layer = abcnets.ABCLinear(9, 9, weight_bases=4, activation_bases=4, active=True)
+print("many:", abcnets.pack(layer).runs_bits())
+"""
+    for name in ({"NUMBA_CPU_NAME": "generic"}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):
+        assert "many: False" in run(tmp_path, many, **name)
+
+
 def test_the_first_look_for_engines_may_be_in_any_mode(tmp_path):
     copy_to(tmp_path, "abcnets.py", "kernels")
     modes = """

@@ -542,3 +542,23 @@ def test_copies_and_pickles_hold_no_unpacked_weights(pair):
     assert len(pickle.dumps(packed)) == before
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(twin(x), y)
+
+
+def test_a_model_of_which_only_norms_were_folded_is_fused_too(tmp_path):
+    x = torch.randn(8, 1, 16, 16)
+    packed = abcnets.pack(abcnets.calibrate(abcnets.convert(deep(), 2, 2), x, progress=False), engine="float")
+    fused = abcnets.fuse(packed)
+    assert torch.allclose(fused(x), packed(x), atol=1e-3)
+    with pytest.raises(RuntimeError, match="was folded by fuse"):
+        fused.load_state_dict(packed.state_dict(), strict=False)
+    for refuse in (abcnets.fuse, lambda model: abcnets.save_packed(model, tmp_path / "model.safetensors")):
+        with pytest.raises(ValueError, match="fused"):
+            refuse(fused)
+
+
+def test_no_gradient_passes_and_a_buffer_may_be_a_parameter(pair):
+    _, packed, x = pair
+    expected = packed(x)
+    assert not packed(x.clone().requires_grad_()).requires_grad
+    packed.alphas = nn.Parameter(packed.alphas.clone(), requires_grad=False)
+    assert torch.equal(packed(x), expected)

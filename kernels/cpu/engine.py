@@ -58,6 +58,7 @@ def try_it() -> None:
     outputs = packed_conv(torch.tensor([-1, 0, 3]).float().view(1, 1, 1, 3), *layer).flatten().tolist()
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
+    pays(1, 1, 2, 1)
 
 
 # --------------------------------------------------------------------------- the convolution

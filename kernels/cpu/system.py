@@ -78,10 +78,9 @@ def run(address: int, argument: int, threads: int) -> None:
 @functools.cache
 def has_vector_popcount() -> bool:
     """Whether Numba compiles for a processor that counts the bits of 512-bit registers (AVX512_VPOPCNTDQ)."""
-    from llvmlite.binding import get_host_cpu_features
-    from numba.core import config
+    from numba.core import codegen, config
 
-    features = config.CPU_FEATURES or get_host_cpu_features().flatten()
+    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
     return "+avx512vpopcntdq" in features.split(",")
 
 
