@@ -1783,7 +1783,7 @@ class PackedLayer(nn.Module):
             return self._float_convolve(x, padding).to(x.dtype)
         own = self._buffers  # as attributes they would be looked for in three places: a fifth of a small call's time
         try:
-            tensors = [own[name] for name in ("bits", "alphas", "betas", "in_thresholds", "in_flips", "bias")]
+            tensors = own["bits"], own["alphas"], own["betas"], own["in_thresholds"], own["in_flips"], own["bias"]
         except KeyError:  # somebody made a parameter of one
             tensors = [self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias]
         return torch.ops.abcnets.packed_conv.default(
