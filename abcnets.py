@@ -1676,7 +1676,7 @@ class PackedLayer(nn.Module):
         self.padding = _padding_pairs(layer)
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
-        self.fused = self.folded = False  # `fuse` sets them: a tensor, or the thresholds, differ from the state dict's
+        self.fused = self.folded = False  # `fuse` sets them: part of a fused model; thresholds were folded in
         self.weight_bases, self.activation_bases = M, N or None
         device = layer.weight.device
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
@@ -1714,14 +1714,14 @@ class PackedLayer(nn.Module):
     def refresh(self) -> None:
         """Make anew what is derived from the tensors in the state dict; for when these were changed in place."""
         self._unpacked = None
-        if not self.fused:
+        if not self.folded:
             self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
             self.in_flips.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self.fused:
-            errors.append(f"{prefix[:-1]} was folded by fuse, and what was folded is in no state dict: load into the "
-                          "packed model, and fuse that")  # fmt: skip
+            errors.append(f"{prefix[:-1]} is in a fused model, and what was folded by fuse in no state dict: load into "
+                          "the packed model, and fuse that")  # fmt: skip
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.refresh()
@@ -1785,7 +1785,7 @@ class PackedLayer(nn.Module):
         try:
             tensors = own["bits"], own["alphas"], own["betas"], own["in_thresholds"], own["in_flips"], own["bias"]
         except KeyError:  # somebody made a parameter of one
-            tensors = [self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias]
+            tensors = self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias
         return torch.ops.abcnets.packed_conv.default(
             x, *tensors, self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"],
             own["out_flips"],
@@ -1879,7 +1879,7 @@ def save_packed(model: nn.Module, path) -> None:
     """
     safetensors = _safetensors()
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
-    if any(getattr(m, "fused", False) for m in model.modules()):
+    if any(isinstance(m, PackedLayer) and m.fused for m in model.modules()):
         raise ValueError("save_packed writes what pack() returned; a fused model is made anew from that after loading")
     if not any(layer["kind"] == "packed" for layer in layers.values()):
         raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")

@@ -41,11 +41,11 @@ class _OtherName(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
 
     def create_module(self, spec):
         module = importlib.import_module(self._real(spec.name))
-        self._spec = module.__spec__
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module):
-        module.__spec__ = self._spec  # which the import system has just replaced by the alias's
+        module.__spec__ = module.__spec__.loader_state  # the import system has just put the alias's in its place
 
     def get_source(self, name):
         real = importlib.util.find_spec(self._real(name))

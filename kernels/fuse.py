@@ -29,7 +29,7 @@ class _Fusion:
 
     def __init__(self, abcnets, model: nn.Module):
         self.packed_layer = abcnets.PackedLayer
-        if any(getattr(module, "fused", False) for module in model.modules()):
+        if any(self.is_packed(module) and module.fused for module in model.modules()):
             raise ValueError("fuse takes what pack or load_packed returned; this model is fused already")
         try:
             graph = _tracer(abcnets).trace(model)
@@ -41,16 +41,17 @@ class _Fusion:
         nodes = list(self.fused.graph.nodes)
         for node in nodes:
             layer = self.module_of(node)
-            if self.is_packed(layer) and layer.runs_bits() and layer.padding_mode == "zeros" and layer.groups == 1:
-                if layer.activation_bases:
-                    self.fold_input(node, layer)
+            if self.is_packed(layer) and self.takes_bits(layer):
+                self.fold_input(node, layer)
         for node in nodes:
             if type(self.module_of(node)) in _BATCH_NORMS:
                 self.fold_norm(node)
         self.fused.graph.eliminate_dead_code()
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
-        self.fused.fused = True  # for `fuse` and `save_packed`, which take what was not
+        for module in self.fused.modules():
+            if self.is_packed(module):
+                module.fused = True
         return self.fused
 
     def module_of(self, node) -> nn.Module | None:
@@ -58,6 +59,11 @@ class _Fusion:
 
     def is_packed(self, module) -> bool:
         return isinstance(module, self.packed_layer)
+
+    @staticmethod
+    def takes_bits(layer) -> bool:
+        has_bases = layer.activation_bases is not None
+        return has_bases and layer.runs_bits() and layer.padding_mode == "zeros" and layer.groups == 1
 
     def fold_input(self, node, layer) -> None:
         """Fold what lies between a packed layer and its producer into thresholds: the producer's, or else its own."""
@@ -67,7 +73,7 @@ class _Fusion:
         if self.is_packed(producing) and producing.runs_bits() and len(producer.users) == 1:
             functions = [self.function_of(link) for link in chain]
             producing.out_thresholds, producing.out_flips = fold(functions, layer)
-            producing.fused = producing.folded = layer.fused = layer.folded = True
+            producing.folded = layer.folded = True
             source = producer
             for i in pools:
                 after = fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
@@ -75,7 +81,7 @@ class _Fusion:
         else:
             rest = chain[pools[-1] + 1 :] if pools else chain
             layer.in_thresholds, layer.in_flips = fold([self.function_of(link) for link in rest], layer)
-            layer.fused = layer.folded = True
+            layer.folded = True
             source = chain[pools[-1]] if pools else producer
         node.replace_input_with(node.args[0], source)
 
@@ -92,7 +98,6 @@ class _Fusion:
             shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
             layer.alphas = layer.alphas * scale
             layer.bias = shift if layer.bias is None else layer.bias * scale + shift
-            layer.fused = True
             layer.refresh()
         else:
             return

@@ -562,3 +562,17 @@ def test_no_gradient_passes_and_a_buffer_may_be_a_parameter(pair):
     assert not packed(x.clone().requires_grad_()).requires_grad
     packed.alphas = nn.Parameter(packed.alphas.clone(), requires_grad=False)
     assert torch.equal(packed(x), expected)
+
+
+def test_a_module_of_the_users_may_be_called_fused(tmp_path):
+    class Named(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.fused = nn.Conv2d(1, 4, 1), ABCConv2d(4, 4, 3, active=True)
+
+        def forward(self, x):
+            return self.fused(self.first(x))
+
+    packed, x = abcnets.pack(Named().eval()), torch.randn(2, 1, 6, 6)
+    abcnets.save_packed(packed, tmp_path / "model.safetensors")
+    assert torch.allclose(abcnets.fuse(packed)(x), packed(x), atol=1e-4)
