@@ -1661,6 +1661,9 @@ class PackedLayer(nn.Module):
     Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
     """
 
+    # What `fuse` sets: part of a fused model; thresholds were folded in; so was what runs over the channels of a batch.
+    fused = folded = batched = False
+
     def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto"):
         """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict."""
         if engine not in ("auto", "bits", "float"):
@@ -1676,7 +1679,6 @@ class PackedLayer(nn.Module):
         self.padding = _padding_pairs(layer)
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
-        self.fused = self.folded = False  # `fuse` sets them: part of a fused model; thresholds were folded in
         self.weight_bases, self.activation_bases = M, N or None
         device = layer.weight.device
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
@@ -1752,15 +1754,21 @@ class PackedLayer(nn.Module):
         return _bits_pay(device, self.weight_bases, self.activation_bases, self.spatial_dims, self.groups, warn)
 
     def forward(self, input: Tensor) -> Tensor:
-        words = input.dtype == torch.int64
-        if not words and not input.is_floating_point():
-            raise TypeError(f"a packed layer takes floating-point input, or another one's words, got {input.dtype}")
+        words = input.dtype == torch.int64 and self.folded
         if not words:
+            if not input.is_floating_point():
+                raise TypeError(f"a packed layer takes floating-point input, got {input.dtype}")
             self._check_shape(input)
-        if words or input.ndim == self.spatial_dims + 2:
+        dimensions = self.spatial_dims + (3 if words else 2)
+        if input.ndim == dimensions:
             return self._convolve(input)
+        if self.batched:
+            raise ValueError(f"fuse folded into this layer what runs over the channels of a batch: it takes input of "
+                             f"{dimensions} dimensions, got shape {tuple(input.shape)}")  # fmt: skip
         if self.spatial_dims == 0:  # any number of leading dimensions
-            return self._convolve(input.reshape(-1, self.channels)).reshape(*input.shape[:-1], self.out_channels)
+            leading = input.shape[: -2 if words else -1]
+            rows = self._convolve(input.reshape(-1, *input.shape[len(leading) :]))
+            return rows.reshape(*leading, *rows.shape[1:])
         return self._convolve(input[None])[0]
 
     def _check_shape(self, input: Tensor) -> None:
@@ -2009,15 +2017,17 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     Between two packed layers, whatever is elementwise and monotone in each channel only moves the next layer's
     thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. From then on
     these layers run bits. Packed layers that run as floats (see `PackedLayer.runs_bits`) stay as they are, but for a
-    BatchNorm behind them. How, and what is folded where that cannot be, is told in kernels/fuse.py.
+    BatchNorm behind them. So does everything of which it can't be shown that the outputs stay the same: layers that
+    are called more than once or have hooks, values with another reader, norms over another dimension than the
+    channels. How that is shown, and what is folded where there are no bits, is told in kernels/fuse.py.
 
     Args:
-        model: what `pack` or `load_packed` returned; it is not touched.
+        model: what `pack` or `load_packed` returned, in float32; it is not touched.
 
     Returns: a torch.fx.GraphModule with the same outputs, to rounding. NaN in the input raises ValueError where it
-        would have to become bits.
-    Raises: ValueError where the model can't be traced by torch.fx or is fused already, ImportError without the package
-        abcnets_kernels.
+        would have to become bits, and so does input without a batch where a norm or a pool was folded in.
+    Raises: ValueError where the model can't be traced by torch.fx, changes its own tensors, has hooks of its own (those
+        of its modules stay), holds no packed layer or is fused already; ImportError without abcnets_kernels.
     """
     return _kernels("fuse").fuse(sys.modules[__name__], model)
 

@@ -9,10 +9,18 @@ result is needed in float folds into the scales and bias of the convolution in f
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
+
+What has to hold, or everything stays as it is:
+
+- a layer that is changed is called once, by nobody but the graph, and nobody looks at what goes into it or comes out;
+- what is taken away had one reader, and no memory that it or its input lies in is written to by others (`_Memory`);
+- a norm runs over the layer's own channels. Which dimension these are in depends on whether there is a batch, so a
+  layer with a norm or a pool folded in takes batches only (`PackedLayer.batched`).
 """
 
 import copy
 import math
+import operator
 
 import torch
 import torch.nn.functional as F
@@ -29,24 +37,32 @@ class _Fusion:
 
     def __init__(self, abcnets, model: nn.Module):
         self.packed_layer = abcnets.PackedLayer
-        if any(self.is_packed(module) and module.fused for module in model.modules()):
-            raise ValueError("fuse takes what pack or load_packed returned; this model is fused already")
+        _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
+        own = _own_tensors(model)
         try:
             graph = _tracer(abcnets).trace(model)
         except Exception as error:
             raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
+        if own != _own_tensors(model):
+            raise ValueError("fuse needs a model whose forward pass leaves its own tensors as they are")
+        _check_in_place(graph)
         self.fused = torch.fx.GraphModule(model, graph)
+        calls = [self.module_of(node) for node in graph.nodes if node.op == "call_module"]
+        self.called_once = {module for module in calls if calls.count(module) == 1}
+        self.seen = {child for module in calls for child in module.modules() if child is not module}
+        for node in graph.nodes:  # a module whose tensors the model itself reads
+            if node.op == "get_attr":
+                self.seen.add(self.fused.get_submodule(node.target.rpartition(".")[0]))
+        self.memory = _Memory(self)
 
     def run(self) -> torch.fx.GraphModule:
-        nodes = list(self.fused.graph.nodes)
-        for node in nodes:
+        for node in list(self.fused.graph.nodes):
             layer = self.module_of(node)
-            if self.is_packed(layer) and self.takes_bits(layer):
+            if self.is_packed(layer) and self.is_own(layer) and self.takes_bits(layer):
                 self.fold_input(node, layer)
-        for node in nodes:
+        for node in list(self.fused.graph.nodes):
             if type(self.module_of(node)) in _BATCH_NORMS:
                 self.fold_norm(node)
-        self.fused.graph.eliminate_dead_code()
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
         for module in self.fused.modules():
@@ -60,88 +76,269 @@ class _Fusion:
     def is_packed(self, module) -> bool:
         return isinstance(module, self.packed_layer)
 
-    @staticmethod
-    def takes_bits(layer) -> bool:
-        has_bases = layer.activation_bases is not None
+    def is_own(self, module) -> bool:
+        """Whether a module is called once, and by this graph alone: one that can be changed."""
+        return module in self.called_once and self.is_plain(module)
+
+    def is_plain(self, module) -> bool:
+        """Whether nobody else calls a module, reads its tensors or has hooks on it: one that can be left out."""
+        return module not in self.seen and not _is_watched(module)
+
+    def takes_bits(self, layer) -> bool:
+        has_bases = type(layer) is self.packed_layer and layer.activation_bases is not None
         return has_bases and layer.runs_bits() and layer.padding_mode == "zeros" and layer.groups == 1
 
     def fold_input(self, node, layer) -> None:
         """Fold what lies between a packed layer and its producer into thresholds: the producer's, or else its own."""
-        chain, producer = self.monotone_chain(node)
-        producing = self.module_of(producer)
-        pools = [i for i, link in enumerate(chain) if self.pool_of(link)]
-        if self.is_packed(producing) and producing.runs_bits() and len(producer.users) == 1:
-            functions = [self.function_of(link) for link in chain]
-            producing.out_thresholds, producing.out_flips = fold(functions, layer)
-            producing.folded = layer.folded = True
-            source = producer
-            for i in pools:
-                after = fold(functions[i + 1 :], layer)[1]  # the direction of what follows the pool
-                source = self.insert_pool(chain[i], source, after, layer.channels)
+        chain, producer = self.monotone_chain(node, layer)
+        pools = [i for i, link in enumerate(chain) if self.pool_of(link, layer)]
+        hands_on_bits = producer is not None and self.hands_on_bits(producer, layer)
+        if pools and not hands_on_bits:
+            producer, chain, pools = chain[pools[-1]], chain[pools[-1] + 1 :], []
+        folds = [self.folded(chain[start:], layer) for start in (0, *(i + 1 for i in pools))]
+        if producer is None or None in folds:
+            return
+        source, changed = producer, self.module_of(producer) if hands_on_bits else layer
+        changed.batched |= any(type(self.module_of(link)) in (*_BATCH_NORMS, *_POOLS) for link in chain)
+        layer.folded = changed.folded = True
+        if hands_on_bits:
+            changed.out_thresholds, changed.out_flips = folds[0]
+            for i, (_, flips) in zip(pools, folds[1:]):  # the direction of what follows the pool
+                source = self.insert_pool(chain[i], source, flips, layer)
         else:
-            rest = chain[pools[-1] + 1 :] if pools else chain
-            layer.in_thresholds, layer.in_flips = fold([self.function_of(link) for link in rest], layer)
-            layer.folded = True
-            source = chain[pools[-1]] if pools else producer
+            layer.in_thresholds, layer.in_flips = folds[0]
         node.replace_input_with(node.args[0], source)
+        for link in reversed(chain):
+            self.fused.graph.erase_node(link)
+
+    def hands_on_bits(self, producer, layer) -> bool:
+        """Whether what comes is a packed layer's output, in the same dimensions, and nobody else reads it."""
+        producing = self.module_of(producer)
+        if type(producing) is not self.packed_layer or not self.is_own(producing) or len(producer.users) > 1:
+            return False
+        fits = (producing.spatial_dims, producing.out_channels) == (layer.spatial_dims, layer.channels)
+        return fits and producing.runs_bits()
+
+    def folded(self, chain, layer) -> tuple[Tensor, Tensor] | None:
+        return fold([self.function_of(link, layer) for link in chain], layer)
 
     def fold_norm(self, node) -> None:
         """Fold a BatchNorm whose float output is wanted into the convolution that feeds it alone, packed or stock."""
-        norm, producer = self.module_of(node), node.args[0]
-        layer = self.module_of(producer)
-        if len(producer.users) > 1 or not norm.track_running_stats:
+        norm, producer = self.module_of(node), _argument(node)
+        layer = None if producer is None else self.module_of(producer)
+        if layer is None or not self.is_own(layer) or len(producer.users) > 1:
             return
-        if type(layer) in (nn.Conv1d, nn.Conv2d, nn.Conv3d):
-            self.fused.set_submodule(producer.target, torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm))
-        elif self.is_packed(layer) and layer.spatial_dims > 0:
-            scale = (norm.running_var + norm.eps).rsqrt() * (1 if norm.weight is None else norm.weight)
-            shift = (0 if norm.bias is None else norm.bias) - norm.running_mean * scale
+        is_packed = type(layer) is self.packed_layer
+        dims = layer.spatial_dims if is_packed else _CONVOLUTIONS.get(type(layer), 0)
+        if dims == 0 or self.statistics(node, dims, layer.out_channels) is None:
+            return
+        mean, var, weight, bias = self.statistics(node, dims, layer.out_channels)
+        scale = (var + norm.eps).rsqrt() * (1 if weight is None else weight)
+        shift = (0 if bias is None else bias) - mean * scale
+        if not (scale.isfinite() & shift.isfinite()).all():
+            return
+        if is_packed:
             layer.alphas = layer.alphas * scale
             layer.bias = shift if layer.bias is None else layer.bias * scale + shift
+            layer.batched = True
             layer.refresh()
+        elif dims > 1:  # a stock one can't ask for a batch; in two or more dimensions the norm did
+            self.fused.set_submodule(producer.target, torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm))
         else:
             return
         node.replace_all_uses_with(producer)
+        self.fused.graph.erase_node(node)
 
-    def monotone_chain(self, node) -> tuple[list, torch.fx.Node]:
+    def monotone_chain(self, node, layer) -> tuple[list, torch.fx.Node | None]:
         """The single-use links in front of a node that only move its thresholds, first to last, and what feeds them."""
-        chain = []
-        link = node.args[0]
-        while len(link.users) == 1 and (self.function_of(link) or self.pool_of(link)):
+        chain, link = [], _argument(node)
+        while link is not None and len(link.users) == 1 and self.is_link(link, layer):
+            source = _argument(link)
+            if source is None or not self.memory.is_constant(source) or not self.memory.is_constant(link):
+                break
             chain.insert(0, link)
-            link = link.args[0]
+            link = source
         return chain, link
 
-    def function_of(self, node):
-        """What a node does to a tensor with channels in dimension 1, where that is monotone; else None."""
+    def is_link(self, node, layer) -> bool:
+        return self.function_of(node, layer) is not None or self.pool_of(node, layer) is not None
+
+    def function_of(self, node, layer):
+        """What a node does to a tensor with the layer's channels in dimension 1, where that is monotone; else None."""
         module = self.module_of(node)
+        if module is not None and not self.is_plain(module):
+            return None
         if type(module) in _MONOTONE_MODULES:
             return module
-        if type(module) in _BATCH_NORMS and module.track_running_stats:
-            statistics = (module.running_mean, module.running_var, module.weight, module.bias)
+        statistics = self.statistics(node, layer.spatial_dims, layer.channels)
+        if statistics is not None:
             return lambda z: F.batch_norm(z, *statistics, eps=module.eps)
         if node.op in ("call_function", "call_method") and node.target in _RELUS:
             return torch.relu
         return None
 
-    def pool_of(self, node) -> nn.Module | None:
-        module = self.module_of(node)
-        return module if type(module) in _POOLS and not module.return_indices else None
+    def statistics(self, node, dims: int, channels: int) -> tuple | None:
+        """Mean, variance, weight and bias of a BatchNorm over the channels of layers of so many dimensions."""
+        norm = self.module_of(node)
+        if dims not in _BATCH_NORMS.get(type(norm), ()) or norm.num_features != channels or not self.is_plain(norm):
+            return None
+        tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
+        kept = all(tensor is not None for tensor in tensors[:2])
+        return tensors if kept and all(t is None or t.dtype == torch.float32 for t in tensors) else None
 
-    def insert_pool(self, link, source, flips: Tensor, channels: int):
+    def pool_of(self, node, layer) -> nn.Module | None:
+        module = self.module_of(node)
+        if _POOLS.get(type(module)) != layer.spatial_dims or module.return_indices or not self.is_plain(module):
+            return None
+        return module
+
+    def insert_pool(self, link, source, flips: Tensor, layer):
         """A max-pool of words in the place of one of floats."""
-        pool = self.pool_of(link)
-        dims = _POOLS[type(pool)]
+        pool = self.module_of(link)
         sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        sizes = [[size] * dims if isinstance(size, int) else list(size) for size in sizes]
+        sizes = [[size] * layer.spatial_dims if isinstance(size, int) else list(size) for size in sizes]
         name = f"{link.name}_flips"
         self.fused.register_buffer(name, flips, persistent=False)
         graph = self.fused.graph
         with graph.inserting_after(source):
             flips_node = graph.get_attr(name)
         with graph.inserting_after(flips_node):
-            arguments = (source, flips_node, channels, *sizes, pool.ceil_mode)
+            arguments = (source, flips_node, layer.channels, *sizes, pool.ceil_mode)
             return graph.call_function(torch.ops.abcnets.packed_max_pool.default, arguments)
+
+
+class _Memory:
+    """Which values of a traced model share memory, and which lie in memory that is written to after they were made.
+
+    Work in place does no harm where nobody else can see it: over a fresh result that has one reader. What comes out
+    is then as good as fresh. All that is not known here is taken to hand on the memory of whatever it is given; and
+    what is neither torch's nor Python's, to write to it.
+    """
+
+    def __init__(self, fusion: _Fusion):
+        self._module_of, self._packed_layer = fusion.module_of, fusion.packed_layer
+        self._fresh = set()  # values in memory of their own
+        self._owned = set()  # values whose memory only their one reader can reach
+        group = {}  # value -> all that may share its memory
+        self._written = set()
+        for node in fusion.fused.graph.nodes:
+            group[node] = {node}
+            source = self._source_of(node)
+            if self._is_fresh(node) or (self._works_in_place(node) and source in self._owned):
+                self._fresh.add(node)
+            else:
+                for other in node.all_input_nodes:
+                    group[node] |= group[other]
+                for value in group[node]:
+                    group[value] = group[node]
+                if self._works_in_place(node) or self._may_write(node):
+                    self._written |= group[node] - {node}
+            is_same = type(self._module_of(node)) in _IDENTITIES and source in self._owned
+            if len(node.users) == 1 and (node in self._fresh or is_same):
+                self._owned.add(node)
+
+    def is_constant(self, node) -> bool:
+        """Whether a value stays, for as long as it is there, what it was when it was made."""
+        return node not in self._written
+
+    @staticmethod
+    def _source_of(node) -> torch.fx.Node | None:
+        """What a node passes on or writes over."""
+        return node.args[0] if node.target in _IN_PLACE else _argument(node)
+
+    def _works_in_place(self, node) -> bool:
+        """Whether a node writes its result over what it is given first, and nothing else."""
+        if node.op == "call_module":
+            module = self._module_of(node)
+            return type(module) in _MONOTONE_MODULES and getattr(module, "inplace", False) and not _is_watched(module)
+        if node.op in ("call_function", "call_method") and node.target in _RELUS:
+            return node.target in (torch.relu_, "relu_") or _is_asked(node, "inplace")
+        return node.op == "call_function" and node.target in _IN_PLACE
+
+    def _is_fresh(self, node) -> bool:
+        if self._works_in_place(node) or self._may_write(node):
+            return False
+        if node.op == "call_module":
+            kinds = (self._packed_layer, nn.Linear, *_CONVOLUTIONS, *_BATCH_NORMS, *_POOLS, *_MONOTONE_MODULES)
+            return type(self._module_of(node)) in kinds and type(self._module_of(node)) not in _IDENTITIES
+        if node.op not in ("call_function", "call_method"):
+            return False
+        # A sum of tensors is a new one; of tuples it holds the same tensors.
+        known = any(source in self._fresh for source in node.all_input_nodes)
+        return node.target in _RELUS or (known and node.target in _ARITHMETIC)
+
+    def _may_write(self, node) -> bool:
+        """Whether anything that a node is given may be another thing afterwards."""
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return False
+        if node.op == "call_module":
+            module = self._module_of(node)
+            return _is_watched(module) or getattr(module, "inplace", False) or next(module.children(), None) is not None
+        if isinstance(node.target, torch._ops.OpOverload):
+            return node.target._schema.is_mutable
+        if node.op == "call_function":
+            origin = str(getattr(node.target, "__module__", None)).partition(".")[0]
+            if origin not in ("torch", "_operator", "math", "builtins"):
+                return True
+        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+        writes = name.endswith("_") and not name.endswith("__")
+        return writes or name == "setitem" or _is_asked(node, "inplace") or node.kwargs.get("out") is not None
+
+
+def _check_model(model: nn.Module, layers: list) -> None:
+    if not layers:
+        raise ValueError("fuse takes what pack or load_packed of this abcnets returned; this model has no packed layer")
+    if any(layer.fused for layer in layers):
+        raise ValueError("fuse takes what pack or load_packed returned; this model is fused already")
+    for layer in layers:
+        if layer.alphas.dtype != torch.float32 or layer.alphas.is_meta:
+            raise ValueError(f"fuse computes with numbers in float32, but those of a layer are {layer.alphas.dtype} on "
+                             f"{layer.alphas.device}: convert or move the fused model instead")  # fmt: skip
+    if _is_watched(model):
+        raise ValueError("fuse would lose the hooks or the forward method that this model itself was given: give them "
+                         "to the fused model")  # fmt: skip
+
+
+def _check_in_place(graph) -> None:
+    """x += y changes a tensor for all who hold it, but makes a new number: which of both it is, no trace says.
+
+    Only where x is what a module put out it is known to be a tensor. Elsewhere the old x must not be used any more.
+    """
+    changed = {}
+    for node in graph.nodes:
+        for value in changed.keys() & set(node.all_input_nodes):
+            raise ValueError(f"fuse can't tell what {node.name} gets: another name for {value.name}, which "
+                             f"{changed[value].name} has changed by += or its kin. Write x = x + y there")  # fmt: skip
+        if node.op == "call_function" and node.target in _IN_PLACE and node.args[0].op != "call_module":
+            changed[node.args[0]] = node
+
+
+def _own_tensors(model: nn.Module) -> dict:
+    """What can be told of the model's tensors without reading them: which they are, and how often they were changed."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: (id(t), None if t.is_inference() else t._version) for name, t in tensors.items()}
+
+
+def _argument(node) -> torch.fx.Node | None:
+    """The one value that a node is given, where that (and whether to work in place) is all it is given."""
+    options = [*node.args[1:], *node.kwargs.values()]
+    if not node.args or not isinstance(node.args[0], torch.fx.Node) or node.kwargs.keys() - {"inplace"}:
+        return None
+    return node.args[0] if all(isinstance(option, bool) for option in options) else None
+
+
+def _is_asked(node, option: str) -> bool:
+    """Whether a function of torch.nn.functional is given an option, by name or by place."""
+    given = dict(node.kwargs)
+    if node.op == "call_function" and hasattr(node.target, "__code__"):
+        code = node.target.__code__
+        given |= zip(code.co_varnames[: code.co_argcount], node.args)
+    return given.get(option, False) is not False
+
+
+def _is_watched(module: nn.Module) -> bool:
+    """Whether somebody has hooks on a module, or gave it another forward method than its class's."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
 def _tracer(abcnets) -> torch.fx.Tracer:
@@ -151,22 +348,43 @@ def _tracer(abcnets) -> torch.fx.Tracer:
         def is_leaf_module(self, module, name):
             return isinstance(module, whole) or super().is_leaf_module(module, name)
 
+        def proxy(self, node):
+            return _Proxy(node, self)
+
     return Tracer()
 
 
+class _Proxy(torch.fx.Proxy):
+    """torch.fx's, for which x += y is not x = x + y: whoever else holds x would not see it."""
+
+
+def _stays_in_place(function):
+    def method(self, other):
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+_IN_PLACE = [getattr(operator, name) for name in torch.fx.graph.inplace_methods if name != "setitem"]
+for _function in _IN_PLACE:
+    setattr(_Proxy, f"__{_function.__name__}__", _stays_in_place(_function))
+
 # Non-decreasing, elementwise. BatchNorm is monotone in each channel, in either direction.
-_MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
+_MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, *_IDENTITIES)
+_BATCH_NORMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}  # over channels of which layers
+_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
 _POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 
 
-def fold(functions: list, layer) -> tuple[Tensor, Tensor]:
+def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:
     """Thresholds (N, C) and flips (C,) on z with (z >= thresholds) != flips where f(z) >= the layer's own thresholds.
 
     f, the composition, is monotone in each channel, so each threshold is the smallest float32 for which a comparison
     comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
-    32 evaluations. Max-pools have no entry: they commute.
+    32 evaluations. Max-pools are entries None: they commute. Returns None where f puts out NaN for numbers.
     """
     N, C = layer.in_thresholds.shape
     wanted = layer.thresholds[:, None]
@@ -177,7 +395,9 @@ def fold(functions: list, layer) -> tuple[Tensor, Tensor]:
         return z
 
     extreme = torch.finfo(torch.float32).max
-    low, high = (f(wanted.new_full((1, C), value))[0] for value in (-extreme, extreme))
+    low, middle, high = (f(wanted.new_full((1, C), value))[0] for value in (-extreme, 0, extreme))
+    if (low.isnan() | middle.isnan() | high.isnan()).any():
+        return None
     flips = high < low
 
     def passed(key):  # monotone in the key: False, then True
