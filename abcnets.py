@@ -1385,7 +1385,7 @@ def packed_conv(
 
     Shape:
         x: (B, C, *S) floating point, with A_n = +1 where (x >= thresholds[n, c]) != flips[c]; or words (B, *S, P, N).
-            S is empty for a linear layer.
+            S is empty for a linear layer, and B any number of dimensions.
         bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C); flips (C,) bool;
         bias (O,) or None. N = 0: x enters as it is.
         padding: (low, high) per spatial dimension; padded taps are 0, neither +1 nor -1.
@@ -1402,11 +1402,13 @@ def packed_conv(
     y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
     if out_thresholds is None:
         return y.to(result).contiguous()
+    z = y.movedim(1 if stride else -1, -1)
+    flags = (z >= out_thresholds.view(-1, *[1] * (z.ndim - 1), z.shape[-1])) ^ out_flips
     if as_flags:
-        return _compared(y, out_thresholds, out_flips)
+        return flags
     if y.isnan().any():
         raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input or bias holds a NaN")
-    return _pack_words(_compared(y, out_thresholds, out_flips))
+    return _pack_words(flags)
 
 
 # Flags (N, B, *S, C) are what words (B, *S, P, N) hold, as booleans.
@@ -1420,17 +1422,12 @@ def _unpack_words(words: Tensor, channels: int) -> Tensor:
     return unpack_bits(words.movedim(-1, 0), channels)
 
 
-def _compared(y: Tensor, thresholds: Tensor, flips: Tensor) -> Tensor:
-    """Flags (N, B, *S, C) of floats y (B, C, *S)."""
-    return (y.movedim(1, -1)[None] >= thresholds.view(-1, *[1] * (y.ndim - 1), y.shape[1])) ^ flips
-
-
 def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups):
     """y (B, O, *S') of `packed_conv`, in float32 or wider, for x in floats (B, C, *S) or flags."""
     dims = bits.ndim - 3
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype == torch.bool:
-        Aq = torch.einsum("n,n...->...", betas.to(compute), 2 * x.to(compute) - 1).movedim(-1, 1)
+        Aq = torch.einsum("n,n...->...", betas.to(compute), 2 * x.to(compute) - 1).movedim(-1, 1 if dims else -1)
     else:
         Aq = x = x.to(compute)
         if len(betas):
@@ -1485,15 +1482,16 @@ def _packed_conv_fake(
     out_thresholds, out_flips,
 ):  # fmt: skip
     from_words = x.dtype == torch.int64
-    B, *sizes = x.shape[:-2] if from_words else (x.shape[0], *x.shape[2:])
     O, *kernel = bits.shape[1:-1]
+    places = x.shape[:-2] if from_words else x.shape[:1] + x.shape[2:] if kernel else x.shape[:-1]
+    B, sizes = places[: len(places) - len(kernel)], places[len(places) - len(kernel) :]
     out = [
         (size + low + high - d * (k - 1) - 1) // s + 1
         for size, (low, high), k, s, d in zip(sizes, _pairs(padding), kernel, stride, dilation)
     ]
     if out_thresholds is not None:
-        return x.new_empty((B, *out, -(-O // 64), len(out_thresholds)), dtype=torch.int64)
-    return x.new_empty((B, O, *out), dtype=torch.float32 if from_words else x.dtype)
+        return x.new_empty((*B, *out, -(-O // 64), len(out_thresholds)), dtype=torch.int64)
+    return x.new_empty((*B, O, *out), dtype=torch.float32 if from_words else x.dtype)
 
 
 def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
@@ -1765,11 +1763,7 @@ class PackedLayer(nn.Module):
         if self.batched:
             raise ValueError(f"fuse folded into this layer what runs over the channels of a batch: it takes input of "
                              f"{dimensions} dimensions, got shape {tuple(input.shape)}")  # fmt: skip
-        if self.spatial_dims == 0:  # any number of leading dimensions
-            leading = input.shape[: -2 if words else -1]
-            rows = self._convolve(input.reshape(-1, *input.shape[len(leading) :]))
-            return rows.reshape(*leading, *rows.shape[1:])
-        return self._convolve(input[None])[0]
+        return self._convolve(input) if self.spatial_dims == 0 else self._convolve(input[None])[0]
 
     def _check_shape(self, input: Tensor) -> None:
         axis = -1 - self.spatial_dims

@@ -52,14 +52,14 @@ def _plain_program(abcnets, model: nn.Module, example: Tensor) -> torch.export.E
             layer.us = None
     # torch.export takes sizes 0 and 1 for constants: the example must be a batch of two or more.
     example = example.detach().cpu().expand(max(2, len(example)), *example.shape[1:])
-    try:
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-    except Exception as error:
-        raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error
-
     # With flags in the place of words: no format has to be kept, and ONNX Runtime adds int64 only up to 53 bits.
     operators = torch.ops.abcnets
-    return program.run_decompositions({
+    plain = {
         operators.packed_conv.default: functools.partial(abcnets.packed_conv, as_flags=True),
         operators.packed_max_pool.default: functools.partial(abcnets.packed_max_pool, as_flags=True),
-    })  # fmt: skip
+    }
+    try:
+        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        return program.run_decompositions(plain)
+    except Exception as error:
+        raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error

@@ -45,6 +45,13 @@ def words_of(channels: int) -> int:
 # --------------------------------------------------------------------------- geometry
 
 
+def by_rows(packed_conv, x, *layer):
+    """A linear layer on floats (..., C) or words (..., P, N): `packed_conv` knows one dimension in front of these."""
+    own = 1 if x.is_floating_point() else 2
+    rows = packed_conv(x.reshape(-1, *x.shape[-own:]), *layer)
+    return rows.reshape(*x.shape[:-own], *rows.shape[1:])
+
+
 @dataclass(frozen=True)
 class Geometry:
     """One convolution's (or pooling's) spatial side, in three dimensions.

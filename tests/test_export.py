@@ -114,6 +114,18 @@ def test_packed_weights_stay_bits_in_the_file(form, tmp_path):
     assert large < 2000  # a header's worth; one unpacked layer would be 20 kB and more
 
 
+def test_linear_layers_of_more_dimensions_are_exported_and_compiled(tmp_path):
+    """Every transformer's MLP: Linear, ReLU, Linear on (B, T, C)."""
+    torch.manual_seed(0)
+    first, second = ABCLinear(70, 66, active=True), ABCLinear(66, 5, active=True)
+    exported, x = FORMS["fused"](nn.Sequential(first, nn.ReLU(), second).eval()), torch.randn(2, 3, 70)
+    expected = exported(x)
+    abcnets.export_onnx(exported, x, tmp_path / "model.onnx")
+    assert torch.allclose(in_onnxruntime(tmp_path / "model.onnx", x), expected, atol=1e-4)
+    assert torch.allclose(torch.export.export(exported, (x,)).module()(x), expected, atol=1e-4)
+    assert torch.allclose(torch.compile(exported, fullgraph=True)(x), expected, atol=1e-4)
+
+
 def test_what_can_not_be_exported_is_said_in_a_sentence(tmp_path, monkeypatch):
     class Branching(nn.Module):
         def forward(self, x):

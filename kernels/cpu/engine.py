@@ -70,6 +70,9 @@ def packed_conv(
 ):  # fmt: skip
     """abcnets::packed_conv, as abcnets.py documents it."""
     tensors = (bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
+    if not stride and x.ndim != (3 if x.dtype is torch.int64 else 2):
+        geometry = channels, stride, padding, dilation, groups
+        return layout.by_rows(packed_conv, x, *tensors[:6], *geometry, *tensors[6:])
     layer = _layers.get(tensors, channels, groups)
     readable, kind = layer.readable(x)
     if kind is not None:

@@ -21,7 +21,7 @@ from contextlib import nullcontext
 import torch
 
 from ..cache import Beside
-from ..layout import pool_output
+from ..layout import by_rows, pool_output
 from . import rung1_pack, rung5_bases, rung6_tensorcore, rung7_wgmma, rung8_fused
 from .launch import Kernel, int32
 from .layer import Layer
@@ -68,6 +68,8 @@ def packed_conv(
         out_thresholds, out_flips,
     )  # fmt: skip
     N, dims = len(betas), bits.ndim - 3
+    if dims == 0 and x.ndim != (3 if x.dtype == torch.int64 else 2):
+        return by_rows(packed_conv, *arguments)
     applies = groups == 1 and dims <= 2 and 0 < N <= 16 and len(bits) <= 16 and x.dtype != torch.float64
     if not applies or x.numel() == 0:
         return plain.packed_conv(*arguments)
