@@ -168,7 +168,7 @@ def fold(functions: list, layer) -> tuple[Tensor, Tensor]:
     comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
     32 evaluations. Max-pools have no entry: they commute.
     """
-    N, C = layer.in_thresholds.shape
+    N, C = len(layer.thresholds), layer.channels
     wanted = layer.thresholds[:, None]
 
     def f(z):

@@ -177,6 +177,11 @@ if SIMULATED:
         y = cuda_engine.packed_conv(words, *arguments[1:-2], None, None)
         assert error_of(y, reference((*arguments[:-2], None, None))) < 3e-6
 
+    def test_operator_takes_one_threshold_for_all_channels():
+        arguments = list(random_layer(**SHAPES["33 channels"]))
+        arguments[4], arguments[5] = arguments[4][:, 0].contiguous(), None
+        assert error_of(cuda_engine.packed_conv(*arguments), reference(arguments)) < 3e-6
+
     def test_operator_refuses_to_say_nan_in_bits():
         arguments = random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=1)
         arguments[0][0, 5, 0, 0] = math.nan
