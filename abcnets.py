@@ -66,6 +66,7 @@ import os
 import sys
 import threading
 import warnings
+import weakref
 from pathlib import Path
 
 import torch
@@ -1377,8 +1378,8 @@ _CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
 def packed_conv(
-    x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor, bias: Tensor | None,
-    channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
+    x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor | None,
+    bias: Tensor | None, channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
     out_thresholds: Tensor | None, out_flips: Tensor | None, *, as_flags: bool = False,
 ) -> Tensor:  # fmt: skip
     """abcnets::packed_conv: y = bias + sum_m sum_n alphas[m] betas[n] conv(A_n, B_m), thresholded to bits if asked.
@@ -1386,8 +1387,8 @@ def packed_conv(
     Shape:
         x: (B, C, *S) floating point, with A_n = +1 where (x >= thresholds[n, c]) != flips[c]; or words (B, *S, P, N).
             S is empty for a linear layer, and B any number of dimensions.
-        bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C); flips (C,) bool;
-        bias (O,) or None. N = 0: x enters as it is.
+        bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C), or (N,) for all
+        channels; flips (C,) bool, or None for no channel; bias (O,) or None. N = 0: x enters as it is.
         padding: (low, high) per spatial dimension; padded taps are 0, neither +1 nor -1.
         returns (B, O, *S') in x's dtype (float32 for words), contiguous whatever the order of x; or, given
         out_thresholds (N', O) and out_flips (O,), words (B, *S', ceil(O / 64), N') with bit
@@ -1432,8 +1433,9 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
         Aq = x = x.to(compute)
         if len(betas):
             per_channel = (-1, *[1] * dims)
-            Aq = sum(
-                beta * torch.where((x >= t.view(per_channel)) ^ flips.view(per_channel), 1.0, -1.0).to(compute)
+            turn = 1 if flips is None else 1 - 2 * flips.to(compute).view(per_channel)
+            Aq = turn * sum(
+                beta * torch.where(x >= t.view(per_channel), 1.0, -1.0).to(compute)
                 for beta, t in zip(betas.to(compute), thresholds)
             )
             Aq = torch.where(x.isnan(), x, Aq)
@@ -1506,7 +1508,7 @@ def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, 
     return words.new_empty((B, *out, P, N))
 
 
-_INTERFACE = 1  # of the operators, and of what this file and abcnets_kernels ask of one another
+_INTERFACE = 2  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
@@ -1523,7 +1525,7 @@ def _define_operators() -> None:
     _library.impl("interface", lambda: _INTERFACE, "CompositeExplicitAutograd")
     for plain, fake, schema in (
         (packed_conv, _packed_conv_fake,
-         "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor flips, Tensor? bias, "
+         "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor? flips, Tensor? bias, "
          "int channels, int[] stride, int[] padding, int[] dilation, int groups, "
          "Tensor? out_thresholds, Tensor? out_flips) -> Tensor"),
         (packed_max_pool, _packed_max_pool_fake,
@@ -1656,6 +1658,12 @@ class PackedLayer(nn.Module):
     runs one float convolution with the weights unpacked (and kept, outside the state dict); or "auto", whichever is
     faster with the engine of the input's device, decided at each call.
 
+    What an engine makes of the tensors, and the unpacked weights, are kept for as long as they are right: a tensor that
+    is replaced or changed in place is seen at the next call. What torch does not count is seen after `refresh`: changes
+    through `.data`, through NumPy or another process, to tensors made in inference mode, and, in a model that was
+    compiled to run floats, any change in place. A CUDA graph computes with what the tensors held when it was captured.
+    And what `fuse` folded is of the packed model as it was then: change that one, and fuse it anew.
+
     Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
     """
 
@@ -1685,12 +1693,10 @@ class PackedLayer(nn.Module):
         self.register_buffer("thresholds", torch.zeros(N, device=device))
         self.register_buffer("betas", torch.zeros(N, device=device))
         self.register_buffer("bias", None if layer.bias is None else torch.zeros(self.out_channels, device=device))
-        # What the operator takes: thresholds and directions for each channel, coming in and (for `fuse`) going out.
-        self.register_buffer("in_thresholds", torch.zeros(N, self.channels, device=device), persistent=False)
-        self.register_buffer("in_flips", torch.zeros(self.channels, dtype=torch.bool, device=device), persistent=False)
-        self.register_buffer("out_thresholds", None, persistent=False)
-        self.register_buffer("out_flips", None, persistent=False)
-        self._unpacked = None  # Wq and the tensors that it was made from
+        # What `fuse` folds: thresholds and directions for each channel, in the place of `thresholds` and going out.
+        for name in ("in_thresholds", "in_flips", "out_thresholds", "out_flips"):
+            self.register_buffer(name, None, persistent=False)
+        self._unpacked = None  # Wq, the tensors that it was made from, their versions, and the CUDA stream that made it
 
     @classmethod
     def from_layer(cls, layer: _ABCLayer, engine: str = "auto"):
@@ -1708,15 +1714,22 @@ class PackedLayer(nn.Module):
                 packed.betas.copy_(layer.betas)
             if layer.bias is not None:
                 packed.bias.copy_(layer.bias)
-        packed.refresh()
         return packed.eval()
 
     def refresh(self) -> None:
-        """Make anew what is derived from the tensors in the state dict; for when these were changed in place."""
+        """See what is in the tensors now, however it came there: nothing that was made of them before is used again.
+
+        Only changes that torch does not count (listed above) need it. Other threads may call the layer meanwhile.
+        """
+        for own in (self._buffers, self._parameters):
+            for name, tensor in own.items():
+                if tensor is not None and tensor.is_inference():  # has no version, but its alias is another tensor
+                    with torch.inference_mode():
+                        alias = tensor.detach()
+                        own[name] = alias if own is self._buffers else nn.Parameter(alias, tensor.requires_grad)
+                elif tensor is not None:
+                    torch.autograd.graph.increment_version(tensor)
         self._unpacked = None
-        if not self.folded:
-            self.in_thresholds.copy_(self.thresholds[:, None].expand_as(self.in_thresholds))
-            self.in_flips.zero_()
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         if self.fused:
@@ -1730,9 +1743,10 @@ class PackedLayer(nn.Module):
         return {**super().__getstate__(), "_unpacked": None}  # neither copies nor files hold it
 
     def _apply(self, fn, recurse=True):
-        self._unpacked = None
         # Flat, since a memory format means nothing to bits: (M, O, kH, kW, bytes) is no 5-dimensional image.
-        return super()._apply(lambda tensor: fn(tensor.reshape(-1)).view(tensor.shape), recurse)
+        super()._apply(lambda tensor: fn(tensor.reshape(-1)).view(tensor.shape), recurse)
+        self.refresh()  # a parameter stays the same tensor, whatever data torch gives it
+        return self
 
     def unpack(self) -> Tensor:
         """The weight bases B (M, O, C / groups, *K), +1.0 and -1.0; Wq = sum_m alphas[m] B[m]."""
@@ -1785,12 +1799,15 @@ class PackedLayer(nn.Module):
             return self._float_convolve(x, padding).to(x.dtype)
         own = self._buffers  # as attributes they would be looked for in three places: a fifth of a small call's time
         try:
-            tensors = own["bits"], own["alphas"], own["betas"], own["in_thresholds"], own["in_flips"], own["bias"]
+            bits, alphas, betas, thresholds, bias = (
+                own["bits"], own["alphas"], own["betas"], own["thresholds"], own["bias"]
+            )  # fmt: skip
         except KeyError:  # somebody made a parameter of one
-            tensors = self.bits, self.alphas, self.betas, self.in_thresholds, self.in_flips, self.bias
+            bits, alphas, betas, thresholds, bias = self.bits, self.alphas, self.betas, self.thresholds, self.bias
+        folded = own["in_thresholds"]
         return torch.ops.abcnets.packed_conv.default(
-            x, *tensors, self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"],
-            own["out_flips"],
+            x, bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, self.channels,
+            self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
         )  # fmt: skip
 
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
@@ -1810,17 +1827,25 @@ class PackedLayer(nn.Module):
         bits, alphas, channels = self.bits, self.alphas, self.channels // self.groups
         if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
             return _unpack_weight(bits, alphas, channels)
-        if torch.compiler.is_compiling():
-            if self._unpacked is None:
-                self._unpacked = _unpack_weight(bits, alphas, channels), bits, alphas
-            return self._unpacked[0]
-        if self._unpacked is None or self._unpacked[1] is not bits or self._unpacked[2] is not alphas:
+        compiling = torch.compiler.is_compiling()  # which knows what a tensor is, but not its version
+        # Read before the tensors are: what is made while one changes is never taken for what it changed to.
+        versions = None if compiling else [None if t.is_inference() else t._version for t in (bits, alphas)]
+        stream = torch.cuda.current_stream(bits.device) if not compiling and bits.is_cuda else None
+        capturing = stream is not None and torch.cuda.is_current_stream_capturing()
+        kept = self._unpacked
+        if kept is None or kept[1] is not bits or kept[2] is not alphas or not (compiling or kept[3] == versions):
             with torch.inference_mode(False), torch.no_grad():
                 Wq = _unpack_weight(bits, alphas, channels)
-            if type(Wq) is not Tensor:  # but a fake one, which only its tracer may see
+            if type(Wq) is not Tensor or capturing:  # fake, for its tracer alone, or empty until a CUDA graph runs
                 return Wq
-            self._unpacked = Wq, bits, alphas
-        return self._unpacked[0]
+            if stream is not None:
+                stream.synchronize()  # before a call on another stream finds it
+            kept = self._unpacked = Wq, bits, alphas, versions, stream
+        if stream is not None and stream != kept[4]:
+            kept[0].record_stream(stream)  # which, once it is dropped, its memory waits for
+        if capturing:
+            weakref.finalize(bits, id, kept[0])  # holds it: the graph reads it at each replay, whatever bits hold then
+        return kept[0]
 
     def extra_repr(self) -> str:
         size = f"{self.channels}, {self.out_channels}"

@@ -35,7 +35,8 @@ class Beside:
     """make(tensors, *key), kept for as long as the tensors live and nobody replaces one or changes one in place.
 
     The tensors (each but the first may be None) are held weakly, so what `make` returns must not hold them either; at
-    most `limit` values are kept beside one first tensor. Tensors made in inference mode do not count their changes.
+    most `limit` values are kept beside one first tensor. Tensors made in inference mode do not count their changes, and
+    no tensor counts those through `.data` or NumPy: `PackedLayer.refresh` is for these.
     """
 
     def __init__(self, make, limit: int):
@@ -51,6 +52,7 @@ class Beside:
             else:
                 entry[0] = next(_clock)
                 return entry[1]
+        # Read before the tensors are: what is made while one changes is never taken for what it changed to.
         versions = [None if t is None or t.is_inference() else t._version for t in tensors]
         value = self._make(tensors, *key)
         forget = functools.partial(_forget, self._entries, name)

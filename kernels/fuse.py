@@ -386,7 +386,7 @@ def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:
     comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
     32 evaluations. Max-pools are entries None: they commute. Returns None where f puts out NaN for numbers.
     """
-    N, C = layer.in_thresholds.shape
+    N, C = len(layer.thresholds), layer.channels
     wanted = layer.thresholds[:, None]
 
     def f(z):

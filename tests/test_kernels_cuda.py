@@ -28,6 +28,8 @@ import abcnets
 pytest.importorskip("numba")
 pytest.importorskip("numba_cuda")
 
+from kernels.cuda import launch as cuda_launch
+
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 
 
@@ -37,6 +39,7 @@ if SIMULATED:
     from kernels import registry
     from kernels.check import error_of, layer_of, random_layer, reference, wrong_bits
     from kernels.cuda import engine as cuda_engine
+    from kernels.cuda import kept as cuda_kept
     from kernels.cuda import ladder as cuda_ladder
     from kernels.cuda import layer as cuda_layer
     from kernels.cuda import rung1_pack as cuda_pack
@@ -174,6 +177,11 @@ if SIMULATED:
         y = cuda_engine.packed_conv(words, *arguments[1:-2], None, None)
         assert error_of(y, reference((*arguments[:-2], None, None))) < 3e-6
 
+    def test_operator_takes_one_threshold_for_all_channels():
+        arguments = list(random_layer(**SHAPES["33 channels"]))
+        arguments[4], arguments[5] = arguments[4][:, 0].contiguous(), None
+        assert error_of(cuda_engine.packed_conv(*arguments), reference(arguments)) < 3e-6
+
     def test_operator_refuses_to_say_nan_in_bits():
         arguments = random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=1)
         arguments[0][0, 5, 0, 0] = math.nan
@@ -205,6 +213,107 @@ if SIMULATED:
         layer, place = weakref.ref(layer), None
         assert layer() is None  # without the cyclic collector
 
+    class Stream:
+        """A stand-in for a stream: how often it was waited for."""
+
+        waited = 0
+
+        def synchronize(self):
+            self.waited += 1
+
+    @pytest.fixture
+    def gpu(monkeypatch):
+        """What the rules for streams see of a GPU: the current stream, whether a graph captures it, and what torch is
+        told. It computes nothing: `read` are the tensors that kernels were given.
+        """
+        gpu = SimpleNamespace(stream=Stream(), capturing=False, recorded=set(), read=[])
+        monkeypatch.setattr(cuda_kept, "SIMULATED", False)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: gpu.stream)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: gpu.capturing)
+        monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: gpu.recorded.add((id(t), s)), raising=False)
+
+        def launch(kernel, grid, *arguments, **options):
+            gpu.read += [weakref.ref(t) for t in arguments if isinstance(t, torch.Tensor)]
+
+        monkeypatch.setattr(cuda_launch.Kernel, "__call__", launch)
+        return gpu
+
+    def kept_of(gpu, arguments):
+        """What kernels were given that has outlived the call, and is none of its arguments."""
+        given = {id(t) for t in arguments if isinstance(t, torch.Tensor)}
+        return {id(t): t for reference in gpu.read if (t := reference()) is not None and id(t) not in given}
+
+    def test_kept_tensors_are_finished_and_recorded_where_they_are_read(gpu):
+        kept, first, other = cuda_kept.Kept(), gpu.stream, Stream()
+        a = kept.add(torch.ones(3))
+        assert first.waited == 1
+        kept.read()
+        gpu.stream = other
+        kept.read()
+        assert gpu.recorded == {(id(a), first), (id(a), other)}
+        gpu.recorded.clear()
+        kept.read()
+        assert not gpu.recorded and other.waited == 0  # once is enough
+        b = kept.add(torch.ones(3))
+        assert other.waited == 1 and gpu.recorded == {(id(b), first), (id(b), other)}
+        gone, gpu.stream = id(a), Stream()
+        del a
+        kept.read()
+        assert gone not in kept._tensors and (id(b), gpu.stream) in gpu.recorded
+
+    LAUNCHES = {
+        "floats": dict(out_bases=None),
+        "floats to bits": dict(out_bases=2),
+        "words": dict(out_bases=None, words=True),
+        "words to bits": dict(out_bases=2, words=True),
+    }
+
+    def a_call(out_bases, words=False):
+        arguments = random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=out_bases)
+        return [packed(arguments)[0] if words else arguments[0], *arguments[1:]]
+
+    @pytest.mark.parametrize("tensor_core", [True, False], ids=["mma", "bases"])
+    @pytest.mark.parametrize("launch", LAUNCHES)
+    def test_whatever_outlives_a_call_may_be_read_on_any_stream(gpu, launch, tensor_core, monkeypatch):
+        monkeypatch.setattr(cuda_engine, "_has_mma", lambda device: tensor_core)
+        arguments = a_call(**LAUNCHES[launch])
+        cuda_engine.packed_conv(*arguments)
+        tables = kept_of(gpu, arguments)
+        assert len(tables) >= 4 and gpu.stream.waited >= len(tables)
+        made_on, gpu.stream = gpu.stream, Stream()
+        cuda_engine.packed_conv(*arguments)
+        assert kept_of(gpu, arguments).keys() == tables.keys() and gpu.stream.waited == 0
+        for stream in made_on, gpu.stream:
+            assert {(table, stream) for table in tables} <= gpu.recorded
+
+    def test_pooled_flips_may_be_read_on_any_stream(gpu):
+        words, flips = torch.randint(-(2**63), 2**63 - 1, (1, 4, 4, 1, 1)), torch.rand(64) < 0.5
+        for _ in range(2):
+            cuda_engine.packed_max_pool(words, flips, 64, (2, 2), (2, 2), (0, 0), (1, 1), False)
+            made_on, gpu.stream = gpu.stream, Stream()
+        (table,) = kept_of(gpu, (words, flips))
+        assert len([stream for tensor, stream in gpu.recorded if tensor == table]) == 2 and made_on.waited == 0
+
+    @pytest.mark.parametrize("launch", LAUNCHES)
+    def test_a_cuda_graph_makes_nothing_and_keeps_what_it_reads(gpu, launch):
+        arguments = a_call(**LAUNCHES[launch])
+        gpu.capturing = True
+        with pytest.raises(RuntimeError, match="once with an input of this shape before a CUDA graph captures it"):
+            cuda_engine.packed_conv(*arguments)
+        gpu.capturing = False
+        cuda_engine.packed_conv(*arguments)
+        gpu.capturing = True
+        gpu.read.clear()
+        cuda_engine.packed_conv(*arguments)
+        gpu.capturing = False
+        read = [weakref.ref(table) for table in kept_of(gpu, arguments).values()]
+        assert len(read) >= 4
+        arguments[2].mul_(2)
+        cuda_engine.packed_conv(*arguments)  # from here on other tables
+        assert all(reference() is not None for reference in read)
+        arguments.clear()
+        assert not any(reference() is not None for reference in read)
+
     @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)])
     def test_max_pool(sizes):
         words = torch.randint(-(2**63), 2**63 - 1, (2, 5, 3, 2, 1))
@@ -213,7 +322,6 @@ if SIMULATED:
         assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected)
 
 else:
-    from kernels.cuda import launch as cuda_launch
     from kernels.cuda import pool as cuda_pool
     from kernels.cuda import ptx as cuda_ptx
     from kernels.cuda import rates as cuda_rates

@@ -118,7 +118,8 @@ class Layer:
     def _check_shapes(self, bits, *others) -> None:
         """Kernels read by address, so a table that is too small must be found here."""
         C, O, N = self.channels, self.O, self.N
-        right = ((self.M, O), (N,), (N, C), (C,), (O,), (self.out_bases, O), (O,))
+        thresholds = (N,) if others[2].ndim == 1 else (N, C)
+        right = ((self.M, O), (N,), thresholds, (C,), (O,), (self.out_bases, O), (O,))
         names = ("alphas", "betas", "thresholds", "flips", "bias", "out_thresholds", "out_flips")
         for name, tensor, shape in zip(names, others, right):
             if tensor is not None and tensor.shape != shape:
@@ -136,8 +137,9 @@ class Layer:
         taps = self.words_MOTP.shape[2]
         self.masks = layout.tile_masks(masks_OP, taps, first, self.width) if self.groups > 1 else None
         self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(self.alphas, self.betas), 2))
-        self.thresholds = layout.threshold_table(_numpy(thresholds), 64)
-        self.flips = layout.flip_words(_numpy(flips))
+        per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.N, -1), (self.N, self.channels))
+        self.thresholds = layout.threshold_table(per_channel, 64)
+        self.flips = layout.flip_words(np.zeros(self.channels, bool) if flips is None else _numpy(flips))
         if self.out_bases:
             self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
             self.out_flips = layout.flip_words(_numpy(out_flips))

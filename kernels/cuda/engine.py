@@ -10,9 +10,10 @@ memory. Groups, three dimensions, float64, float activations and more than 16 ba
 implementation. Rung 7 is chosen by `prefer("wgmma")`; it becomes the default when it has measured faster.
 
 Weights are laid out at a layer's first call, the tables of an image size at its first, and both kept beside the
-layer's tensors (see cache.py; a bounded number of sizes, and those that a CUDA graph reads). So run a layer once,
-outside, before capturing it in a CUDA graph. After that a call reads nothing back from the device, with one exception:
-floats to bits in one call asks whether there was a NaN, as the operator promises a ValueError (not while capturing).
+layer's tensors (see cache.py and kept.py; a bounded number of sizes, and those that a CUDA graph reads). So run a
+layer once, outside, before capturing it in a CUDA graph. After that a call reads nothing back from the device, with
+one exception: floats to bits in one call asks whether there was a NaN, as the operator promises a ValueError (not
+while capturing).
 """
 
 import functools
@@ -23,6 +24,7 @@ import torch
 from ..cache import Beside
 from ..layout import by_rows, pool_output
 from . import rung1_pack, rung5_bases, rung6_tensorcore, rung7_wgmma, rung8_fused
+from .kept import Kept, capturing, hold_for_graph, refuse_while_capturing
 from .launch import Kernel, int32
 from .layer import Layer
 from .pool import max_pool
@@ -74,29 +76,28 @@ def packed_conv(
     if not applies or x.numel() == 0:
         return plain.packed_conv(*arguments)
     with _on(x.device):
-        tensors = bits, alphas, betas, bias, out_thresholds, out_flips
-        layer, outputs = _layers.get(tensors, channels, tuple(stride), tuple(padding), tuple(dilation))
+        layer = _layers.get(arguments[1:7] + arguments[12:], channels, tuple(stride), tuple(padding), tuple(dilation))
         if layer is None:
             return plain.packed_conv(*arguments)
         if x.dtype == torch.int64:
             words_BHWPN = x.contiguous().view(x.shape[0], *(1,) * (2 - dims), *x.shape[1:])
             place = layer.place(*words_BHWPN.shape[1:3])
             poison_BHW = place.no_poison(len(x))
-            if _capturing():
-                layer.in_graphs.add((place, poison_BHW))
+            if capturing():
+                hold_for_graph(bits, layer, place, poison_BHW)
         else:
             x_BCHW = x.float()
             x_BCHW = x_BCHW if dims == 2 else x_BCHW.reshape(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
-            words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, thresholds, flips)
-            if _capturing():
-                layer.in_graphs.add(layer.place(*words_BHWPN.shape[1:3]))
+            words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, *layer.inputs)
+            if capturing():
+                hold_for_graph(bits, layer, layer.place(*words_BHWPN.shape[1:3]))
             elif out_thresholds is not None and bool(poison_BHW.isnan().any()):
                 raise ValueError("packed_conv was asked for bits, which can't say NaN, but its input holds a NaN")
         if out_thresholds is None:
             y = _convolve(layer, words_BHWPN, poison_BHW)
             y = y.view(*y.shape[:2], *y.shape[4 - dims :])
             return y if x.dtype == torch.int64 else y.to(x.dtype)
-        out = _convolve_to_bits(layer, words_BHWPN, poison_BHW, *outputs, out_thresholds, out_flips)
+        out = _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips)
         return out.view(len(out), *out.shape[3 - dims :])
 
 
@@ -109,9 +110,8 @@ def _convolve(layer, words_BHWPN, poison_BHW):
     return rung5_bases.conv(layer, words_BHWPN, poison_BHW) if y is None else y
 
 
-def _convolve_to_bits(layer, words_BHWPN, poison_BHW, padded_thresholds, padded_flips, out_thresholds, out_flips):
-    out = None
-    outputs = padded_thresholds, padded_flips
+def _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips):
+    out, outputs = None, layer.outputs
     if _has_wgmma(layer.device):
         out = rung7_wgmma.conv(layer, words_BHWPN, poison_BHW, None, rung8_fused.bits_output, *outputs)
     if out is None and _has_mma(layer.device):
@@ -131,7 +131,10 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     if dims > 2 or out.numel() == 0:
         return plain.packed_max_pool(*arguments)
     with _on(words.device):
-        flips_P = _flip_words.get((flips,))
+        flips_P, kept = _flip_words.get((flips,))
+        kept.read()
+        if capturing():
+            hold_for_graph(flips, flips_P)
         ones = (1,) * (2 - dims)
         images = [t.view(len(t), *ones, *t.shape[1:]) for t in (out, words.contiguous())]
         pairs = [(*ones, *kernel_size), (*ones, *stride), (*(0,) * len(ones), *padding), (*ones, *dilation)]
@@ -142,21 +145,30 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
 # ------------------------------------------------------------------ what is kept, and what the machine can do
 
 
-def _lay_out(tensors, *geometry):
-    """(Layer, padded thresholds and flips or None); no layer where a constant is NaN, which only floats can follow."""
-    bits, alphas, betas, bias, out_thresholds, out_flips = tensors
+def _lay_out(tensors, channels, *geometry):
+    """A Layer with its thresholds; None where a constant is NaN, which only floats can follow."""
+    bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips = tensors
+    refuse_while_capturing()
     if any(bool(t.isnan().any()) for t in (alphas, betas, bias) if t is not None):
-        return None, None
-    outputs = None if out_thresholds is None else rung8_fused.pad_outputs(out_thresholds, out_flips)
-    return Layer(bits, alphas, betas, bias, *geometry), outputs
+        return None
+    layer = Layer(bits, alphas, betas, bias, channels, *geometry)
+    thresholds_NC = thresholds.view(len(betas), -1).expand(-1, channels)
+    flips = thresholds.new_zeros(channels) if flips is None else flips
+    layer.inputs = layer.copy(thresholds_NC), layer.copy(flips, torch.bool)
+    if out_thresholds is not None:
+        layer.outputs = tuple(map(layer.kept.add, rung8_fused.pad_outputs(out_thresholds, out_flips)))
+    return layer
+
+
+def _pack_flips(tensors):
+    """The flips of a max-pooling as words."""
+    refuse_while_capturing()
+    kept = Kept()
+    return kept.add(plain.pack_bits(*tensors, torch.int64)), kept
 
 
 _layers = Beside(_lay_out, LAYERS_PER_WEIGHT)
-_flip_words = Beside(lambda tensors: plain.pack_bits(*tensors, torch.int64), 1)
-
-
-def _capturing() -> bool:
-    return not SIMULATED and torch.cuda.is_current_stream_capturing()
+_flip_words = Beside(_pack_flips, 1)
 
 
 def _on(device):

@@ -31,6 +31,7 @@ import torch
 
 from ..cache import Recent
 from ..layout import Geometry, border_constants, class_constants, ones_of, weight_words, words_of
+from .kept import Kept, refuse_while_capturing
 
 PADDED_TO = 128  # output channels, for the tensor cores: every tile of theirs divides it
 SIZES_PER_LAYER = 16
@@ -57,18 +58,20 @@ class Layer:
         self.dilation = (*ones, *dilation)
         self.padding = (0, 0) * len(ones) + tuple(padding)  # top, bottom, left, right
         self.device = bits.device
-        # Copies: what is kept beside a tensor must not keep it alive.
-        self.alphas_MO = alphas.to(torch.float32, copy=True).contiguous()
-        self.betas_N = betas.to(torch.float32, copy=True).contiguous()
+        self.kept = Kept()
+        self.alphas_MO, self.betas_N = self.copy(alphas), self.copy(betas)
         none = torch.zeros(self.O, dtype=torch.float32, device=self.device)
-        self.bias_O = none if bias is None else bias.to(torch.float32, copy=True)
+        self.bias_O = self.copy(none if bias is None else bias)
         self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
         self.center_xor = self.C * self.KH * self.KW // 2
         self.center_and = self.C * self.KH * self.KW // 4
-        self.no_flips = torch.zeros(1, dtype=torch.uint8, device=self.device)
+        self.no_flips = self.kept.add(torch.zeros(1, dtype=torch.uint8, device=self.device))
         self._places = Recent(SIZES_PER_LAYER)
-        self.in_graphs = set()  # what CUDA graphs read at each replay, so that other sizes can't displace it
         self._tiles = {}
+
+    def copy(self, tensor, dtype=torch.float32) -> torch.Tensor:
+        """A copy: what is kept beside a tensor must not keep it alive."""
+        return self.kept.add(tensor.to(dtype, copy=True).contiguous())
 
     @cached_property
     def _on_host(self) -> tuple:
@@ -80,10 +83,12 @@ class Layer:
         return self._upload(self._words_MOTP.view(np.int64))
 
     def _upload(self, array) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+        refuse_while_capturing()
+        return self.kept.add(torch.from_numpy(np.ascontiguousarray(array)).to(self.device))
 
     def place(self, height: int, width: int) -> "Place":
-        """The layer on images of one size."""
+        """The layer on images of one size, for a kernel that is launched now."""
+        self.kept.read()
         return self._places.get((height, width), Place, self, height, width)
 
     # ------------------------------------------------------------------ for the tensor cores
@@ -143,7 +148,7 @@ class Layer:
     def scales(self) -> tuple:
         """(4 alpha (M, O'), sum_m alpha (O',))."""
         alphas = torch.nn.functional.pad(self.alphas_MO, (0, self.padded_O - self.O))
-        return (4 * alphas).contiguous(), alphas.sum(0)
+        return self.kept.add((4 * alphas).contiguous()), self.kept.add(alphas.sum(0))
 
 
 class Place:
@@ -189,7 +194,8 @@ class Place:
         return self._no_poison.get(batch, self._zeros, batch)
 
     def _zeros(self, batch):
-        return torch.zeros(batch, self.height, self.width, dtype=torch.float32, device=self.layer.device)
+        zeros = torch.zeros(batch, self.height, self.width, dtype=torch.float32, device=self.layer.device)
+        return self.layer.kept.add(zeros)
 
     @cached_property
     def taps(self) -> torch.Tensor:
