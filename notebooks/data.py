@@ -18,7 +18,10 @@ class DataError(RuntimeError):
 
 @dataclass
 class Data:
-    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing."""
+    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing.
+
+    Attributes: mean, std (C,): of all pixels of the training images that it is made with, by which `normalize` works.
+    """
 
     name: str
     classes: list[str]
@@ -31,8 +34,12 @@ class Data:
     test_batch_size = 500
 
     def __post_init__(self):
-        pixels = self.train_images[:10_000].float() / 255
-        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in self.train_images.unbind(1)]
+        share = torch.stack(counts).double() / counts[0].sum()  # (C, 256): exact, and no image becomes floats
+        level = torch.arange(256, dtype=share.dtype, device=share.device) / 255
+        mean = share @ level
+        std = (share * (level - mean[:, None]).square()).sum(1).sqrt()
+        self.mean, self.std = mean.float(), torch.where(std > 0, std, 1).float()  # 1 where a channel has one value
 
     def to(self, device) -> "Data":
         for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
@@ -141,11 +148,15 @@ def shuffled_loader(dataset: Dataset, draw, batch_size: int, accumulate: int, se
 def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = None) -> Data:
     """The data set of that name: digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH.
 
-    With a limit, only that many training images: for trying things out.
+    With a limit, only that many training images: for trying things out. Mean and deviation stay those of all of them,
+    so that a network trained on all and one trained on few see the same numbers.
     Raises: DataError, one sentence with what to do, if it cannot be had.
     """
     data = _load_data(name, Path(root))
-    if limit:
+    if limit is not None:
+        if not 0 < limit <= len(data.train_images):
+            count = len(data.train_images)
+            raise DataError(f"limit must be from 1 to the {count} training images of {name}, got {limit}")
         picks = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:limit]
         data.train_images, data.train_labels = data.train_images[picks], data.train_labels[picks]
     return data

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from data import DataError, load_data
+from data import Data, DataError, load_data
 from networks import build_network
 from PIL import Image
 
@@ -32,3 +32,24 @@ def test_a_data_set_that_can_not_be_had_gives_one_sentence(name, tmp_path):
     with pytest.raises(DataError) as error:
         load_data(name, root=tmp_path)
     assert len(str(error.value)) > 30 and "\n" not in str(error.value).strip()
+
+
+def test_mean_and_deviation_are_those_of_all_training_images(digits):
+    """However they are sorted, and of all there were before a limit."""
+    pixels = torch.tensor([[0, 51], [255, 51]], dtype=torch.uint8)  # black, then white; a second channel of one value
+    images, labels = pixels.repeat_interleave(10_001, 0)[:, :, None, None], torch.arange(2).repeat_interleave(10_001)
+    data = Data("sorted", ["black", "white"], images, labels, images[:1], labels[:1])
+    torch.testing.assert_close(data.mean, torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(data.std, torch.tensor([0.5, 1.0]))  # so that the second becomes 0, not NaN
+    assert data.normalize(images[:1].permute(0, 2, 3, 1)).flatten().tolist() == pytest.approx([-1, 0])
+    pixels = digits.train_images.double() / 255
+    torch.testing.assert_close(digits.mean, pixels.mean((0, 2, 3)).float())
+    torch.testing.assert_close(digits.std, pixels.std((0, 2, 3), correction=0).float())
+    limited = load_data("digits", limit=10)
+    assert torch.equal(limited.mean, digits.mean) and torch.equal(limited.std, digits.std)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1298])
+def test_a_limit_is_a_number_of_the_images_that_there_are(limit):
+    with pytest.raises(DataError, match=f"from 1 to the 1297 training images of digits, got {limit}"):
+        load_data("digits", limit=limit)
