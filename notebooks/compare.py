@@ -168,10 +168,11 @@ def _run_onnx(session, x):
 def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
     """Percentage of the test images named rightly, by file: what shares a file differs in memory layout only."""
     percent = {}
-    for c in tqdm(contenders, desc="accuracy", leave=False):
-        if c.file not in percent:
-            hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
-            percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
+    with tqdm(contenders, desc="accuracy", leave=False) as bar:
+        for c in bar:
+            if c.file not in percent:
+                hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
+                percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
     return percent
 
 
@@ -218,19 +219,20 @@ def compare(options) -> None:
             files = onnx_files(network, data, folder, options.calibrate)
         percent = accuracies([*torch_forms, *ours, *onnx_contenders(files, 1)], data)
         cases = list(itertools.product(options.threads, options.batches))
-        for threads, batch in tqdm(cases, desc="timing", unit="case", leave=False):
-            torch.set_num_threads(threads)
-            groups = [torch_forms + ours, onnx_contenders(files, threads)]
-            x = next(data.test_batches(batch))[0].contiguous()
-            times = milliseconds(groups, x, options.seconds)
-            for c in itertools.chain(*groups):
-                rows.append({
-                    "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
-                    "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
-                    "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
-                })  # fmt: skip
-                print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "
-                      "{ms_per_image:8.4f} ms an image".format(name=c.name, **rows[-1]), flush=True)  # fmt: skip
+        with tqdm(cases, desc="timing", unit="case", leave=False) as bar:
+            for threads, batch in bar:
+                torch.set_num_threads(threads)
+                groups = [torch_forms + ours, onnx_contenders(files, threads)]
+                x = next(data.test_batches(batch))[0].contiguous()
+                times = milliseconds(groups, x, options.seconds)
+                for c in itertools.chain(*groups):
+                    rows.append({
+                        "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
+                        "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
+                        "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
+                    })  # fmt: skip
+                    print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "
+                          "{ms_per_image:8.4f} ms an image".format(name=c.name, **rows[-1]), flush=True)  # fmt: skip
     write_csv(options.results / "competitors.csv", rows)
 
 

@@ -246,9 +246,10 @@ def _folder(name: str, path: Path, size: int = 32) -> Data:
 
     def decode(folder):
         images = []
-        for file, _ in tqdm(folder.samples, desc=f"decoding {folder.root}", leave=False):
-            image = transforms.center_crop(transforms.resize(folder.loader(file), size), size)
-            images.append(transforms.pil_to_tensor(image))
+        with tqdm(folder.samples, desc=f"decoding {folder.root}", leave=False) as bar:
+            for file, _ in bar:
+                image = transforms.center_crop(transforms.resize(folder.loader(file), size), size)
+                images.append(transforms.pil_to_tensor(image))
         return torch.stack(images)
 
     files = [(str(Path(file).relative_to(path)), (about := os.stat(file)).st_size, about.st_mtime_ns)

@@ -241,7 +241,8 @@ def train(
         if accelerator.use_distributed:  # the processes are no longer at one place
             raise
         print(f"{description}: stopped after {len(history)} of {epochs} epochs; what was learned is kept")
-    bar.close()
+    finally:
+        bar.close()
     model.eval()
     return history
 
