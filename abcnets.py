@@ -988,9 +988,11 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
                 module.bias += shift
                 return output + _along_channels(module, shift)
 
-    _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
-    if bar is not None:
-        bar.close()
+    try:
+        _run_with_hooks(model, images, {m: (before, after) for m in layers} | {m: (before, None) for m in norms})
+    finally:
+        if bar is not None:
+            bar.close()
     unreached = [name for name, module in model.named_modules() if module in layers and module not in done]
     if unreached:
         warnings.warn(f"calibrate: the model never called {unreached}, which stay as they were. If they are in use all "

@@ -6,6 +6,7 @@
     cpu/, cuda/             the engines, from naive to fastest, one idea a file
     fuse.py, export.py      bits from layer to layer; ONNX files
     check.py, clock.py      random layers and the reference; one clock
+    command.py              what the command lines share
     bench.py, report.py     one CSV, one table, one figure for every rung and rival
 
 It is installed and imported as `abcnets_kernels`. In the repository its folder is called `kernels`, and it answers to

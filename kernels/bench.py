@@ -18,7 +18,6 @@ float convolution, or of two bits; M = N = bases. report.py makes README.md's ta
 
 import argparse
 import os
-import sys
 import time
 import warnings
 from dataclasses import asdict, replace
@@ -29,6 +28,7 @@ import torch.nn.functional as F
 from . import report
 from .check import BASES, FIRST_AUTHOR, NO_GPU, RESNET_18, Shape, need_engine
 from .clock import SIMULATED, interleaved_medians, machine
+from .command import COUNT, POSITIVE, THREADS, Parser, Refused, checked
 
 QUICK = [FIRST_AUTHOR[1], RESNET_18[1], RESNET_18[3]]
 ON_A_CPU = FIRST_AUTHOR + [replace(shape, B=B) for B in (1, 8) for shape in RESNET_18[:6]]
@@ -177,21 +177,17 @@ def print_rows(shape, threads, rows) -> None:
 # --------------------------------------------------------------------------- command line
 
 
-def parse_arguments(arguments=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--readme", action="store_true", help="only write table and figure from the results")
-    on_cpu = parser.add_argument_group("on a CPU")
-    on_cpu.add_argument("--shape", help="C,O,K,size,padding[,stride]: one convolution instead of all")
-    on_cpu.add_argument("--batch", type=int, default=1, help="images, with --shape")
-    on_cpu.add_argument("--bases", type=int, nargs="+", default=list(BASES), help="M = N to time")
-    on_cpu.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    on_cpu.add_argument("--seconds", type=float, default=6.0, help="for the rounds of one size")
-    on_cpu.add_argument("--compile", action="store_true", help="time torch.compile's float32 convolution too")
-    on_cpu.add_argument("--quick", action="store_true", help="three sizes, two seconds each, nothing written")
-    on_cuda = parser.add_argument_group("with --device cuda")
-    on_cuda.add_argument("--limit", type=float, default=420, help="seconds after which no new measurement starts")
-    return parser.parse_args(arguments)
+def _shape(text: str) -> Shape:
+    C, O, K, size, padding, *rest = map(int, text.split(","))
+    (stride,) = rest or [1]
+    return Shape(C, O, K, size, padding, stride)
+
+
+def _is_a_convolution(shape: Shape) -> bool:
+    return min(shape.C, shape.O, shape.K, shape.size, shape.stride) > 0 <= shape.padding and shape.output > 0
+
+
+SHAPE = checked(_shape, "a convolution as C,O,K,size,padding[,stride]", _is_a_convolution)
 
 
 def measure_cpu(options) -> None:
@@ -200,8 +196,7 @@ def measure_cpu(options) -> None:
 
     shapes = QUICK if options.quick else ON_A_CPU
     if options.shape:
-        C, O, K, size, padding, *stride = map(int, options.shape.split(","))
-        shapes = [Shape(C, O, K, size, padding, *stride, B=options.batch)]
+        shapes = [replace(options.shape, B=options.batch)]
     seconds = min(options.seconds, 2.0) if options.quick or options.shape else options.seconds
     about = machine() | {"clock_ghz": round(peak.clock() / 1e9, 3), "bound_tops": round(peak.peak() / 1e12, 3)}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
@@ -217,6 +212,8 @@ def measure_cpu(options) -> None:
 
 
 def measure_cuda(options) -> None:
+    if SIMULATED or not torch.cuda.is_available():
+        raise Refused(NO_GPU)
     from .cuda import ladder
 
     about = machine("cuda") | ladder.about()
@@ -230,19 +227,26 @@ def measure_cuda(options) -> None:
     print(report.cuda_table(report.read("cuda")))
 
 
-def main(arguments=None) -> int:
-    options = parse_arguments(arguments)
+def main(arguments=None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--readme", action="store_true", help="only write table and figure from the results")
+    on_cpu = parser.add_argument_group("on a CPU")
+    on_cpu.add_argument("--shape", type=SHAPE, help="C,O,K,size,padding[,stride]: one convolution instead of all")
+    on_cpu.add_argument("--batch", type=COUNT, default=1, help="images, with --shape")
+    on_cpu.add_argument("--bases", type=COUNT, nargs="+", default=list(BASES), help="M = N to time")
+    on_cpu.add_argument("--threads", type=THREADS, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    on_cpu.add_argument("--seconds", type=POSITIVE, default=6.0, help="for the rounds of one size")
+    on_cpu.add_argument("--compile", action="store_true", help="time torch.compile's float32 convolution too")
+    on_cpu.add_argument("--quick", action="store_true", help="three sizes, two seconds each, nothing written")
+    on_cuda = parser.add_argument_group("with --device cuda")
+    on_cuda.add_argument("--limit", type=POSITIVE, default=420, help="seconds after which no new measurement starts")
+    options = parser.parse_args(arguments)
     if options.readme:
-        report.write_readme(options.device)
-    elif options.device == "cpu":
-        measure_cpu(options)
-    elif SIMULATED or not torch.cuda.is_available():
-        print(NO_GPU)
-        return 2
+        parser.run(report.write_readme, options.device)
     else:
-        measure_cuda(options)
-    return 0
+        parser.run(measure_cpu if options.device == "cpu" else measure_cuda, options)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

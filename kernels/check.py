@@ -19,6 +19,7 @@ import abcnets
 
 from . import registry
 from .clock import SIMULATED, interleaved_medians, microseconds
+from .command import Refused
 
 GPU = "cpu" if SIMULATED else "cuda"  # where the CUDA kernels' tensors lie
 NO_GPU = "No GPU here, so nothing is measured; with NUMBA_ENABLE_CUDASIM=1 in front a rung is checked in a simulator."
@@ -26,10 +27,10 @@ WRONG = 3  # the exit code of a kernel file that computes something, but not the
 
 
 def need_engine(device: str) -> None:
-    """End the program, in one sentence, where packed layers do not run bits: there is nothing to measure then."""
+    """Raise Refused where packed layers do not run bits: there is nothing to measure then."""
     runs = abcnets.engines()[device]
     if runs.startswith("float"):
-        sys.exit(f"nothing to measure: packed layers run as {runs}")
+        raise Refused(f"nothing to measure: packed layers run as {runs}")
 
 
 # --------------------------------------------------------------------------- convolutions and random layers

@@ -77,20 +77,19 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
                 "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
 
     rows = Sensitivity()
-    bar = tqdm(total=len(chosen) * len(choices), desc="sensitivity", unit="setting", leave=False,
-               **({} if progress else {"disable": True}))  # fmt: skip
-    for name, layer in candidates.items():
-        for M, N in choices if name in chosen else [(None, None)]:
-            if M is None and N is None:
-                rows.append(row(name, layer))
-            else:
-                setting = {name: {"weight_bases": M, "activation_bases": N}}
-                copied = abcnets.convert(model, filter_fn=lambda layer, name: False, settings=setting, **bases)
-                abcnets.calibrate(copied, fitted, progress=False)
-                error = _unexplained(wanted, _output(copied, measured))
-                rows.append(row(name, copied.get_submodule(name), M, N, error))
-            bar.update(name in chosen)
-    bar.close()
+    with tqdm(total=len(chosen) * len(choices), desc="sensitivity", unit="setting", leave=False,
+              **({} if progress else {"disable": True})) as bar:  # fmt: skip
+        for name, layer in candidates.items():
+            for M, N in choices if name in chosen else [(None, None)]:
+                if M is None and N is None:
+                    rows.append(row(name, layer))
+                else:
+                    setting = {name: {"weight_bases": M, "activation_bases": N}}
+                    copied = abcnets.convert(model, filter_fn=lambda layer, name: False, settings=setting, **bases)
+                    abcnets.calibrate(copied, fitted, progress=False)
+                    error = _unexplained(wanted, _output(copied, measured))
+                    rows.append(row(name, copied.get_submodule(name), M, N, error))
+                bar.update(name in chosen)
     held = sum(_stored_bytes(module) for name, module in model.named_modules() if name not in candidates)
     rows.append({"layer": _REST, "M": None, "N": None, "error": 0.0, "packed_bytes": held, "binary_macs": 0})
     return rows

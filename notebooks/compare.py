@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 
 import pandas as pd
 import torch
-from data import DataError, load_data
-from files import RESULTS, ROOT, tqdm
+from data import load_data
+from files import RESULTS, ROOT, tqdm, writable
 from runs import default_runs, load_float, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
@@ -41,6 +41,7 @@ from training import load_weights
 import abcnets
 from kernels.check import need_engine
 from kernels.clock import interleaved_medians, machine
+from kernels.command import COUNT, POSITIVE_OR_0, THREADS, Parser, Refused
 
 LAYOUTS = {"": torch.contiguous_format, "channels last": torch.channels_last}
 
@@ -120,7 +121,7 @@ def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tupl
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
         from onnxruntime.quantization.shape_inference import quant_pre_process
     except ImportError as error:
-        raise ImportError(f"the comparison needs onnx, onnxscript, onnxruntime: pip install them ({error})") from None
+        raise Refused(f"the comparison needs onnx, onnxscript, onnxruntime: pip install them ({error})") from None
 
     class Images(CalibrationDataReader):
         def __init__(self):
@@ -167,10 +168,11 @@ def _run_onnx(session, x):
 def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
     """Percentage of the test images named rightly, by file: what shares a file differs in memory layout only."""
     percent = {}
-    for c in tqdm(contenders, desc="accuracy", leave=False):
-        if c.file not in percent:
-            hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
-            percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
+    with tqdm(contenders, desc="accuracy", leave=False) as bar:
+        for c in bar:
+            if c.file not in percent:
+                hits = [(c.run(x.contiguous()).argmax(1) == labels).sum() for x, labels in data.test_batches()]
+                percent[c.file] = 100 * torch.stack(hits).sum().item() / len(data.test_labels)
     return percent
 
 
@@ -185,28 +187,27 @@ def milliseconds(groups: list[list[Contender]], x, seconds: float) -> dict[str, 
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dataset", default="fashion-mnist", metavar="NAME")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 32])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--seconds", type=float, default=20.0, help="for the rounds of one batch and number of threads")
-    parser.add_argument("--calibrate", type=int, default=2048, metavar="IMAGES", help="for int8 (default: 2048)")
+    parser.add_argument("--batches", type=COUNT, nargs="+", default=[1, 32])
+    parser.add_argument("--threads", type=THREADS, nargs="+", default=[1, 2])
+    parser.add_argument("--seconds", type=POSITIVE_OR_0, default=20.0, help="for one batch and number of threads")
+    parser.add_argument("--calibrate", type=COUNT, default=2048, metavar="IMAGES", help="for int8 (default: 2048)")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="networks (default: out)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="default: notebooks/results")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="default: data")
     options = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's quantizer recommends what is done
-    try:
-        rows = compare(options)
-    except DataError as error:
-        sys.exit(str(error))
-    write_csv(options.results / "competitors.csv", rows)
+    parser.run(compare, options)
 
 
 @torch.inference_mode()
-def compare(options) -> list[dict]:
+def compare(options) -> None:
     need_engine("cpu")
+    writable(options.results)
     data = load_data(options.dataset, options.data)
+    if max(options.batches) > len(data.test_labels):
+        raise Refused(f"--batches are at most the {len(data.test_labels)} test images, got {max(options.batches)}")
     network = load_float(data, options.out)
     runs = kept_runs(options.results, data.name, options.out)
     where, rows = machine(), []
@@ -218,20 +219,21 @@ def compare(options) -> list[dict]:
             files = onnx_files(network, data, folder, options.calibrate)
         percent = accuracies([*torch_forms, *ours, *onnx_contenders(files, 1)], data)
         cases = list(itertools.product(options.threads, options.batches))
-        for threads, batch in tqdm(cases, desc="timing", unit="case", leave=False):
-            torch.set_num_threads(threads)
-            groups = [torch_forms + ours, onnx_contenders(files, threads)]
-            x = next(data.test_batches(batch))[0].contiguous()
-            times = milliseconds(groups, x, options.seconds)
-            for c in itertools.chain(*groups):
-                rows.append({
-                    "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
-                    "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
-                    "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
-                })  # fmt: skip
-                print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "
-                      "{ms_per_image:8.4f} ms an image".format(name=c.name, **rows[-1]), flush=True)  # fmt: skip
-    return rows
+        with tqdm(cases, desc="timing", unit="case", leave=False) as bar:
+            for threads, batch in bar:
+                torch.set_num_threads(threads)
+                groups = [torch_forms + ours, onnx_contenders(files, threads)]
+                x = next(data.test_batches(batch))[0].contiguous()
+                times = milliseconds(groups, x, options.seconds)
+                for c in itertools.chain(*groups):
+                    rows.append({
+                        "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
+                        "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
+                        "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
+                    })  # fmt: skip
+                    print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "
+                          "{ms_per_image:8.4f} ms an image".format(name=c.name, **rows[-1]), flush=True)  # fmt: skip
+    write_csv(options.results / "competitors.csv", rows)
 
 
 if __name__ == "__main__":

@@ -6,19 +6,18 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from files import ROOT, save, tqdm
+from files import ROOT, DataError, load, save, tqdm
 from networks import import_torchvision
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 
-class DataError(RuntimeError):
-    """Something to read that is not there; the message says what to do."""
-
-
 @dataclass
 class Data:
-    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing."""
+    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing.
+
+    Attributes: mean, std (C,): of all pixels of the training images that it is made with, by which `normalize` works.
+    """
 
     name: str
     classes: list[str]
@@ -31,8 +30,12 @@ class Data:
     test_batch_size = 500
 
     def __post_init__(self):
-        pixels = self.train_images[:10_000].float() / 255
-        self.mean, self.std = pixels.mean((0, 2, 3)), pixels.std((0, 2, 3))
+        counts = [torch.bincount(channel.flatten(), minlength=256) for channel in self.train_images.unbind(1)]
+        share = torch.stack(counts).double() / counts[0].sum()  # (C, 256): exact, and no image becomes floats
+        level = torch.arange(256, dtype=share.dtype, device=share.device) / 255
+        mean = share @ level
+        std = (share * (level - mean[:, None]).square()).sum(1).sqrt()
+        self.mean, self.std = mean.float(), torch.where(std > 0, std, 1).float()  # 1 where a channel has one value
 
     def to(self, device) -> "Data":
         for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
@@ -141,11 +144,15 @@ def shuffled_loader(dataset: Dataset, draw, batch_size: int, accumulate: int, se
 def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = None) -> Data:
     """The data set of that name: digits, fashion-mnist, cifar10, cifar10-jpeg or folder:PATH.
 
-    With a limit, only that many training images: for trying things out.
+    With a limit, only that many training images: for trying things out. Mean and deviation stay those of all of them,
+    so that a network trained on all and one trained on few see the same numbers.
     Raises: DataError, one sentence with what to do, if it cannot be had.
     """
     data = _load_data(name, Path(root))
-    if limit:
+    if limit is not None:
+        if not 0 < limit <= len(data.train_images):
+            count = len(data.train_images)
+            raise DataError(f"limit must be from 1 to the {count} training images of {name}, got {limit}")
         picks = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:limit]
         data.train_images, data.train_labels = data.train_images[picks], data.train_labels[picks]
     return data
@@ -184,10 +191,11 @@ def _torchvision(name: str, root: Path) -> Data:
     kind = {"fashion-mnist": datasets.FashionMNIST, "cifar10": datasets.CIFAR10}[name]
     try:
         train, test = (kind(str(root), train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
+    except Exception as error:  # torchvision has no exception of its own: a damaged file may raise anything
         raise DataError(
-            f"{name} is not in {root} and could not be downloaded ({error}): connect to a network, or put the files"
-            f" there as torchvision.datasets.{kind.__name__} keeps them, or use --dataset digits, which needs neither"
+            f"{name} is not in {root}, whole, and could not be downloaded ({type(error).__name__}: {error}): connect to"
+            f" a network, or put the files there as torchvision.datasets.{kind.__name__} keeps them, or use --dataset"
+            " digits, which needs neither"
         ) from error
 
     def images(split):
@@ -200,27 +208,56 @@ def _torchvision(name: str, root: Path) -> Data:
     return Data(name, train.classes, images(train), train_labels, images(test), test_labels, shift=shift)
 
 
-def _folder(name: str, path: Path, size: int = 32) -> Data:
-    """PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, brought to 32x32 and decoded once into PATH.pt."""
-    if not (path / "train").is_dir() or not (path / "test").is_dir():
-        raise DataError(f"{name} needs the folders {path}/train and {path}/test with one folder of images per class")
+def read_image(file: str):
+    """An image file in RGB, as torchvision reads it.  Raises: DataError where it is none."""
+    from torchvision.datasets.folder import default_loader
+
+    try:
+        return default_loader(file)
+    except Exception as error:  # each format has exceptions of its own
+        raise DataError(f"{file} can't be read as an image ({type(error).__name__}): mend or remove it") from error
+
+
+def image_folders(path: Path, test: str, transform=None) -> list:
+    """PATH/train/CLASS/* and PATH/`test`/CLASS/* as torchvision's ImageFolder.
+
+    Raises: DataError where a folder, an image of a class or, on one side, a class is missing.
+    """
+    splits = [path / "train", path / test]
+    for split in splits:
+        if not split.is_dir():
+            raise DataError(f"{split} is missing: train/CLASS/*.JPEG and {test}/CLASS/*.JPEG must be in {path}")
     import_torchvision()
     from torchvision.datasets import ImageFolder
+
+    try:
+        folders = [ImageFolder(str(split), transform, loader=read_image) for split in splits]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: every class needs at least one image ({error})") from error
+    if differing := sorted(set(folders[0].classes) ^ set(folders[1].classes)):
+        raise DataError(f"{path}: train/ and {test}/ must hold the same classes, but {differing[:5]} are in one alone")
+    return folders
+
+
+def _folder(name: str, path: Path, size: int = 32) -> Data:
+    """PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, brought to 32x32 and decoded once into PATH.pt."""
+    train, test = image_folders(path, "test")
     from torchvision.transforms import functional as transforms
 
     def decode(folder):
         images = []
-        for file, _ in tqdm(folder.samples, desc=f"decoding {folder.root}", leave=False):
-            image = transforms.center_crop(transforms.resize(folder.loader(file), size), size)
-            images.append(transforms.pil_to_tensor(image))
+        with tqdm(folder.samples, desc=f"decoding {folder.root}", leave=False) as bar:
+            for file, _ in bar:
+                image = transforms.center_crop(transforms.resize(folder.loader(file), size), size)
+                images.append(transforms.pil_to_tensor(image))
         return torch.stack(images)
 
-    train, test = ImageFolder(str(path / "train")), ImageFolder(str(path / "test"))
-    if train.classes != test.classes:
-        raise DataError(f"{name}: train/ and test/ must hold the same classes, got {train.classes} and {test.classes}")
-    files = [(str(Path(file).relative_to(path)), os.path.getsize(file)) for file, _ in train.samples + test.samples]
+    files = [(str(Path(file).relative_to(path)), (about := os.stat(file)).st_size, about.st_mtime_ns)
+             for file, _ in train.samples + test.samples]  # fmt: skip
     cache = path.with_name(path.name + ".pt")
-    decoded = torch.load(cache) if cache.exists() else {}
+    decoded = load(cache) if cache.exists() else {}
+    if decoded and decoded.keys() != {"files", "train", "test"}:
+        raise DataError(f"{cache} is not what {name} was decoded into: move it, for that is written there")
     if decoded.get("files") != files:
         decoded = {"files": files, "train": decode(train), "test": decode(test)}
         try:

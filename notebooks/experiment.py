@@ -31,8 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 import budget
 import torch
 from accelerate import PartialState
-from data import Data, DataError, load_data
-from files import RESULTS, ROOT
+from data import Data, load_data
+from files import RESULTS, ROOT, writable
 from runs import (
     FILL,
     binarized,
@@ -50,6 +50,19 @@ from training import accuracy, best_device, is_main_process, load_weights, own_d
 
 import abcnets
 from kernels.clock import machine
+from kernels.command import (
+    COUNT,
+    COUNT_OR_0,
+    POSITIVE,
+    POSITIVE_OR_0,
+    SEED,
+    SHARE,
+    THREADS,
+    Parser,
+    Refused,
+    checked,
+    present_device,
+)
 from kernels.report import fill
 
 
@@ -59,6 +72,7 @@ def run_pretrain(options) -> None:
 
 
 def run_finetune(options) -> None:
+    _check_bases(options)
     data = _load(options)
     recipe = _given(options, "calibrate", "distill", "epochs", "lr", "lr_activation", "weight_decay", "batch_size",
                     "accumulate")  # fmt: skip
@@ -83,6 +97,9 @@ def run_table(options) -> None:
     """Percentages of the test images, as far as they are known."""
     rows = read_csv(options.results / "runs.csv")
     rows = rows[(rows.M.notna() | rows.N.notna()) & (rows.dataset == (options.dataset or rows.dataset))]
+    if rows.empty:
+        which = f" of {options.dataset}" if options.dataset else ""
+        raise Refused(f"{options.results / 'runs.csv'} has no binarized run{which}: `finetune` records one")
     print(f"{'':32}{'float':>9}{'after binarizing':>18}{'after calibrating':>19}{'after fine-tuning':>19}")
     for _, row in rows.iterrows():
         percent = row[["float", "binarized", "calibrated", "accuracy"]]
@@ -98,6 +115,7 @@ def run_sensitivity(options) -> None:
 
     Everything is calibrated, nothing trained.
     """
+    writable(options.results)
     data = _load(options)
     model = load_float(data, options.out, options.seed, options.start)
     choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
@@ -114,6 +132,8 @@ def run_sensitivity(options) -> None:
 
 
 def run_step(options) -> None:
+    _check_bases(options)
+    writable(options.results)
     rows = []
     for row in measure_steps(options.weight_bases, options.activation_bases, options.rounds, options.threads,
                              batch_size=options.batch_size, device=options.device):  # fmt: skip
@@ -124,6 +144,9 @@ def run_step(options) -> None:
 
 
 def run_compile(options) -> None:
+    if not options.weight_bases:
+        raise Refused("compile measures packed networks too, which --weight-bases none can't be")
+    writable(options.results)
     rows = []
     for row in measure_compiled(options.weight_bases, options.activation_bases, options.rounds,
                                 batch_size=options.batch_size, device=options.device):  # fmt: skip
@@ -172,41 +195,46 @@ def _words(options) -> str:
     return " ".join([*switches, *(f"{name}={value:g}" for name, value in numbers.items())]).replace("_", "-")
 
 
-def _bases(text: str) -> int | None:
-    return None if text in ("none", "float") else int(text)
+def _check_bases(options) -> None:
+    if not (options.weight_bases or options.activation_bases):
+        raise Refused("--weight-bases and --activation-bases are both none, which leaves nothing to binarize")
+
+
+BASES = checked(lambda text: None if text in ("none", "float") else int(text), "a whole number above 0, or none,",
+                lambda count: count is None or count > 0)  # fmt: skip
+SEVERAL = checked(int, "a whole number above 1", lambda count: count > 1)
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    places = argparse.ArgumentParser(add_help=False)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    places = Parser(add_help=False)
     places.add_argument("--out", type=Path, default=ROOT / "out", help="networks and checkpoints (default: out)")
     places.add_argument("--results", type=Path, default=RESULTS, help="tables (default: notebooks/results)")
     places.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets are kept (default: data)")
-    where = argparse.ArgumentParser(add_help=False)
-    where.add_argument("--device", type=torch.device, default=best_device(), help="default: cuda, else mps, else cpu")
-    where.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    dataset = argparse.ArgumentParser(add_help=False)
+    where = Parser(add_help=False)
+    where.add_argument("--device", type=present_device, default=best_device(), help="default: cuda, else mps, else cpu")
+    where.add_argument("--threads", type=THREADS, help="CPU threads (default: torch's choice)")
+    dataset = Parser(add_help=False)
     dataset.add_argument("--dataset", default="digits", metavar="NAME",
                          help="digits (default), fashion-mnist, cifar10, cifar10-jpeg, folder:PATH")  # fmt: skip
-    dataset.add_argument("--limit", type=int, metavar="IMAGES", help="train on so many images only")
-    dataset.add_argument("--seed", type=int, default=0)
-    training = argparse.ArgumentParser(add_help=False)
-    training.add_argument("--epochs", type=int, help="default: 12 for digits, 20 for fashion-mnist, else 60")
-    training.add_argument("--batch-size", type=int, help="default: 128")
-    training.add_argument("--accumulate", type=int, metavar="PARTS", help="take a batch in so many parts")
-    training.add_argument("--lr", type=float, help="peak learning rate")
-    bases = argparse.ArgumentParser(add_help=False)
-    bases.add_argument("--weight-bases", type=_bases, default=3, metavar="M", help="3, or none: float")
-    bases.add_argument("--activation-bases", type=_bases, default=3, metavar="N", help="3, or none: float")
-    variations = argparse.ArgumentParser(add_help=False)
+    dataset.add_argument("--limit", type=COUNT, metavar="IMAGES", help="train on so many images only")
+    dataset.add_argument("--seed", type=SEED, default=0)
+    training = Parser(add_help=False)
+    training.add_argument("--batch-size", type=COUNT, help="default: 128")
+    training.add_argument("--accumulate", type=COUNT, metavar="PARTS", help="take a batch in so many parts")
+    training.add_argument("--lr", type=POSITIVE, help="peak learning rate")
+    bases = Parser(add_help=False)
+    bases.add_argument("--weight-bases", type=BASES, default=3, metavar="M", help="3, or none: float")
+    bases.add_argument("--activation-bases", type=BASES, default=3, metavar="N", help="3, or none: float")
+    variations = Parser(add_help=False)
     variations.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
     variations.add_argument("--per-layer", action="store_true", help="alphas per layer, not per output channel")
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
     variations.add_argument("--scale-gradient", action="store_true", help="dL/dW times the sum of the alphas")
-    variations.add_argument("--float-seed", type=int, metavar="SEED", help="of the float network (default: --seed)")
-    variations.add_argument("--calibrate", type=int, metavar="IMAGES", help="0: do not (default: 2048)")
-    variations.add_argument("--distill", type=float, help="the teacher's part of the loss; 0: none (default: 0.5)")
+    variations.add_argument("--float-seed", type=SEED, metavar="SEED", help="of the float network (default: --seed)")
+    variations.add_argument("--calibrate", type=COUNT_OR_0, metavar="IMAGES", help="0: do not (default: 2048)")
+    variations.add_argument("--distill", type=SHARE, help="the teacher's part of the loss; 0: none (default: 0.5)")
 
     commands = parser.add_subparsers(title="commands", required=True)
 
@@ -215,34 +243,34 @@ def main(arguments: list[str] | None = None) -> None:
         added.set_defaults(run=run)
         return added
 
-    command("pretrain", run_pretrain, "train a float network", dataset, training, where)
+    epochs = "default: 12 for digits, 20 for fashion-mnist, else 60"
+    train = command("pretrain", run_pretrain, "train a float network", dataset, training, where)
+    train.add_argument("--epochs", type=COUNT, help=epochs)
     tune = command("finetune", run_finetune, "binarize a float network, calibrate it, train it on", dataset, bases,
                    variations, training, where)  # fmt: skip
-    tune.add_argument("--lr-activation", type=float, help="peak learning rate of vs and betas")
-    tune.add_argument("--weight-decay", type=float)
+    tune.add_argument("--epochs", type=COUNT_OR_0, help=f"{epochs}; 0: calibrate only")
+    tune.add_argument("--lr-activation", type=POSITIVE, help="peak learning rate of vs and betas")
+    tune.add_argument("--weight-decay", type=POSITIVE_OR_0)
     command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
     table.add_argument("--readme", action="store_true", help="write the README's tables too")
     layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
     layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
-    layers.add_argument("--images", type=int, default=1024, help="training images to measure on (default: 1024)")
-    layers.add_argument("--apart", type=int, default=1, help="M and N of a layer differ by that at most (default: 1)")
+    layers.add_argument("--images", type=SEVERAL, default=1024, help="training images to measure on (default: 1024)")
+    layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
-    step.add_argument("--batch-size", type=int, default=128)
-    step.add_argument("--rounds", type=int, default=25)
+    step.add_argument("--batch-size", type=COUNT, default=128)
+    step.add_argument("--rounds", type=COUNT, default=25)
     compiling = command("compile", run_compile, "time of torch.compile against eager", bases, where)
-    compiling.add_argument("--batch-size", type=int, default=128)
-    compiling.add_argument("--rounds", type=int, default=25)
+    compiling.add_argument("--batch-size", type=COUNT, default=128)
+    compiling.add_argument("--rounds", type=COUNT, default=25)
 
     options = parser.parse_args(arguments)
     if "device" in options:
         options.device = own_device(options.device)
         use_threads(options.threads)
-    try:
-        options.run(options)
-    except DataError as error:
-        sys.exit(str(error))
+    parser.run(options.run, options)
 
 
 if __name__ == "__main__":

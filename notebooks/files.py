@@ -2,10 +2,13 @@
 
 import contextlib
 import os
+import tempfile
 from pathlib import Path
 
 import torch
 import tqdm.auto
+
+from kernels.command import Refused
 
 if os.environ.get("TQDM_DISABLE"):  # which tqdm's bars for notebooks do not look at
     tqdm.auto.tqdm = tqdm.std.tqdm
@@ -13,6 +16,36 @@ tqdm = tqdm.auto.tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+
+
+class DataError(Refused):
+    """Something to read that is not there, or not what it should be; the message says what to do."""
+
+
+def writable(folder: Path) -> None:
+    """Make a folder where it is missing.
+
+    Raises: DataError where nothing can be written to it: before hours of training, not after them.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise DataError(f"nothing can be written to the folder {folder}: {error.strerror}") from error
+
+
+def load(path: str | Path) -> dict:
+    """A dict of tensors and plain Python values that torch.save wrote, onto the CPU.
+
+    Raises: DataError where the file can't be read as such.
+    """
+    try:
+        what = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no exception of its own: a damaged file may raise anything
+        raise DataError(f"{path} can't be read as a file that torch.save wrote ({type(error).__name__})") from error
+    if not isinstance(what, dict):
+        raise DataError(f"{path} must hold a dict, got {type(what).__name__}")
+    return what
 
 
 def save(what, path: str | Path) -> None:

@@ -27,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 
 import torch
 from accelerate import PartialState
-from data import DataError, shuffled_loader
-from files import RESULTS, ROOT, save
+from data import image_folders, read_image, shuffled_loader
+from files import RESULTS, ROOT, DataError, load, save, writable
 from networks import import_torchvision
 from runs import keep_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from training import best_device, finetune, is_main_process, own_device, predict
+from training import best_device, check_batch, finetune, is_main_process, load_weights, own_device, predict
 
 import abcnets
 from kernels.clock import machine
+from kernels.command import COUNT, COUNT_OR_0, POSITIVE, SEED, Parser, present_device
 
 PUBLISHED = {("resnet18", None, None): (69.3, 89.2), ("resnet18", 5, 5): (65.0, 85.9)}  # arXiv:1711.11294: top-1, top-5
 
@@ -51,25 +52,16 @@ class ImageFolders:
     test_batch_size = 256
 
     def __init__(self, path: Path, size: int, workers: int, device: torch.device):
-        for split in ("train", "val"):
-            if not (path / split).is_dir():
-                raise DataError(f"{path / split} is missing: PATH needs train/CLASS/*.JPEG and val/CLASS/*.JPEG")
         import_torchvision()
         from torchvision import transforms
         from torchvision.datasets import ImageFolder
 
         finish = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         cut = transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *finish])
-        vary = [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip()]
-        try:
-            self.train, self.test = (ImageFolder(str(path / split), cut) for split in ("train", "val"))
-        except FileNotFoundError as error:
-            raise DataError(f"{path}: every class needs at least one image ({error})") from error
-        if self.train.classes != self.test.classes:
-            differing = sorted(set(self.train.classes) ^ set(self.test.classes))
-            raise DataError(f"{path}: train/ and val/ must hold the same classes, but {differing[:5]} are in one alone")
+        vary = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish])
+        self.train, self.test = image_folders(path, "val", cut)
         self.name, self.classes, self.size, self.device = path.resolve().name, self.train.classes, size, device
-        self.augmented = Augmented(ImageFolder(str(path / "train"), transforms.Compose([*vary, *finish])))
+        self.augmented = Augmented(ImageFolder(str(path / "train"), vary, loader=read_image))
         self.train_labels, self.test_labels = (
             torch.tensor(folder.targets, device=device) for folder in (self.train, self.test)
         )
@@ -129,13 +121,9 @@ def float_network(name: str, weights: str, classes: int) -> tuple[nn.Module, boo
     else:
         if not Path(weights).exists():
             raise DataError(f"{weights} is missing: --weights takes DEFAULT, none or a file with a state dict")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
-        outputs = [len(value) for key, value in state.items() if key.endswith("weight") and value.ndim == 2]
-        model = get_model(name, weights=None, num_classes=outputs[-1] if outputs else classes)
-        try:
-            model.load_state_dict(state)
-        except RuntimeError as error:
-            raise DataError(f"{weights} does not hold the weights of {name}: {error}") from error
+        outputs = [len(value) for key, value in load(weights).items()
+                   if key.endswith("weight") and getattr(value, "ndim", 0) == 2]  # fmt: skip
+        model = load_weights(get_model(name, weights=None, num_classes=outputs[-1] if outputs else classes), weights)
     *_, (last, layer) = [("", None), *model.named_modules()]
     if not isinstance(layer, nn.Linear):
         raise DataError(f"{name} does not end in a linear layer, which could be replaced by one of {classes} classes")
@@ -161,7 +149,11 @@ def report(stage: str, percent: tuple[float, float], published: tuple[float, flo
 def run(options) -> dict:
     """The whole experiment; returns its row."""
     M, N, device = options.weight_bases, options.activation_bases, options.device
+    if is_main_process():
+        writable(options.out)
+        writable(options.results)
     data = ImageFolders(options.path, options.size, options.workers, device)
+    check_batch(options.batch_size, options.accumulate, len(data.train_labels))
     torch.manual_seed(options.seed)
     with PartialState().local_main_process_first():  # one process downloads
         network, trained = float_network(options.network, options.weights, len(data.classes))
@@ -200,29 +192,26 @@ def run(options) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> dict:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("path", type=Path, metavar="PATH", help="holds train/CLASS/*.JPEG and val/CLASS/*.JPEG")
     parser.add_argument("--network", default="resnet18", help="of torchvision (default: resnet18)")
     parser.add_argument("--weights", default="DEFAULT", help="DEFAULT (torchvision's), none, or a state dict's file")
-    parser.add_argument("--weight-bases", type=int, default=5, metavar="M", help="default: 5")
-    parser.add_argument("--activation-bases", type=int, default=5, metavar="N", help="default: 5")
-    parser.add_argument("--calibrate", type=int, default=256, metavar="IMAGES", help="0: do not (default: 256)")
-    parser.add_argument("--epochs", type=int, default=10, help="default: 10")
-    parser.add_argument("--batch-size", type=int, default=256, help="of all processes together (default: 256)")
-    parser.add_argument("--accumulate", type=int, default=1, metavar="PARTS", help="take a batch in so many parts")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate (default: 0.001)")
-    parser.add_argument("--size", type=int, default=224, metavar="PIXELS", help="of an image's side (default: 224)")
-    parser.add_argument("--workers", type=int, default=8, help="processes that decode images, per device (default: 8)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=torch.device, default=best_device(), help="default: cuda, else mps, else cpu")
+    parser.add_argument("--weight-bases", type=COUNT, default=5, metavar="M", help="default: 5")
+    parser.add_argument("--activation-bases", type=COUNT, default=5, metavar="N", help="default: 5")
+    parser.add_argument("--calibrate", type=COUNT_OR_0, default=256, metavar="IMAGES", help="0: do not (default: 256)")
+    parser.add_argument("--epochs", type=COUNT_OR_0, default=10, help="default: 10")
+    parser.add_argument("--batch-size", type=COUNT, default=256, help="of all processes together (default: 256)")
+    parser.add_argument("--accumulate", type=COUNT, default=1, metavar="PARTS", help="take a batch in so many parts")
+    parser.add_argument("--lr", type=POSITIVE, default=1e-3, help="peak learning rate (default: 0.001)")
+    parser.add_argument("--size", type=COUNT, default=224, metavar="PIXELS", help="of an image's side (default: 224)")
+    parser.add_argument("--workers", type=COUNT_OR_0, default=8, help="processes that decode, per device (default: 8)")
+    parser.add_argument("--seed", type=SEED, default=0)
+    parser.add_argument("--device", type=present_device, default=best_device(), help="default: cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="network and checkpoint (default: out)")
     parser.add_argument("--results", type=Path, default=RESULTS, help="table (default: notebooks/results)")
     options = parser.parse_args(arguments)
     options.device = own_device(options.device)
-    try:
-        return run(options)
-    except DataError as error:
-        sys.exit(str(error))
+    return parser.run(run, options)
 
 
 if __name__ == "__main__":

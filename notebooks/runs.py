@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from data import Data
-from files import replacing, save
+from files import DataError, replacing, save, writable
 from networks import build_network
 from torch import nn
 from training import accuracy, finetune, is_main_process, load_weights, pretrain
@@ -24,8 +24,16 @@ FILL = "python notebooks/experiment.py table --readme"  # as the README's marker
 
 
 def read_csv(path: str | Path) -> pd.DataFrame:
-    """A table of results; an empty cell is NaN, and among a run's options no word."""
-    rows = pd.read_csv(path, dtype={"options": str})
+    """A table of results; an empty cell is NaN, and among a run's options no word.
+
+    Raises: DataError where there is none.
+    """
+    try:
+        rows = pd.read_csv(path, dtype={"options": str})
+    except FileNotFoundError:
+        raise DataError(f"the table {path} is missing: nothing has been recorded in it yet") from None
+    except ValueError as error:  # pandas' own are such
+        raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
     return rows.fillna({"options": ""}) if "options" in rows else rows
 
 
@@ -70,6 +78,7 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, options: str
     path = Path(out) / f"{run}.pt"
     if kept and path.exists():
         return load_float(data, out, seed, path), []
+    _check_places(out, results)
     model, history = pretrain(data, seed=seed, checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe)
     percent = accuracy(model, data)
     if is_main_process():
@@ -93,6 +102,7 @@ def finetuned(model: nn.Module, data: Data, teacher: nn.Module | None, out: str 
     """
     run = run_name(data.name, M, N, options, seed)
     path = Path(out) / f"{run}.pt"
+    _check_places(out, results)
     history = finetune(model, data, teacher, seed=seed, checkpoint=path.with_suffix(".checkpoint"), description=run,
                        **recipe)  # fmt: skip
     percent = accuracy(model, data)
@@ -125,6 +135,12 @@ def binarized(float_model: nn.Module, data: Data, out: str | Path, results: str 
     finetuned(model, data, float_model if distill else None, out, results, M, N, options=options, seed=seed,
               before=percent, distill=distill, **recipe)  # fmt: skip
     return model
+
+
+def _check_places(*folders: str | Path) -> None:
+    if is_main_process():
+        for folder in folders:
+            writable(Path(folder))
 
 
 def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:

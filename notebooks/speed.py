@@ -26,6 +26,7 @@ from torch.fx.experimental.optimization import fuse as fold_batch_norm
 import abcnets
 from kernels.check import need_engine
 from kernels.clock import interleaved_medians, machine
+from kernels.command import COUNT, POSITIVE_OR_0, THREADS, Parser
 from kernels.report import fill
 
 
@@ -104,14 +105,17 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--bases", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--threads", type=int, nargs="+", default=sorted({1, os.cpu_count() or 1}))
-    parser.add_argument("--seconds", type=float, default=15.0, help="for the rounds of one case")
+    parser.add_argument("--bases", type=COUNT, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--threads", type=THREADS, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    parser.add_argument("--seconds", type=POSITIVE_OR_0, default=15.0, help="for the rounds of one case")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
-    options = parser.parse_args()
+    parser.run(run, parser.parse_args(arguments))
+
+
+def run(options) -> None:
     need_engine("cpu")
     tables = []
     for name, batch in CASES:

@@ -11,10 +11,12 @@ from accelerate import Accelerator, DataLoaderConfiguration, DistributedDataPara
 from accelerate.data_loader import prepare_data_loader
 from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather, patch_environment
-from data import Data, DataError
-from files import save, tqdm
+from data import Data
+from files import DataError, load, save, tqdm
 from networks import build_network
 from torch import Tensor, nn
+
+from kernels.command import Refused
 
 
 def best_device() -> torch.device:
@@ -130,6 +132,15 @@ def _parameter_groups(model: nn.Module, lr: float, lr_activation: float, weight_
     return [group for group in groups if group["params"]]
 
 
+def check_batch(batch_size: int, accumulate: int, images: int) -> None:
+    """Raise Refused, a ValueError, if processes and parts do not divide a batch evenly, or there are fewer images."""
+    processes = PartialState().num_processes
+    parts = processes * accumulate
+    if batch_size % parts or not 0 < batch_size <= images:
+        raise Refused(f"batch_size must be a multiple of {parts} ({processes} process(es), each with {accumulate}"
+                      f" part(s)) and at most the {images} training images, got {batch_size}")  # fmt: skip
+
+
 def train(
     model: nn.Module,
     data: Data,
@@ -167,16 +178,12 @@ def train(
     Args:
         data: a Data, or anything with its `device`, `train_labels`, `test_labels`, `train_loader` and `test_loader`.
 
-    Raises: ValueError if `batch_size` can't be divided evenly among processes and parts.
+    Raises: Refused, a ValueError, as `check_batch` does.
     """
     device, images = data.device, len(data.train_labels)
     idle = any(not getattr(layer, "active", True) for layer in model.modules())  # its vs and betas get no gradient
     accelerator = accelerator_on(device, accumulate, find_unused_parameters=idle)
-    parts = accelerator.num_processes * accumulate
-    batch_size = min(batch_size, images // parts * parts)
-    if batch_size % parts or not batch_size:
-        raise ValueError(f"batch_size must be a multiple of {parts} ({accelerator.num_processes} processes, each with"
-                         f" {accumulate} part(s)), got {batch_size} for {images} training images")  # fmt: skip
+    check_batch(batch_size, accumulate, images)
     steps = images // batch_size
     peaks = [group["lr"] for group in optimizer.param_groups]
     recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "exact": exact, "seed": seed,
@@ -234,7 +241,8 @@ def train(
         if accelerator.use_distributed:  # the processes are no longer at one place
             raise
         print(f"{description}: stopped after {len(history)} of {epochs} epochs; what was learned is kept")
-    bar.close()
+    finally:
+        bar.close()
     model.eval()
     return history
 
@@ -288,7 +296,16 @@ def _show(bar, description: str, entry: dict, epochs: int) -> None:
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """The model in eval mode, with the weights of a file.
+
+    Raises: DataError where it is not there, can't be read, or is of another network.
+    """
     if not Path(path).exists():
         raise DataError(f"{path} is missing: `python notebooks/experiment.py pretrain` and then `finetune` write it")
-    model.load_state_dict(torch.load(path, map_location="cpu"))
+    state = load(path)
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:  # which lists all names there are, on many lines
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path} does not hold the weights of this network: {reason[:200]}") from error
     return model.eval()

@@ -33,3 +33,18 @@ def few_digits():
 def nine_layer(digits):
     """The nine-layer network, trained on the digits for a moment."""
     return pretrain(digits, epochs=2, lr=0.05)[0].to(memory_format=torch.contiguous_format)
+
+
+@pytest.fixture
+def refused(capsys):
+    """refused(main, *arguments): what a command line says that can't do it, one sentence on stderr; exit code 2."""
+
+    def refused(main, *arguments) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            main([str(argument) for argument in arguments])
+        sentence = capsys.readouterr().err
+        assert left.value.code == 2 and len(sentence.splitlines()) == 1 and len(sentence) > 30, sentence
+        return sentence
+
+    return refused

@@ -51,6 +51,12 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
     assert sizes["torch float32"] > 1.9 * sizes["torch bfloat16"] > sizes["onnxruntime int8"] > 2 * sizes["abcnets"]
 
 
-def test_a_missing_float_network_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match="float.pt is missing"):
-        compare.main(["--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path)])
+def test_what_is_missing_or_too_large_is_one_sentence(trained, tmp_path, refused):
+    def sentence(*options):
+        return refused(compare.main, "--dataset", "digits", "--results", trained[0], *options)
+
+    assert "float.pt is missing" in sentence("--out", tmp_path / "nothing")
+    assert "at most the 500 test images, got 501" in sentence("--out", trained[0], "--batches", "1", "501")
+    assert "nothing can be written to" in sentence("--results", trained[0] / "runs.csv")
+    for option, bad in {"batches": "0", "threads": "0", "calibrate": "-1", "seconds": "nan"}.items():
+        assert f"argument --{option}: " in sentence(f"--{option}", bad)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from data import DataError, load_data
+from data import Data, DataError, load_data
 from networks import build_network
 from PIL import Image
 
@@ -14,17 +14,68 @@ def test_digits_are_real_and_complete(digits):
     assert images.shape == (50, 1, 28, 28) and images.dtype == torch.float32 and labels.max() < 10
 
 
-def test_a_folder_of_images_is_a_data_set(tmp_path):
+@pytest.fixture
+def folder(tmp_path):
+    """Three pictures a class."""
     generator = np.random.default_rng(0)
     for split in ("train", "test"):
         for label in ("cat", "dog"):
-            (tmp_path / split / label).mkdir(parents=True)
+            (tmp_path / "pets" / split / label).mkdir(parents=True)
             for i in range(3):
                 pixels = generator.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / split / label / f"{i}.png")
-    data = load_data(f"folder:{tmp_path}")
+                Image.fromarray(pixels).save(tmp_path / "pets" / split / label / f"{i}.bmp")
+    return tmp_path / "pets"
+
+
+def test_a_folder_of_images_is_a_data_set(folder):
+    data = load_data(f"folder:{folder}")
     assert list(data.classes) == ["cat", "dog"] and len(data.train_images) == len(data.test_images) == 6
     assert build_network(data)(next(data.test_batches(2))[0]).shape == (2, 2)
+
+
+def test_what_was_decoded_is_kept_until_an_image_changes(folder):
+    first = load_data(f"folder:{folder}").train_images
+    kept = folder.with_name("pets.pt")
+    time, picture = kept.stat().st_mtime_ns, folder / "train/cat/0.bmp"
+    assert torch.equal(load_data(f"folder:{folder}").train_images, first) and kept.stat().st_mtime_ns == time
+    Image.new("RGB", (32, 32)).save(picture)  # of the same name and size
+    assert torch.equal(load_data(f"folder:{folder}").train_images[0], torch.zeros(3, 32, 32, dtype=torch.uint8))
+
+
+def test_what_is_wrong_with_a_folder_is_said(folder):
+    def sentence(name=f"folder:{folder}"):
+        with pytest.raises(DataError) as error:
+            load_data(name)
+        assert "\n" not in str(error.value)
+        return str(error.value)
+
+    picture, kept = folder / "train/cat/0.bmp", folder.with_name("pets.pt")
+    pixels = picture.read_bytes()
+    assert "is missing" in sentence(f"folder:{picture}")
+    for broken in (pixels[:1000], b"", b"no image"):
+        picture.write_bytes(broken)
+        assert f"{picture} can't be read as an image" in sentence()
+    picture.write_bytes(pixels)
+    load_data(f"folder:{folder}")
+    whole = kept.read_bytes()
+    for broken in (whole[:1000], whole[: len(whole) // 2], b"", b"no tensors"):
+        kept.write_bytes(broken)
+        assert f"{kept} can't be read" in sentence()
+    torch.save({"weight": torch.zeros(2)}, kept)  # a network of that name is not overwritten
+    assert f"{kept} is not what" in sentence() and torch.load(kept).keys() == {"weight"}
+    for picture in (folder / "test/dog").iterdir():
+        picture.unlink()
+    assert "at least one image" in sentence()
+    (folder / "test/dog").rmdir()
+    assert "['dog'] are in one alone" in sentence()
+
+
+def test_a_damaged_file_of_torchvision_is_said(tmp_path):
+    (tmp_path / "FashionMNIST/raw").mkdir(parents=True)
+    for name in ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1"):
+        (tmp_path / f"FashionMNIST/raw/{name}-ubyte").write_bytes(b"")
+    with pytest.raises(DataError, match="fashion-mnist is not in .* whole"):
+        load_data("fashion-mnist", tmp_path)
 
 
 @pytest.mark.parametrize("name", ["folder:nowhere", "nonsense", "cifar10-jpeg"])
@@ -32,3 +83,24 @@ def test_a_data_set_that_can_not_be_had_gives_one_sentence(name, tmp_path):
     with pytest.raises(DataError) as error:
         load_data(name, root=tmp_path)
     assert len(str(error.value)) > 30 and "\n" not in str(error.value).strip()
+
+
+def test_mean_and_deviation_are_those_of_all_training_images(digits):
+    """However they are sorted, and of all there were before a limit."""
+    pixels = torch.tensor([[0, 51], [255, 51]], dtype=torch.uint8)  # black, then white; a second channel of one value
+    images, labels = pixels.repeat_interleave(10_001, 0)[:, :, None, None], torch.arange(2).repeat_interleave(10_001)
+    data = Data("sorted", ["black", "white"], images, labels, images[:1], labels[:1])
+    torch.testing.assert_close(data.mean, torch.tensor([0.5, 0.2]))
+    torch.testing.assert_close(data.std, torch.tensor([0.5, 1.0]))  # so that the second becomes 0, not NaN
+    assert data.normalize(images[:1].permute(0, 2, 3, 1)).flatten().tolist() == pytest.approx([-1, 0])
+    pixels = digits.train_images.double() / 255
+    torch.testing.assert_close(digits.mean, pixels.mean((0, 2, 3)).float())
+    torch.testing.assert_close(digits.std, pixels.std((0, 2, 3), correction=0).float())
+    limited = load_data("digits", limit=10)
+    assert torch.equal(limited.mean, digits.mean) and torch.equal(limited.std, digits.std)
+
+
+@pytest.mark.parametrize("limit", [0, -1, 1298])
+def test_a_limit_is_a_number_of_the_images_that_there_are(limit):
+    with pytest.raises(DataError, match=f"from 1 to the 1297 training images of digits, got {limit}"):
+        load_data("digits", limit=limit)

@@ -4,9 +4,13 @@ import subprocess
 import sys
 
 import experiment
+import pytest
 import runs
+import speed
 import torch
+from data import load_data
 from files import ROOT, save
+from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
 
@@ -26,7 +30,61 @@ def test_the_command_line_trains_and_evaluates(tmp_path):
     assert "digits/M1-limit=200" in known and "digits/float" not in known
     missing = [*command, "pretrain", "--dataset", "folder:nowhere", *where]
     failed = subprocess.run(missing, capture_output=True, text=True)
-    assert failed.returncode != 0 and "Traceback" not in failed.stderr and "nowhere" in failed.stderr
+    assert failed.returncode == 2 and "nowhere" in failed.stderr and len(failed.stderr.splitlines()) == 1
+
+
+ARGUMENTS = {
+    "pretrain": {"device": ["nonsense", "meta", "cuda:99"], "threads": ["0", "-1", "x", "99999"], "limit": ["0", "-5"],
+                 "epochs": ["0", "-1", "1.5"], "batch-size": ["0"], "accumulate": ["0"], "lr": ["0", "nan", "inf"],
+                 "seed": ["-1"]},
+    "finetune": {"weight-bases": ["0", "-1", "many"], "activation-bases": ["0"], "epochs": ["-1"], "distill": ["1.5"],
+                 "calibrate": ["-1"], "float-seed": ["-1"], "lr-activation": ["0"], "weight-decay": ["-1"]},
+    "sensitivity": {"images": ["1"], "apart": ["-1"]},
+    "step": {"rounds": ["0"], "batch-size": ["0"]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ARGUMENTS)
+def test_a_bad_argument_is_one_sentence(command, refused):
+    for option, words in ARGUMENTS[command].items():
+        for word in words:
+            said = refused(experiment.main, command, f"--{option}={word}")
+            assert f"argument --{option}: " in said and f"is wanted, got '{word}'" in said
+
+
+def test_the_speed_of_networks_takes_no_bad_argument(refused):
+    for word in ("--threads=0", "--bases=0", "--seconds=nan", "--networks=none", "--nonsense"):
+        assert word.split("=")[0] in refused(speed.main, word)
+
+
+def test_what_can_not_be_done_is_one_sentence(tmp_path, refused, threads):
+    nothing, file, places = tmp_path / "nothing", tmp_path / "file", ["--out", tmp_path, "--results", tmp_path]
+    file.write_text("no tensors")
+
+    def sentence(command, *options):
+        return refused(experiment.main, command, *places, *options)
+
+    assert "runs.csv is missing" in sentence("table")
+    write_csv(tmp_path / "runs.csv", [{"run": "digits/float", "dataset": "digits", "M": None, "N": None}])
+    assert "has no binarized run:" in sentence("table") and "of mnist" in sentence("table", "--dataset", "mnist")
+    (tmp_path / "runs.csv").write_text("")
+    assert "can't be read as a table" in sentence("table")
+    assert "digits/float.pt is missing" in sentence("evaluate")
+    save(build_network(load_data("digits")).state_dict(), tmp_path / "digits/float.pt")
+    assert "digits/M3-N3.pt is missing" in sentence("evaluate")
+    assert "both none" in sentence("finetune", "--weight-bases", "none", "--activation-bases", "none")
+    assert "packed networks" in sentence("compile", "--weight-bases", "none")
+    assert "nothing is missing" in sentence("finetune", "--from", nothing)
+    assert f"{file} can't be read" in sentence("finetune", "--from", file)
+    save({"0.weight": torch.zeros(16, 1, 3, 3)}, file)
+    assert f"{file} does not hold the weights of this network: " in sentence("finetune", "--from", file)
+    for option in ("--out", "--results"):
+        assert f"nothing can be written to the folder {file}/out: " in sentence("pretrain", option, file / "out")
+    assert "multiple of 3 " in sentence("pretrain", "--batch-size", "128", "--accumulate", "3")
+    assert "at most the 100 training images, got 128" in sentence("pretrain", "--limit", "100")
+    assert "from 1 to the 1297 training images" in sentence("pretrain", "--limit", "1298")
+    assert f"{file}/train is missing" in sentence("pretrain", "--dataset", f"folder:{file}")
+    assert "not in" in sentence("pretrain", "--dataset", "fashion-mnist", "--data", file)
 
 
 def test_the_command_measures_and_compares(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """The paper's own experiment, on a small folder laid out like ImageNet: digits as JPEG files."""
 
 import csv
+import shutil
 import urllib.error
 
 import imagenet
@@ -91,12 +92,9 @@ def test_test_images_are_cut_from_the_middle(folder):
     assert torch.equal(images, next(iter(folders(folder).test_loader()))[0])
 
 
-def test_what_can_not_be_had_gives_one_sentence(folder, tmp_path, monkeypatch):
+def test_what_can_not_be_had_gives_one_sentence(folder, tmp_path, monkeypatch, refused):
     def sentence(path, *options):
-        with pytest.raises(SystemExit) as left:
-            imagenet.main([str(path), *RUN, *options, *places(tmp_path)])
-        assert len(left.value.code) > 30 and "\n" not in left.value.code.strip()
-        return left.value.code
+        return refused(imagenet.main, path, *RUN, *places(tmp_path), *options)
 
     def offline(*arguments, **options):
         raise urllib.error.URLError("no network")
@@ -104,8 +102,25 @@ def test_what_can_not_be_had_gives_one_sentence(folder, tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     assert "train/CLASS/*.JPEG" in sentence(tmp_path)
     assert "--weights none" in sentence(folder)
-    assert "is missing" in sentence(folder, "--weights", str(tmp_path / "nothing.pt"))
+    assert "is missing" in sentence(folder, "--weights", tmp_path / "nothing.pt")
     assert "choose one of" in sentence(folder, "--network", "resnet17")
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    assert "other.pt does not hold the weights of this" in sentence(folder, "--weights", tmp_path / "other.pt")
+    (tmp_path / "broken.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:100])
+    assert "broken.pt can't be read as" in sentence(folder, "--weights", tmp_path / "broken.pt")
+    assert "nothing can be written to" in sentence(folder, "--out", tmp_path / "broken.pt" / "out")
+    assert "at most the 24 training images, got 25" in sentence(folder, "--batch-size", "25")
+    assert "--device: a device of this computer (cpu:0" in sentence(folder, "--device", "nonsense")
     (tmp_path / "train/n00000000").mkdir(parents=True)
     (tmp_path / "val").mkdir()
     assert "at least one image" in sentence(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_image_is_named(folder, tmp_path, refused, workers):
+    shutil.copytree(folder, tmp_path / "copy")
+    broken = next((tmp_path / "copy/val").glob("*/*.JPEG"))
+    broken.write_bytes(broken.read_bytes()[:200])
+    options = [*RUN, "--weights", "none", "--workers", workers, *places(tmp_path)]
+    said = refused(imagenet.main, tmp_path / "copy", *options)
+    assert f": {broken} can't be read as an image" in said

@@ -107,12 +107,20 @@ else:
         command = "python -m kernels.bench" + " --device cuda" * (device == "cuda")
         assert report.fill(text, command, {device: table}) == text
 
-    def test_without_a_gpu_the_bench_says_so(elsewhere, capsys):
+    @pytest.mark.parametrize("option", ["threads", "bases", "seconds", "batch", "shape"])
+    def test_a_bad_number_is_one_sentence(option, elsewhere, refused):
+        for word in ("0", "-1", "x", "nan", "8,8,3,1,0"):  # the last: a kernel larger than the image
+            assert f"argument --{option}: " in refused(bench.main, f"--{option}={word}")
+        assert files(elsewhere) == ["README.md"]
+
+    def test_without_an_engine_there_is_nothing_to_measure(elsewhere, monkeypatch, refused):
+        monkeypatch.setattr(abcnets, "engines", lambda: {"cpu": "float convolutions: no numba"})
+        assert "nothing to measure: packed layers run as float convolutions" in refused(bench.main)
+
+    def test_without_a_gpu_the_bench_says_so(elsewhere, refused):
         if torch.cuda.is_available():
             pytest.skip("there is a GPU")
-        assert bench.main(["--device", "cuda"]) == 2
-        out = capsys.readouterr().out
-        assert "No GPU here" in out and len(out.splitlines()) == 1
+        assert "No GPU here" in refused(bench.main, "--device", "cuda")
         assert files(elsewhere) == ["README.md"] and "old" in (elsewhere / "README.md").read_text()
 
     def test_what_goes_wrong_on_a_card_becomes_a_row(elsewhere, monkeypatch):

@@ -18,6 +18,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
+from kernels.command import Parser
 from kernels.report import fill
 from writeup import claims, figures, tables
 
@@ -150,14 +151,18 @@ def write() -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="compare only; the exit status says whether all is fresh")
-    options = parser.parse_args()
+    sys.exit("\n".join(parser.run(build, parser.parse_args())) or 0)
+
+
+def build(options) -> list[str]:
+    """Write, unless it is only to be checked; and what the results contradict or would change, in words."""
     if not options.check:
         write()
     found = [f"{page.name}: {words}" for page, (_, says) in PAGES.items()
              for words in contradictions(page.read_text(), says())]  # fmt: skip
-    sys.exit("\n".join([*found, *(differences() if options.check else [])]) or 0)
+    return [*found, *(differences() if options.check else [])]
 
 
 if __name__ == "__main__":

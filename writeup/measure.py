@@ -22,6 +22,7 @@ from training import accuracy
 
 import abcnets
 from kernels.clock import machine
+from kernels.command import COUNT, THREADS, Parser
 
 RESULTS = HERE / "results"
 IMAGES = 2048
@@ -89,11 +90,14 @@ def calibrations(network, data, n: int) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="where the float network is kept")
-    parser.add_argument("--bases", type=int, nargs="+", default=[1, 2, 3, 5], help="M = N")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
-    options = parser.parse_args()
+    parser.add_argument("--bases", type=COUNT, nargs="+", default=[1, 2, 3, 5], help="M = N")
+    parser.add_argument("--threads", type=THREADS, help="CPU threads (default: torch's choice)")
+    parser.run(measure, parser.parse_args())
+
+
+def measure(options) -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     data = load_data("fashion-mnist")

@@ -1,0 +1,74 @@
+"""Notebooks as web pages that need no network: `python notebooks/page.py NOTEBOOK ...` writes NOTEBOOK.html.
+
+A page of `jupyter nbconvert --to html` fetches MathJax, which turns the formulas from LaTeX into what can be read, and
+other scripts. Here pandoc writes the formulas in MathML, which browsers draw by themselves, and no script is left.
+"""
+
+import argparse
+import html
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
+
+import nbformat
+import pypandoc
+from jinja2 import pass_context
+from nbconvert import HTMLExporter
+
+from kernels.command import Parser, Refused
+
+SCRIPTS = "html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets"  # blocks of the template
+CODE_OR_FORMULA = re.compile(r"<(code|pre)\b.*?</\1>|\$\$(?P<block>.+?)\$\$|\$(?P<inline>.+?)\$", re.DOTALL)
+
+
+class PageExporter(HTMLExporter):
+    """nbconvert's exporter, without scripts and with MathML."""
+
+    raw_template = "{% extends 'lab/index.html.j2' %}" + "".join(
+        f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS
+    )
+
+    @pass_context
+    def markdown2html(self, context, source: str) -> str:
+        text = super().markdown2html(context, source)
+        matches = [match for match in CODE_OR_FORMULA.finditer(text) if not match[1]]
+        formulas = iter(mathml([html.unescape(match[0]) for match in matches]))
+        return CODE_OR_FORMULA.sub(lambda match: match[0] if match[1] else next(formulas), text)
+
+
+def mathml(formulas: list[str]) -> list[str]:
+    """Formulas in LaTeX, each between $ or $$, as MathML.
+
+    Raises: ValueError if one of them is not LaTeX that pandoc knows.
+    """
+    if not formulas:
+        return []
+    paragraphs = [re.sub(r"^(\$+)\s*(.*?)\s*(\$+)$", r"\1\2\3", formula, flags=re.DOTALL) for formula in formulas]
+    written = pypandoc.convert_text("\n\n".join(paragraphs), "html", format="markdown", extra_args=["--mathml"])
+    written = re.sub(r"<annotation\b.*?</annotation>", "", written, flags=re.DOTALL)  # the LaTeX once more
+    found = re.findall(r"<math\b.*?</math>", written, flags=re.DOTALL)
+    if len(found) != len(formulas):
+        raise ValueError(f"pandoc made {len(found)} formulas in MathML of these {len(formulas)}: {formulas}")
+    return found
+
+
+def write_pages(paths: list[Path]) -> None:
+    for path in paths:
+        try:
+            notebook = nbformat.read(path, as_version=4)
+        except ValueError as error:
+            raise Refused(f"{path} is not a notebook") from error
+        page, _ = PageExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        path.with_suffix(".html").write_text(page, encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("notebooks", type=Path, nargs="+", metavar="NOTEBOOK")
+    parser.run(write_pages, parser.parse_args(arguments).notebooks)
+
+
+if __name__ == "__main__":
+    main()
