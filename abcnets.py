@@ -55,6 +55,8 @@ Where this departs from the paper, and why:
   M x N bitwise convolutions.
 """
 
+import concurrent.futures
+import contextlib
 import copy
 import functools
 import html
@@ -1875,7 +1877,8 @@ def save_packed(model: nn.Module, path) -> None:
         model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
         path: the file to write.
 
-    Raises: ValueError where the model has no packed layer or is fused, ImportError without safetensors.
+    Raises: ValueError where the model has no packed layer or is fused, OSError where the file can't be written,
+        ImportError without safetensors.
     """
     safetensors = _safetensors()
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
@@ -1890,8 +1893,7 @@ def save_packed(model: nn.Module, path) -> None:
         "sha256": _digest(tensors),
         "layers": json.dumps(layers, sort_keys=True),
     }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
+    with _replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
         os.replace(temporary, path)
     finally:
@@ -1975,6 +1977,24 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
     """The layer descriptions, once the file is known to be ours, of a version we read, and as it was written."""
     if metadata.get("format") != "abcnets":
         raise ValueError(f"{path} is a safetensors file, but no packed model: its format is {metadata.get('format')!r}")
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """The name of an empty file beside `path`, which takes its place, its permissions too, if all goes well.
+
+    The name is nobody else's, in whatever thread, process or machine. Where `path` is a link, the file that it leads to
+    is replaced, as plain writing would do.
+    """
+    path = os.path.realpath(os.fsdecode(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is a folder or a device: a file's name is wanted")
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.partial")
+    open(temporary, "xb").close()  # raises what stands in the way, such as a folder that is not there or not ours
+    mode = os.stat(path if os.path.exists(path) else temporary).st_mode
+    try:
+        yield temporary
+        os.chmod(temporary, mode & 0o777)
     version = metadata.get("version", "")
     if version not in _READABLE:
         raise ValueError(f"{path} has format version {version!r}; this abcnets reads {' and '.join(_READABLE)}")

@@ -3,7 +3,11 @@
 import copy
 import json
 import math
+import os
 import pickle
+import stat
+import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -318,6 +322,109 @@ def deep():
         nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
         nn.Conv2d(8, 70, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(70), nn.ReLU(),
         nn.Conv2d(70, 33, 3, padding="same", bias=False), nn.BatchNorm2d(33),
+def test_a_description_is_compared_with_its_types(tmp_path):
+    """true == 1 and 1.0 == 1 in Python, and in no layer."""
+    path, network = tmp_path / "model.safetensors", nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    model = abcnets.convert(network, 1, 1, settings={"2": {"weight_bases": None}})
+    abcnets.save_packed(abcnets.pack(model), path)
+    layers = json.loads(safe_open(path, "pt").metadata()["layers"])
+    for name, key, value in (("1", "M", True), ("1", "N", True), ("1", "groups", True), ("2", "activation_bases", True),
+                             ("2", "per_channel", 1), ("1", "M", 1.0), ("1", "N", math.nan)):  # fmt: skip
+        wrong = copy.deepcopy(layers)
+        wrong[name][key] = value
+        rewrite(path, lambda metadata, tensors: metadata.update(layers=json.dumps(wrong)))  # noqa: B023
+        with pytest.raises(ValueError, match="makes no sense|another network|readable description"):
+            abcnets.load_packed(path, network)
+    rewrite(path, lambda metadata, tensors: metadata.update(layers=json.dumps(layers)))
+    abcnets.load_packed(path, network)
+
+
+def test_a_skeleton_may_be_without_memory(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    abcnets.save_packed(packed, path)
+    with torch.device("meta"):
+        skeletons = [small(), abcnets.convert(small()), small().to("meta")]
+    for skeleton in skeletons:
+        assert torch.equal(abcnets.load_packed(path, skeleton)(x), packed(x))
+        assert all(tensor.is_meta for tensor in skeleton.parameters())
+    skeletons[0][0].register_buffer("scale", torch.ones(1, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match="0.scale is on the meta device, and no file holds it"):
+        abcnets.load_packed(path, skeletons[0])
+    with pytest.raises(ValueError, match="save_packed needs a model that holds values"):
+        abcnets.save_packed(packed.to("meta"), path)
+
+
+def test_kinds_of_tensors_are_compared_and_their_values_are_data(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    abcnets.save_packed(packed, path)
+    whole = path.read_bytes()
+
+    def put(name, tensor):
+        def change(metadata, tensors):
+            tensors[name] = tensor
+            metadata["sha256"] = abcnets._digest(tensors)
+
+        rewrite(path, change)
+        return abcnets.load_packed(path, small())
+
+    loaded = put("3.alphas", torch.full((3, 8), math.nan))
+    assert loaded[3].alphas.isnan().all() and loaded(x).isnan().all()
+    assert torch.equal(put("3.alphas", packed[3].alphas.double())(x), packed(x))
+    wrong = {"3.bits": packed[3].bits.float(), "3.alphas": torch.ones(3, 8, dtype=torch.int64),
+             "3.betas": torch.ones(2, dtype=torch.complex64), "3.thresholds": torch.ones(3)}  # fmt: skip
+    for name, tensor in wrong.items():
+        path.write_bytes(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ValueError, match=f"does not fit the skeleton: {name} is "):
+                put(name, tensor)
+
+
+def test_threads_that_write_one_file_at_once_both_succeed(packed, tmp_path, monkeypatch):
+    path, written, failed = tmp_path / "model.safetensors", threading.Barrier(2, timeout=60), []
+    save_file = safetensors.torch.save_file
+
+    def save_and_wait(tensors, name, metadata):
+        save_file(tensors, name, metadata)
+        written.wait()
+
+    def save():
+        try:
+            abcnets.save_packed(packed, path)
+        except BaseException as error:
+            failed.append(error)
+            written.abort()
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_and_wait)
+    threads = [threading.Thread(target=save) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and list(tmp_path.iterdir()) == [path]
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(abcnets.load_packed(path, small())(x), packed(x))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions")
+def test_a_file_has_the_permissions_and_the_place_that_plain_writing_gives(packed, tmp_path):
+    path, plain, link = (tmp_path / name for name in ("model.safetensors", "plain", "link"))
+    plain.write_bytes(b"")
+    abcnets.save_packed(packed, path)
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    link.symlink_to(path)
+    abcnets.save_packed(abcnets.pack(abcnets.convert(small(), 1, 1)), link)
+    assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert abcnets.load_packed(path, small())[3].weight_bases == 1
+    for wrong in (tmp_path, tmp_path / "no such folder" / "model", plain / "model"):
+        with pytest.raises(OSError):
+            abcnets.save_packed(packed, wrong)
+    with pytest.raises(FileNotFoundError, match="no packed model at"):
+        abcnets.load_packed(tmp_path, small())
+    assert sorted(tmp_path.iterdir()) == [link, path, plain]
+
+
         nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.ReLU6(),
         nn.Conv2d(33, 20, 2), nn.ReLU(), nn.Flatten(),
         nn.Linear(20 * 9, 40), nn.BatchNorm1d(40), nn.Dropout(), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 10),
