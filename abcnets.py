@@ -371,7 +371,8 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
 
 def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
     """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
-    if torch.compiler.is_compiling() or type(R) not in (Tensor, nn.Parameter):  # in one expression, for any tracer
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(R) not in (Tensor, nn.Parameter):
+        # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
         steps = [torch.where(r >= t, 2 * beta, 0) for t, beta in zip(thresholds, betas.to(r.dtype))]
         return torch.where(r.isnan(), r, sum(steps, -betas.sum())).to(R.dtype)
@@ -1429,6 +1430,7 @@ def _compared(y: Tensor, thresholds: Tensor, flips: Tensor) -> Tensor:
 
 def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups):
     """y (B, O, *S') of `packed_conv`, in float32 or wider, for x in floats (B, C, *S) or flags."""
+@torch.no_grad()
     dims = bits.ndim - 3
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
     if x.dtype == torch.bool:
@@ -1448,6 +1450,7 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
         return F.linear(Aq, Wq, bias)
     return _CONVOLUTIONS[dims](F.pad(Aq, _for_pad(padding)), Wq, bias, stride, 0, dilation, groups)
 
+    For inference: no gradient passes, whatever requires it.
 
 def packed_max_pool(
     words: Tensor, flips: Tensor, channels: int,
@@ -1587,6 +1590,7 @@ def _kernels(part: str):
                     break
             else:
                 if importlib.util.find_spec(_PACKAGE) is None:
+        _library.impl(plain.__name__, torch.library.fallthrough_kernel, "Autograd")  # no gradient, in any engine
                     raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}: "
                                       "copy that folder there")  # fmt: skip
         package = importlib.import_module(_PACKAGE)
@@ -1808,7 +1812,7 @@ class PackedLayer(nn.Module):
     def _float_weight(self) -> Tensor:
         """Wq, unpacked once for as long as the tensors are the same, in whatever mode the first call is made."""
         bits, alphas, channels = self.bits, self.alphas, self.channels // self.groups
-        if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # what is exported holds the bits, not Wq
             return _unpack_weight(bits, alphas, channels)
         if torch.compiler.is_compiling():
             if self._unpacked is None:
@@ -1866,6 +1870,7 @@ def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
 _FORMAT_VERSION = 2
 _READABLE = ("1", "2")  # version 1 said, for each packed layer, what it was to run as
 
+    @torch.no_grad()
 
 def save_packed(model: nn.Module, path) -> None:
     """Write a packed model to one safetensors file (needs the `safetensors` package); replaces the file atomically.

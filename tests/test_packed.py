@@ -186,6 +186,22 @@ def test_nan_can_not_become_bits():
 def test_packed_models_compile_and_export():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
     abcnets.binarize(model)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grads", ["input", "scales"])
+def test_no_gradient_passes_an_operator_whoever_runs_it(monkeypatch, dtype, grads):
+    x, bits, alphas, betas, *more = operator_arguments()
+    x, scales = x.to(dtype), [alphas.clone(), betas.clone()]
+    expected = torch.ops.abcnets.packed_conv(x, bits, *scales, *more)
+    for tensor in [x] if grads == "input" else scales:
+        tensor.requires_grad_()
+    by_engine = torch.ops.abcnets.packed_conv(x, bits, *scales, *more)
+    plain = abcnets.packed_conv(x, bits, *scales, *more)
+    monkeypatch.setitem(abcnets._found, "cpu", {"missing": "none here", "install": ""})
+    without_engine = abcnets._run_operator(abcnets.packed_conv, x, bits, *scales, *more)
+    for y in (by_engine, plain, without_engine):
+        assert not y.requires_grad and torch.allclose(y, expected, rtol=1e-2, atol=1e-4)
+
+
     packed, x = abcnets.pack(model), torch.randn(2, 1, 8, 8)
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x), atol=1e-5)
@@ -193,6 +209,18 @@ def test_packed_models_compile_and_export():
 
 
 # Files
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("engine", ["bits", "float"])
+def test_packed_layers_are_traced_by_jit(engine):
+    """With check_trace=True, torch's default: a second trace must be the same graph as the first."""
+    layer = ABCConv2d(4, 5, 3, padding=1, weight_bases=2, activation_bases=2, active=True)
+    packed, x = abcnets.pack(layer, engine=engine), torch.randn(2, 4, 8, 8)
+    traced = torch.jit.trace(packed, x)
+    for shape in ((2, 4, 8, 8), (5, 4, 6, 9)):
+        x = torch.randn(shape)
+        assert torch.allclose(traced(x), layer(x), atol=1e-5)
 
 
 def small():
@@ -666,9 +694,14 @@ def test_a_model_of_which_only_norms_were_folded_is_fused_too(tmp_path):
 def test_no_gradient_passes_and_a_buffer_may_be_a_parameter(pair):
     _, packed, x = pair
     expected = packed(x)
-    assert not packed(x.clone().requires_grad_()).requires_grad
-    packed.alphas = nn.Parameter(packed.alphas.clone(), requires_grad=False)
-    assert torch.equal(packed(x), expected)
+    y = packed(x.clone().requires_grad_())
+    assert not y.requires_grad and torch.equal(y, expected)
+    for name in ("alphas", "betas", "thresholds", "bias"):
+        for requires_grad in (False, True):
+            twin = copy.deepcopy(packed)
+            setattr(twin, name, nn.Parameter(getattr(packed, name).clone(), requires_grad=requires_grad))
+            y = twin(x)
+            assert not y.requires_grad and torch.equal(y, expected)
 
 
 def test_a_module_of_the_users_may_be_called_fused(tmp_path):

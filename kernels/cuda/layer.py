@@ -58,10 +58,10 @@ class Layer:
         self.padding = (0, 0) * len(ones) + tuple(padding)  # top, bottom, left, right
         self.device = bits.device
         # Copies: what is kept beside a tensor must not keep it alive.
-        self.alphas_MO = alphas.to(torch.float32, copy=True).contiguous()
-        self.betas_N = betas.to(torch.float32, copy=True).contiguous()
+        self.alphas_MO = alphas.detach().to(torch.float32, copy=True).contiguous()
+        self.betas_N = betas.detach().to(torch.float32, copy=True).contiguous()
         none = torch.zeros(self.O, dtype=torch.float32, device=self.device)
-        self.bias_O = none if bias is None else bias.to(torch.float32, copy=True)
+        self.bias_O = none if bias is None else bias.detach().to(torch.float32, copy=True)
         self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
         self.center_xor = self.C * self.KH * self.KW // 2
         self.center_and = self.C * self.KH * self.KW // 4
