@@ -113,6 +113,9 @@ def test_packing_weights_only_and_leaving_the_rest():
         abcnets.pack(nn.Sequential(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match="got 'fast'"):
         abcnets.pack(model, engine="fast")
+    with pytest.raises(ValueError, match="engine must be 'auto', 'bits' or 'float', got 'gpu'"):
+        packed[0].engine = "gpu"
+    assert packed[0].engine == "auto"
 
 
 def test_auto_runs_layers_beyond_the_limit_as_float():
@@ -183,9 +186,6 @@ def test_nan_can_not_become_bits():
         torch.ops.abcnets.packed_conv(*arguments)
 
 
-def test_packed_models_compile_and_export():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
-    abcnets.binarize(model)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("grads", ["input", "scales"])
 def test_no_gradient_passes_an_operator_whoever_runs_it(monkeypatch, dtype, grads):
@@ -202,13 +202,13 @@ def test_no_gradient_passes_an_operator_whoever_runs_it(monkeypatch, dtype, grad
         assert not y.requires_grad and torch.allclose(y, expected, rtol=1e-2, atol=1e-4)
 
 
+def test_packed_models_compile_and_export():
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
+    abcnets.binarize(model)
     packed, x = abcnets.pack(model), torch.randn(2, 1, 8, 8)
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x), atol=1e-5)
     assert torch.allclose(torch.export.export(packed, (x,)).module()(x), model(x), atol=1e-5)
-
-
-# Files
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
@@ -221,6 +221,9 @@ def test_packed_layers_are_traced_by_jit(engine):
     for shape in ((2, 4, 8, 8), (5, 4, 6, 9)):
         x = torch.randn(shape)
         assert torch.allclose(traced(x), layer(x), atol=1e-5)
+
+
+# Files
 
 
 def small():
@@ -319,37 +322,6 @@ def test_a_wrong_file_gives_one_clear_error_and_touches_nothing(packed, tmp_path
     assert all(torch.equal(value, before[key]) for key, value in skeleton.state_dict().items())
 
 
-def test_truncated_foreign_missing_and_misfitting_files(packed, tmp_path):
-    path = tmp_path / "model.safetensors"
-    abcnets.save_packed(packed, path)
-    whole = path.read_bytes()
-    for content in (whole[: len(whole) // 2], whole[:5], b"", b"PK\x03\x04 not ours"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="not a complete safetensors file"):
-            abcnets.load_packed(path, small())
-    path.write_bytes(whole)
-    with pytest.raises(ValueError, match="has a binarized layer '3', where the skeleton has no layer to binarize"):
-        abcnets.load_packed(path, nn.Sequential(nn.Linear(2, 2)))
-    wider = nn.Sequential(*[nn.Conv2d(9, 9, 3) if i == 3 else m for i, m in enumerate(small())])
-    with pytest.raises(ValueError, match="another network"):
-        abcnets.load_packed(path, wider)
-    with pytest.raises(FileNotFoundError, match="no packed model at"):
-        abcnets.load_packed(tmp_path / "nothing", small())
-    with pytest.raises(ValueError, match="what pack\\(\\) returned"):
-        abcnets.save_packed(small(), path)
-    assert path.read_bytes() == whole
-
-
-# Bits from layer to layer
-
-
-def deep():
-    """Falling, constant and rising channels, every order of pool, norm and ReLU, a linear tail."""
-    torch.manual_seed(2)
-    layers = [
-        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
-        nn.Conv2d(8, 70, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(70), nn.ReLU(),
-        nn.Conv2d(70, 33, 3, padding="same", bias=False), nn.BatchNorm2d(33),
 def test_a_description_is_compared_with_its_types(tmp_path):
     """true == 1 and 1.0 == 1 in Python, and in no layer."""
     path, network = tmp_path / "model.safetensors", nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
@@ -453,6 +425,37 @@ def test_a_file_has_the_permissions_and_the_place_that_plain_writing_gives(packe
     assert sorted(tmp_path.iterdir()) == [link, path, plain]
 
 
+def test_truncated_foreign_missing_and_misfitting_files(packed, tmp_path):
+    path = tmp_path / "model.safetensors"
+    abcnets.save_packed(packed, path)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], whole[:5], b"", b"PK\x03\x04 not ours"):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match="not a complete safetensors file"):
+            abcnets.load_packed(path, small())
+    path.write_bytes(whole)
+    with pytest.raises(ValueError, match="has a binarized layer '3', where the skeleton has no layer to binarize"):
+        abcnets.load_packed(path, nn.Sequential(nn.Linear(2, 2)))
+    wider = nn.Sequential(*[nn.Conv2d(9, 9, 3) if i == 3 else m for i, m in enumerate(small())])
+    with pytest.raises(ValueError, match="another network"):
+        abcnets.load_packed(path, wider)
+    with pytest.raises(FileNotFoundError, match="no packed model at"):
+        abcnets.load_packed(tmp_path / "nothing", small())
+    with pytest.raises(ValueError, match="what pack\\(\\) returned"):
+        abcnets.save_packed(small(), path)
+    assert path.read_bytes() == whole
+
+
+# Bits from layer to layer
+
+
+def deep():
+    """Falling, constant and rising channels, every order of pool, norm and ReLU, a linear tail."""
+    torch.manual_seed(2)
+    layers = [
+        nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+        nn.Conv2d(8, 70, 3, padding=1), nn.MaxPool2d(2), nn.BatchNorm2d(70), nn.ReLU(),
+        nn.Conv2d(70, 33, 3, padding="same", bias=False), nn.BatchNorm2d(33),
         nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.ReLU6(),
         nn.Conv2d(33, 20, 2), nn.ReLU(), nn.Flatten(),
         nn.Linear(20 * 9, 40), nn.BatchNorm1d(40), nn.Dropout(), nn.ReLU(), nn.Linear(40, 40), nn.Linear(40, 10),
@@ -633,6 +636,46 @@ def test_the_default_dtype_is_no_matter(pair, dtype):
         torch.set_default_dtype(torch.float32)
 
 
+class Surroundings:
+    """A default device or dtype, for as long as the with statement lasts."""
+
+    def __init__(self, default):
+        self.default = default
+
+    def __enter__(self):
+        set = torch.set_default_device if self.default == "meta" else torch.set_default_dtype
+        set(self.default)
+
+    def __exit__(self, *_):
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
+def test_default_devices_and_dtypes_are_no_matter_to_whole_models(default, tmp_path):
+    """What is computed or kept for ever names its device and dtype."""
+    network, x, path = small(), torch.randn(20, 1, 8, 8), tmp_path / "model.safetensors"
+
+    def everything():
+        model = abcnets.calibrate(abcnets.convert(network, 3, 2, us=[-0.7, 0.1, 0.6]), x, progress=False)
+        packed = abcnets.pack(model, engine="bits")
+        abcnets.save_packed(packed, path)
+        outputs = [each(x) for each in (model, packed, abcnets.load_packed(path, network), abcnets.fuse(packed))]
+        tables = str(abcnets.summary(packed, x)), str(abcnets.plan(network))
+        return model.state_dict(), packed.state_dict(), dict(enumerate(outputs)), tables
+
+    expected = everything()
+    abcnets._start_activations.cache_clear()
+    with Surroundings(default):
+        found = everything()
+    again = everything()
+    for results in (found, again):
+        assert results[3] == expected[3]
+        for some, others in zip(results[:3], expected[:3]):
+            for name, tensor in some.items():
+                assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
+
+
 def test_the_mode_of_the_first_call_is_no_matter(pair):
     layer, packed, x = pair
     first = copy.deepcopy(packed)
@@ -677,6 +720,15 @@ def test_copies_and_pickles_hold_no_unpacked_weights(pair):
     assert len(pickle.dumps(packed)) == before
     for twin in (copy.deepcopy(packed), pickle.loads(pickle.dumps(packed))):
         assert torch.equal(twin(x), y)
+
+
+def test_an_old_pickle_is_refused_in_one_sentence(pair):
+    _, packed, _ = pair
+    old = copy.deepcopy(packed)
+    del old.weight_bases, old.activation_bases  # of which it made tensors' lengths
+    content = pickle.dumps(old)
+    with pytest.raises(ValueError, match="pickled by an older abcnets"):
+        pickle.loads(content)
 
 
 def test_a_model_of_which_only_norms_were_folded_is_fused_too(tmp_path):
