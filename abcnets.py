@@ -55,6 +55,8 @@ Where this departs from the paper, and why:
   M x N bitwise convolutions.
 """
 
+import concurrent.futures
+import contextlib
 import copy
 import functools
 import html
@@ -65,6 +67,7 @@ import math
 import os
 import sys
 import threading
+import types
 import warnings
 import weakref
 from pathlib import Path
@@ -87,9 +90,13 @@ __all__ = [
 
 
 def even_shifts(M: int) -> Tensor:
-    """Shifts u_1..u_M evenly spaced in [-1, 1] (arXiv:1711.11294, section 3.1); 0 for M = 1. Shape: (M,), float32."""
+    """Shifts u_1..u_M evenly spaced in [-1, 1] (arXiv:1711.11294, section 3.1); 0 for M = 1.
+
+    Shape: (M,), float32, on the CPU whatever the default device.
+    """
     _check_bases("weight_bases", M)
-    return torch.linspace(-1, 1, M) if M > 1 else torch.zeros(1)
+    like = {"dtype": torch.float32, "device": "cpu"}
+    return torch.linspace(-1, 1, M, **like) if M > 1 else torch.zeros(1, **like)
 
 
 def gaussian_shifts(M: int) -> Tensor:
@@ -98,10 +105,10 @@ def gaussian_shifts(M: int) -> Tensor:
     Levels are their cell's mean, thresholds are midway between levels. Relative squared error of a unit Gaussian:
     0.363, 0.190, 0.118, 0.058 for M = 1, 2, 3, 5; `even_shifts` gives 0.363, 0.262, 0.118, 0.077.
 
-    Shape: (M,), float32, ascending.
+    Shape: (M,), float32, ascending, on the CPU whatever the default device.
     """
     _check_bases("weight_bases", M)
-    return torch.tensor(_gaussian_thresholds(M), dtype=torch.float32)
+    return torch.tensor(_gaussian_thresholds(M), dtype=torch.float32, device="cpu")
 
 
 @functools.cache
@@ -135,9 +142,11 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
     above = x[x > x[0]]
     if len(above) == 0:
         return x[:1].expand(count), x[:1].expand(count + 1)
-    thresholds = torch.quantile(above[:: max(1, len(above) // 100_000)], (torch.arange(count) + 0.5).double() / count)
+    places = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count
+    thresholds = torch.quantile(above[:: max(1, len(above) // 100_000)], places)
     for _ in range(iterations):
-        edges = torch.cat([torch.tensor([0]), torch.searchsorted(x, thresholds), torch.tensor([len(x)])])
+        edges = F.pad(torch.searchsorted(x, thresholds), (1, 1))
+        edges[-1] = len(x)
         counts = edges.diff()
         levels = total[edges].diff() / counts
         # A cell that lost all its samples collapses onto its lower edge, and stays harmless there.
@@ -173,16 +182,33 @@ def _fit_activations(samples: Tensor, N: int, constant: bool) -> tuple[Tensor, T
 
 
 @functools.cache
-def _start_activations(N: int) -> tuple[Tensor, Tensor]:
-    """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, as BatchNorm and ReLU put it out."""
-    _check_bases("activation_bases", N)
-    quantiles = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
-    return _fit_activations(torch.special.ndtri(quantiles).relu(), N, constant=True)
+def _start_activations(N: int) -> tuple[list[float], list[float]]:
+    """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, as BatchNorm and ReLU put it out.
+
+    Numbers and not tensors, since they are kept: a tensor would be of the first caller's device and mode.
+    """
+
+    def fit():
+        quantiles = (torch.arange(20_000, dtype=torch.float64, device="cpu") + 0.5) / 20_000
+        return [fitted.tolist() for fitted in _fit_activations(torch.special.ndtri(quantiles).relu(), N, constant=True)]
+
+    return tuple(_apart(fit))
+
+
+def _apart(function, *arguments):
+    """function(*arguments) in a thread of its own, where no mode of the caller's reaches: default device, fake tensors,
+    inference, autocast."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        return thread.submit(function, *arguments).result()
+
+
+_MOST_BASES = 256  # far beyond use, and little enough that a number in a file can't make a machine work or run full
 
 
 def _check_bases(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{name} must be a positive integer, or None to leave that side float; got {count!r}")
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_BASES:
+        raise ValueError(f"{name} must be a positive integer of at most {_MOST_BASES}, or None to leave that side "
+                         f"float; got {count!r}")  # fmt: skip
 
 
 # --------------------------------------------------------------------------- Weights
@@ -370,7 +396,8 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
 
 def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
     """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
-    if torch.compiler.is_compiling() or type(R) not in (Tensor, nn.Parameter):  # in one expression, for any tracer
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(R) not in (Tensor, nn.Parameter):
+        # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
         steps = [torch.where(r >= t, 2 * beta, 0) for t, beta in zip(thresholds, betas.to(r.dtype))]
         return torch.where(r.isnan(), r, sum(steps, -betas.sum())).to(R.dtype)
@@ -427,6 +454,8 @@ class _QuantizeActivation(torch.autograd.Function):
 class _ABCLayer(nn.Module):
     """What the four layers share: the bases, the active flag, loading, and two more ways to construct one."""
 
+    _is_abcnets = True  # says so to another copy of this file
+    _bases_are_empty = False  # a layer of the meta device was given memory, and nothing was loaded into it yet
     _stock: type[nn.Module]  # torch's layer of that name
     spatial_dims: int  # 0 for a linear layer
 
@@ -441,9 +470,12 @@ class _ABCLayer(nn.Module):
         elif us is not None:
             raise ValueError("us were given, but weight_bases=None leaves the weights float")
         if activation_bases is not None:
-            start_vs, start_betas = _start_activations(activation_bases)
-            vs = _start_values("vs", start_vs if vs is None else vs, activation_bases, like)
-            betas = _start_values("betas", start_betas if betas is None else betas, activation_bases, like)
+            _check_bases("activation_bases", activation_bases)
+            if vs is None or betas is None:
+                start_vs, start_betas = _start_activations(activation_bases)
+                vs, betas = start_vs if vs is None else vs, start_betas if betas is None else betas
+            vs = _start_values("vs", vs, activation_bases, like)
+            betas = _start_values("betas", betas, activation_bases, like)
         elif vs is not None or betas is not None:
             raise ValueError("vs or betas were given, but activation_bases=None leaves the activations float")
         if learn_us and us is not None:
@@ -493,16 +525,24 @@ class _ABCLayer(nn.Module):
     # The flag travels in the state dict, yet stays a Python bool in the layer: a tensor would have to be read back from
     # the device in every forward pass, and would break a compiled graph.
     def get_extra_state(self) -> Tensor:
-        return torch.tensor(self.active)
+        return torch.tensor(self.active, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
         self.active = bool(state)
+
+    def _apply(self, fn, recurse=True):
+        was_meta = any(values is not None and values.is_meta for values in (self.us, self.vs))
+        super()._apply(fn, recurse)
+        self._bases_are_empty |= was_meta and not self.weight.is_meta
+        return self
 
     def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):
         own = {prefix + name for name in ("us", "vs", "betas", "_extra_state")}
         from_float = own.isdisjoint(state_dict)
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
-        if from_float:  # a stock layer's checkpoint: the new entries keep their start values
+        if not from_float:
+            self._bases_are_empty = False
+        elif not self._bases_are_empty:  # a stock layer's checkpoint: the new entries keep their start values
             missing[:] = [key for key in missing if key not in own]
 
     @classmethod
@@ -577,7 +617,7 @@ _DEFAULT_BASES = {
 def _start_values(name: str, values, count: int, like: dict) -> Tensor:
     """A (count,) tensor from numbers, a tensor, or a function of the count such as `even_shifts`."""
     values = values(count) if callable(values) else values
-    values = torch.as_tensor(values).detach().clone().to(**like)
+    values = torch.as_tensor(values, **like).detach().clone()
     if values.shape != (count,):
         raise ValueError(f"{name} must be {count} numbers, one per base, got shape {tuple(values.shape)}")
     return values
@@ -747,8 +787,17 @@ _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinea
 # --------------------------------------------------------------------------- Whole models
 
 
+def _check_own(model: nn.Module) -> None:
+    """Layers of another copy of this file would pass for a stranger's here, and be left out without a word."""
+    for name, layer in model.named_modules():
+        if getattr(layer, "_is_abcnets", False) and not isinstance(layer, (_ABCLayer, PackedLayer)):
+            raise ValueError(f"layer {name!r} is of another copy of abcnets ({type(layer).__module__}) than this one "
+                             f"({__name__}), or was made before it was reloaded: use one of both")  # fmt: skip
+
+
 def binarize(module: nn.Module, active: bool = True) -> nn.Module:
     """Switch quantization on (or off again) in a layer, or in every such layer of a model; returns the module."""
+    _check_own(module)
     for layer in module.modules():
         if isinstance(layer, _ABCLayer):
             layer.active = bool(active)
@@ -794,6 +843,7 @@ def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=
 
 def _plan(model, weight_bases, activation_bases, filter_fn, settings) -> dict[str, tuple[str, dict]]:
     """{name: (why, bases)} of the layers that can be binarized; the bases of those that stay float are {}."""
+    _check_own(model)
     candidates = {name: layer for name, layer in model.named_modules() if _can_be_binarized(layer)}
     if isinstance(settings, dict):
         unknown = settings.keys() - candidates.keys()
@@ -958,6 +1008,7 @@ def calibrate(model, batches, float_model=None, *, compensate: bool = True, prog
 
     Raises: ValueError where the model has no active ABC layer, float_model lacks one of them, or there are no images.
     """
+    _check_own(model)
     layers = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active]
     if not layers:
         raise ValueError("calibrate needs a model with at least one active ABC layer: convert or binarize it first")
@@ -1015,6 +1066,8 @@ def _gather(batches, device) -> Tensor:
     if sum(map(len, inputs)) == 0:
         raise ValueError("calibrate needs at least one image, got none")
     images = torch.cat(inputs).to(device)
+    if images.is_meta:
+        raise ValueError("calibrate needs a model and images that hold values, and got them on torch's meta device")
     if images.isnan().any():
         raise ValueError("calibrate was given images that hold NaN")
     return images
@@ -1154,8 +1207,8 @@ def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor, wanted: Tensor) -> tupl
 def _places(layer: _ABCLayer, shape: tuple[int, ...]) -> tuple[Tensor, ...]:
     """Indexes of some places of a layer's output of that shape (B, *S'), the same ones whenever it is asked."""
     count = max(32_768, 4 * layer.weight[0].numel())
-    generator = torch.Generator().manual_seed(0)
-    chosen = torch.randint(math.prod(shape), (min(count, math.prod(shape)),), generator=generator)
+    generator = torch.Generator("cpu").manual_seed(0)
+    chosen = torch.randint(math.prod(shape), (min(count, math.prod(shape)),), generator=generator, device="cpu")
     return torch.unravel_index(chosen.to(layer.weight.device), shape)
 
 
@@ -1195,12 +1248,12 @@ def _refit_levels(rounded: Tensor, levels: Tensor, target: Tensor, H: Tensor) ->
     levels = levels.sort(-1).values
     bins = (rounded[..., None] - levels[:, :, None]).abs().argmin(-1)
     bases = torch.arange(levels.shape[-1] - 1, device=levels.device)
-    B_GOMK = torch.where(bins[:, :, None] > bases[:, None], 1.0, -1.0)
+    B_GOMK = torch.where(bins[:, :, None] > bases[:, None], 1.0, -1.0).to(H.dtype)
     BH_GOMK = B_GOMK @ H[:, None]
     gram_GOMM, product_GOM1 = BH_GOMK @ B_GOMK.mT, BH_GOMK @ target[..., None]
     alphas_GOM1 = torch.linalg.pinv(gram_GOMM, rtol=1e-6, hermitian=True) @ product_GOM1  # bases may coincide
     signs_LM = torch.where(torch.arange(levels.shape[-1], device=levels.device)[:, None] > bases, 1.0, -1.0)
-    return (signs_LM @ alphas_GOM1)[..., 0], (alphas_GOM1 * B_GOMK).sum(2)
+    return (signs_LM.to(H.dtype) @ alphas_GOM1)[..., 0], (alphas_GOM1 * B_GOMK).sum(2)
 
 
 def _calibrate_statistics(norm: nn.Module, input: Tensor) -> None:
@@ -1272,6 +1325,7 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     `pack`), macs (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are
     binary), engine ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
     """
+    _check_own(model)
     rows: dict[nn.Module, dict] = {}
     names = {module: name for name, module in model.named_modules()}
 
@@ -1379,6 +1433,7 @@ def _unpack_weight(bits: Tensor, alphas: Tensor, channels: int) -> Tensor:
 _CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 
 
+@torch.no_grad()
 def packed_conv(
     x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor | None,
     bias: Tensor | None, channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
@@ -1398,6 +1453,7 @@ def packed_conv(
         as_flags: hand on booleans (N', B, *S', O) in the place of words, in and out, where no format has to be kept.
 
     A NaN in x gives NaN where the float simulation has it. Words cannot be NaN: then it raises ValueError.
+    For inference: no gradient passes, whatever requires it.
     """
     result = x.dtype if x.is_floating_point() else torch.float32
     if x.dtype == torch.int64:
@@ -1522,7 +1578,7 @@ def _define_operators() -> None:
         if existing == _INTERFACE:
             return
         raise ImportError(f"this process has loaded another version of abcnets, whose operators have interface "
-                          f"{existing}; those of {__file__} have {_INTERFACE}. Use one of both")  # fmt: skip
+                          f"{existing}; those of {__name__} have {_INTERFACE}. Use one of both")  # fmt: skip
     _library.define("interface() -> int")
     _library.impl("interface", lambda: _INTERFACE, "CompositeExplicitAutograd")
     for plain, fake, schema in (
@@ -1536,6 +1592,7 @@ def _define_operators() -> None:
     ):  # fmt: skip
         _library.define(plain.__name__ + schema)
         _library.impl(plain.__name__, functools.partial(_run_operator, plain), "CompositeExplicitAutograd")
+        _library.impl(plain.__name__, torch.library.fallthrough_kernel, "Autograd")  # no gradient, in any engine
         torch.library.register_fake(f"abcnets::{plain.__name__}", fake, lib=_library)
 
 
@@ -1553,6 +1610,7 @@ _define_operators()
 # --------------------------------------------------------------------------- Packed: engines
 
 _PACKAGE = "abcnets_kernels"
+_FILE = globals().get("__file__")  # None where this source was executed without a file
 _loading, _looking = threading.Lock(), threading.Lock()
 _found: dict[str, dict] = {}  # what `register` of the package returned for a device, once it was asked
 _forked = False
@@ -1574,8 +1632,8 @@ def _kernels(part: str):
     """
     with _loading:
         if _PACKAGE not in sys.modules:
-            file = Path(__file__)
-            for beside in (path.with_name("kernels") / "__init__.py" for path in (file.absolute(), file.resolve())):
+            files = (Path(_FILE).absolute(), Path(_FILE).resolve()) if _FILE else ()
+            for beside in (file.with_name("kernels") / "__init__.py" for file in files):
                 if beside.exists() and f'NAME = "{_PACKAGE}"' in beside.read_text(encoding="utf-8", errors="replace"):
                     spec = importlib.util.spec_from_file_location(_PACKAGE, beside)
                     sys.modules[_PACKAGE] = importlib.util.module_from_spec(spec)
@@ -1587,13 +1645,18 @@ def _kernels(part: str):
                     break
             else:
                 if importlib.util.find_spec(_PACKAGE) is None:
-                    raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside {__file__}: "
-                                      "copy that folder there")  # fmt: skip
+                    raise ImportError(f"{_PACKAGE} is neither installed nor the folder kernels/ beside "
+                                      f"{_FILE or 'abcnets.py'}: copy that folder there")  # fmt: skip
         package = importlib.import_module(_PACKAGE)
     if package.INTERFACE != _INTERFACE:
-        raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {__file__} has {_INTERFACE}: "
+        raise ImportError(f"{package.__file__} has interface {package.INTERFACE} and {_FILE} has {_INTERFACE}: "
                           "they are of different versions")  # fmt: skip
     return importlib.import_module(f"{_PACKAGE}.{part}")
+
+
+def _this_file() -> types.SimpleNamespace:
+    """The names of this file, for the package; as a module it need not be in sys.modules, wherever it was loaded."""
+    return types.SimpleNamespace(**globals())
 
 
 def _engine(device: str) -> dict:
@@ -1601,10 +1664,7 @@ def _engine(device: str) -> dict:
     if device not in _found:
         with _looking:
             if device not in _found:
-                # In a thread of its own, where no mode of the caller's reaches: default device, fake tensors, autocast.
-                looking = threading.Thread(target=_look_for_engine, args=(device,))
-                looking.start()
-                looking.join()
+                _apart(_look_for_engine, device)
     return _found[device]
 
 
@@ -1612,7 +1672,7 @@ def _look_for_engine(device: str) -> None:
     try:
         if device not in ("cpu", "cuda"):
             raise ImportError(f"there is no engine for {device}")
-        _found[device] = _kernels("registry").register(sys.modules[__name__], device, _forked)
+        _found[device] = _kernels("registry").register(_this_file(), device, _forked)
     except BaseException as error:
         advice = "the folder kernels/ of this abcnets.py's version" if device in ("cpu", "cuda") else ""
         _found[device] = {"missing": str(error), "install": advice}
@@ -1669,14 +1729,21 @@ class PackedLayer(nn.Module):
     Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
     """
 
+    _is_abcnets = True
     # What `fuse` sets: part of a fused model; thresholds were folded in; so was what runs over the channels of a batch.
     fused = folded = batched = False
 
-    def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto"):
-        """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict."""
-        if engine not in ("auto", "bits", "float"):
-            raise ValueError(f"engine must be 'auto', 'bits' or 'float', got {engine!r}")
+    def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto", device=None):
+        """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict.
+
+        Args:
+            layer, M, N, engine: as the attributes above; N = 0 where the input stays float.
+            device: where the tensors are; default: where the layer's are.
+        """
         super().__init__()
+        _check_bases("weight_bases", M)
+        if N or type(N) is not int:
+            _check_bases("activation_bases", N)
         self.spatial_dims = layer.weight.ndim - 2
         self.out_channels, per_group, *kernel = layer.weight.shape
         self.kernel_size = tuple(kernel)
@@ -1688,17 +1755,22 @@ class PackedLayer(nn.Module):
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
         self.weight_bases, self.activation_bases = M, N or None
-        device = layer.weight.device
+        zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device or layer.weight.device)
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
-        self.register_buffer("bits", torch.zeros(bits_shape, dtype=torch.uint8, device=device))
-        self.register_buffer("alphas", torch.zeros(M, self.out_channels, device=device))
-        self.register_buffer("thresholds", torch.zeros(N, device=device))
-        self.register_buffer("betas", torch.zeros(N, device=device))
-        self.register_buffer("bias", None if layer.bias is None else torch.zeros(self.out_channels, device=device))
+        self.register_buffer("bits", zeros(bits_shape, dtype=torch.uint8))
+        self.register_buffer("alphas", zeros(M, self.out_channels))
+        self.register_buffer("thresholds", zeros(N))
+        self.register_buffer("betas", zeros(N))
+        self.register_buffer("bias", None if layer.bias is None else zeros(self.out_channels))
         # What `fuse` folds: thresholds and directions for each channel, in the place of `thresholds` and going out.
         for name in ("in_thresholds", "in_flips", "out_thresholds", "out_flips"):
             self.register_buffer(name, None, persistent=False)
         self._unpacked = None  # Wq, the tensors that it was made from, their versions, and the CUDA stream that made it
+
+    def __setattr__(self, name, value):
+        if name == "engine" and value not in ("auto", "bits", "float"):
+            raise ValueError(f"engine must be 'auto', 'bits' or 'float', got {value!r}")
+        super().__setattr__(name, value)
 
     @classmethod
     def from_layer(cls, layer: _ABCLayer, engine: str = "auto"):
@@ -1740,6 +1812,12 @@ class PackedLayer(nn.Module):
             return
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
         self.refresh()
+
+    def __setstate__(self, state):
+        if "weight_bases" not in state:
+            raise ValueError("this packed layer was pickled by an older abcnets, which did not say whether it was "
+                             "fused: pack the model anew, and keep it with save_packed")  # fmt: skip
+        super().__setstate__(state)
 
     def __getstate__(self):
         return {**super().__getstate__(), "_unpacked": None}  # neither copies nor files hold it
@@ -1812,6 +1890,7 @@ class PackedLayer(nn.Module):
             self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
         )  # fmt: skip
 
+    @torch.no_grad()
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
         if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # which few processors convolve fast
             x = x.float()
@@ -1827,7 +1906,7 @@ class PackedLayer(nn.Module):
     def _float_weight(self) -> Tensor:
         """Wq, unpacked once for as long as the tensors are the same, in whatever mode the first call is made."""
         bits, alphas, channels = self.bits, self.alphas, self.channels // self.groups
-        if torch.compiler.is_exporting():  # what is exported holds the bits, not what they unpack to
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # what is exported holds the bits, not Wq
             return _unpack_weight(bits, alphas, channels)
         compiling = torch.compiler.is_compiling()  # which knows what a tensor is, but not its version
         # Read before the tensors are: what is made while one changes is never taken for what it changed to.
@@ -1883,6 +1962,7 @@ def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
 
     Raises: ValueError where the model has no layer to pack, or for another engine.
     """
+    _check_own(model)
     model = copy.deepcopy(model).eval().requires_grad_(False)
     layers = [m for m in model.modules() if isinstance(m, _ABCLayer) and m.active and m.us is not None]
     if not layers:
@@ -1904,14 +1984,18 @@ def save_packed(model: nn.Module, path) -> None:
         model: what `pack` returned (not `fuse`: a fused model is made anew from a packed one after loading).
         path: the file to write.
 
-    Raises: ValueError where the model has no packed layer or is fused, ImportError without safetensors.
+    Raises: ValueError where the model has no packed layer or is fused, OSError where the file can't be written,
+        ImportError without safetensors.
     """
     safetensors = _safetensors()
+    _check_own(model)
     layers = {name: _describe(m) for name, m in model.named_modules() if isinstance(m, (PackedLayer, _ABCLayer))}
     if any(isinstance(m, PackedLayer) and m.fused for m in model.modules()):
         raise ValueError("save_packed writes what pack() returned; a fused model is made anew from that after loading")
     if not any(layer["kind"] == "packed" for layer in layers.values()):
         raise ValueError("save_packed writes what pack() returned, but this model has no packed layer")
+    if any(tensor.is_meta for tensor in model.state_dict().values()):
+        raise ValueError("save_packed needs a model that holds values, and got one on torch's meta device")
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in model.state_dict().items()}
     metadata = {
         "format": "abcnets",
@@ -1919,9 +2003,26 @@ def save_packed(model: nn.Module, path) -> None:
         "sha256": _digest(tensors),
         "layers": json.dumps(layers, sort_keys=True),
     }
-    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
+    with _replacing(path) as temporary:
         safetensors.torch.save_file(tensors, temporary, metadata)
+
+
+@contextlib.contextmanager
+def _replacing(path):
+    """The name of an empty file beside `path`, which takes its place, its permissions too, if all goes well.
+
+    The name is nobody else's, in whatever thread, process or machine. Where `path` is a link, the file that it leads to
+    is replaced, as plain writing would do.
+    """
+    path = os.path.realpath(os.fsdecode(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError(f"{path} is a folder or a device: a file's name is wanted")
+    temporary = os.path.join(os.path.dirname(path), f".{os.urandom(8).hex()}.partial")
+    open(temporary, "xb").close()  # raises what stands in the way, such as a folder that is not there or not ours
+    mode = os.stat(path if os.path.exists(path) else temporary).st_mode
+    try:
+        yield temporary
+        os.chmod(temporary, mode & 0o777)
         os.replace(temporary, path)
     finally:
         if os.path.exists(temporary):
@@ -1931,18 +2032,25 @@ def save_packed(model: nn.Module, path) -> None:
 def load_packed(path, skeleton: nn.Module) -> nn.Module:
     """Rebuild a packed model from a file of `save_packed`, around a copy of the float network it was made from.
 
-    No pickle is read. Everything is checked before anything is built, and the skeleton is never touched.
+    No pickle is read, and nothing in the file is run. Everything is checked before anything is built: what the file
+    says of its layers against its tensors and the skeleton, so that it takes no more memory than both justify. The
+    skeleton is never touched.
+
+    The checksum finds damage. It is no signature: whoever changes a file can compute it anew. What is in the tensors is
+    data, and taken as it is, NaN and infinity too.
 
     Args:
         path: the file.
-        skeleton: a network of the same architecture, float or converted; its weights do not matter.
+        skeleton: a network of the same architecture, float or converted; its weights do not matter, and it may be on
+            torch's meta device.
 
     Returns: the packed model, in eval mode, on the CPU.
-    Raises: FileNotFoundError; ValueError, saying what is wrong, for a file that is truncated, tampered with, not one of
-        ours or of a later version, or that does not fit the skeleton.
+    Raises: FileNotFoundError; ValueError, saying what is wrong, for a file that is truncated, damaged, not one of ours
+        or of a later version, or that does not fit the skeleton.
     """
     safetensors = _safetensors()
-    if not os.path.exists(path):
+    _check_own(skeleton)
+    if not os.path.isfile(path):
         raise FileNotFoundError(f"there is no packed model at {path}")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -1951,17 +2059,20 @@ def load_packed(path, skeleton: nn.Module) -> nn.Module:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a complete safetensors file: {error}") from None
     layers = _check_metadata(path, metadata, tensors)
-    model = copy.deepcopy(skeleton).cpu().eval().requires_grad_(False)
+    model = copy.deepcopy(skeleton).eval().requires_grad_(False)
     modules = dict(model.named_modules())
     replaced = {}
     for name, description in layers.items():
         if type(modules.get(name)) not in (*_ABC_OF, *_ABC_OF.values()):
             raise ValueError(f"{path} has a binarized layer {name!r}, where the skeleton has no layer to binarize")
-        replaced[modules[name]] = _rebuild(modules[name], description)
-        if _describe(replaced[modules[name]]) != description:
+        layer = _rebuild(modules[name], description)
+        if json.dumps(_describe(layer), sort_keys=True) != json.dumps(description, sort_keys=True):
             raise ValueError(f"{path} was made from another network: its layer {name!r} is {description}, "
-                             f"the skeleton's would be {_describe(replaced[modules[name]])}")  # fmt: skip
+                             f"the skeleton's would be {_describe(layer)}")  # fmt: skip
+        replaced[modules[name]] = layer
     model = _replace(model, replaced)
+    _check_tensors(path, model, tensors)
+    model._apply(lambda tensor: torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor.cpu())
     try:
         model.load_state_dict(tensors)
     except RuntimeError as error:
@@ -1992,12 +2103,35 @@ def _describe(layer: nn.Module) -> dict:
 def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
     try:
         if description["kind"] == "packed":
-            return PackedLayer(layer, description["M"], description["N"]).eval()
-        bases = {key: value for key, value in description.items() if key != "kind"}
+            # Shapes alone: memory is taken once the file's tensors are known to have them.
+            return PackedLayer(layer, description["M"], description["N"], device="meta").eval()
+        bases = {key: description[key] for key in ("weight_bases", "activation_bases", "per_channel")}
+        # Any start values do, and these cost nothing.
+        us, vs = (None if bases[side] is None else even_shifts for side in ("weight_bases", "activation_bases"))
         stock = layer._stock if isinstance(layer, _ABCLayer) else type(layer)
-        return _ABC_OF[stock].from_float(layer, **bases).eval()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        return _ABC_OF[stock].from_float(layer, **bases, us=us, vs=vs, betas=vs).eval()
+    except (KeyError, ValueError) as error:
         raise ValueError(f"a layer description in the file makes no sense: {description} ({error})") from None
+
+
+def _check_tensors(path, model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Whether the tensors of a file are those of the model, by name, shape and kind; floats of any width are floats."""
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | tensors.keys()):
+        in_file, in_model = (_kind(each.get(name)) for each in (tensors, wanted))
+        if in_file != in_model:
+            raise ValueError(f"{path} does not fit the skeleton: {name} is {in_file} in the file, {in_model} wanted")
+    for name, buffer in model.named_buffers():
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if buffer.is_meta and name not in wanted and not isinstance(owner, PackedLayer):
+            raise ValueError(f"the skeleton's buffer {name} is on the meta device, and no file holds it: build the "
+                             "skeleton on the CPU")  # fmt: skip
+
+
+def _kind(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "missing"
+    return f"{'float' if tensor.is_floating_point() else tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
@@ -2008,15 +2142,24 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
     if version not in _READABLE:
         raise ValueError(f"{path} has format version {version!r}; this abcnets reads {' and '.join(_READABLE)}")
     if metadata.get("sha256") != _digest(tensors):
-        raise ValueError(f"{path} was changed after it was written: its checksum does not match its contents")
+        raise ValueError(f"{path} is damaged: its checksum does not match its contents")
     try:
         layers = json.loads(metadata["layers"])
-        assert isinstance(layers, dict) and all(isinstance(layer, dict) for layer in layers.values())
-    except (KeyError, ValueError, AssertionError):
-        raise ValueError(f"{path} lacks a readable description of its layers") from None
+    except (KeyError, ValueError, RecursionError):
+        layers = None
+    if not isinstance(layers, dict) or not all(map(_is_description, layers.values())):
+        raise ValueError(f"{path} lacks a readable description of its layers")
     if version == "1":
         layers = {name: {k: v for k, v in layer.items() if k != "engine"} for name, layer in layers.items()}
     return layers
+
+
+def _is_description(layer) -> bool:
+    """Whether this is a dict of integers, words and flat lists of them."""
+    if not isinstance(layer, dict):
+        return False
+    items = [item for value in layer.values() for item in (value if isinstance(value, list) else [value])]
+    return all(item is None or isinstance(item, (int, str)) for item in items)
 
 
 def _digest(tensors: dict[str, Tensor]) -> str:
@@ -2050,7 +2193,8 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     Raises: ValueError where the model can't be traced by torch.fx, changes its own tensors, has hooks of its own (those
         of its modules stay), holds no packed layer or is fused already; ImportError without abcnets_kernels.
     """
-    return _kernels("fuse").fuse(sys.modules[__name__], model)
+    _check_own(model)
+    return _kernels("fuse").fuse(_this_file(), model)
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
@@ -2079,4 +2223,5 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
         session = onnxruntime.InferenceSession("model.onnx")
         (logits,) = session.run(None, {"input": images.numpy()})
     """
-    _kernels("export").export_onnx(sys.modules[__name__], model, example_input, path)
+    _check_own(model)
+    _kernels("export").export_onnx(_this_file(), model, example_input, path)

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import os
 import warnings
 
 import torch
@@ -29,13 +28,8 @@ def export_onnx(abcnets, model: nn.Module, example_input: Tensor, path) -> None:
         program = torch.onnx.export(plain, **names, optimize=False, verbose=False)
     optimize_ir(program.model, should_fold=from_bits)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces, longer than a small network
-    temporary = f"{os.fspath(path)}.{os.getpid()}.partial"
-    try:
+    with abcnets._replacing(path) as temporary:
         program.save(temporary, external_data=False)
-        os.replace(temporary, path)
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 @torch.no_grad()

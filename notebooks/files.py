@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -56,11 +57,17 @@ def save(what, path: str | Path) -> None:
 
 @contextlib.contextmanager
 def replacing(path: Path):
-    """A temporary file's name beside `path`, which takes its place if all goes well."""
+    """A temporary file's name beside `path`, which takes its place, its permissions too, if all goes well.
+
+    The name is nobody else's, in whatever thread, process or machine; where `path` is a link, its target is replaced.
+    """
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{os.urandom(8).hex()}.partial")
     try:
         yield temporary
+        if path.exists():
+            shutil.copymode(path, temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

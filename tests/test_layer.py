@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import abcnets
 from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear
@@ -48,7 +49,7 @@ def test_gaussian_shifts_are_symmetric_and_ascending():
     assert torch.equal(us, -us.flip(0)) and (us.diff() > 0).all()
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True, "3"])
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "3", 10**9])
 def test_counts_must_be_positive_integers(count):
     with pytest.raises(ValueError, match="weight_bases must be a positive integer.*got"):
         abcnets.even_shifts(count)
@@ -500,3 +501,71 @@ def test_docstring_examples_run():
     for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear):
         test = doctest.DocTestFinder(recurse=False).find(cls, cls.__name__, globs={**vars(abcnets)})[0]
         assert test.examples and doctest.DocTestRunner().run(test).failed == 0
+
+# Where and in what they are built
+
+
+@pytest.mark.parametrize("layer, args, shape", LAYERS)
+@pytest.mark.parametrize("default", [False, True])
+def test_layers_on_the_meta_device_become_real_by_loading(layer, args, shape, default):
+    abcnets._start_activations.cache_clear()  # as if these were the first layers
+    if default:
+        torch.set_default_device("meta")
+    try:
+        with torch.device("meta"):
+            empty = nn.Sequential(layer(*args, active=True), layer(*args, us=[-1, 0, 1], vs=[1, 2, 3], betas=[3, 2, 1]))
+            on_cpu = layer(*args, device="cpu")
+            assert abcnets.even_shifts(3).device == abcnets.gaussian_shifts(3).device == torch.device("cpu")
+    finally:
+        torch.set_default_device(None)
+    assert all(tensor.is_meta for tensor in (*empty.parameters(), *empty.buffers()))
+    real = nn.Sequential(layer(*args, active=True), layer(*args))
+    for name in ("us", "vs", "betas"):
+        assert torch.equal(getattr(on_cpu, name), getattr(real[1], name))
+    x = torch.randn(shape)
+    empty[:1].to_empty(device="cpu").load_state_dict(real[:1].state_dict())
+    assert torch.equal(empty[0](x), real[0](x))
+    assert real[0].to("meta")(x.to("meta")).is_meta
+
+
+def test_an_emptied_layer_wants_more_than_a_stock_checkpoint():
+    """Its bases hold whatever was in that memory: they are not the start values that such a checkpoint leaves."""
+    stock = nn.Conv2d(3, 4, 3).state_dict()
+    layer = ABCConv2d(3, 4, 3, device="meta").to_empty(device="cpu")
+    with pytest.raises(RuntimeError, match='Missing key.*"vs", "betas", "us"'):
+        layer.load_state_dict(stock)
+    layer.load_state_dict(ABCConv2d(3, 4, 3).state_dict())
+    layer.load_state_dict(stock)
+    assert torch.equal(layer.vs, ABCConv2d(3, 4, 3).vs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_start_values_do_not_depend_on_the_default_dtype(dtype):
+    numbers = {"us": [-0.7, 0.1, 0.6], "vs": [0.3, 0.1, -0.2], "betas": [0.3, 0.2, 0.1]}
+    expected = [ABCLinear(4, 4), ABCLinear(4, 4, **numbers)]
+    abcnets._start_activations.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        found = [ABCLinear(4, 4, dtype=torch.float32), ABCLinear(4, 4, dtype=torch.float32, **numbers)]
+        assert abcnets.even_shifts(4).dtype == abcnets.even_shifts(1).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(found, expected):
+        assert all(torch.equal(getattr(one, name), getattr(other, name)) for name in numbers)
+
+
+@pytest.mark.parametrize("mode", [FakeTensorMode, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_the_mode_in_which_the_first_layer_is_built_is_no_matter(mode):
+    expected = ABCLinear(4, 4, activation_bases=5)
+    abcnets._start_activations.cache_clear()
+    with mode():
+        ABCLinear(4, 4, activation_bases=5)
+    layer = ABCLinear(4, 4, activation_bases=5, active=True)
+    assert torch.equal(layer.vs, expected.vs) and type(layer.vs.data) is torch.Tensor
+    layer(torch.randn(2, 4)).sum().backward()
+
+
+def test_calibration_wants_values():
+    model = abcnets.convert(nn.Sequential(*[nn.Linear(4, 4) for _ in range(3)])).to("meta")
+    with pytest.raises(ValueError, match="calibrate needs a model and images that hold values"):
+        abcnets.calibrate(model, torch.randn(2, 4), progress=False)

@@ -1,5 +1,6 @@
 """How abcnets gets to its users, and how it finds its engines: one file, two folders, inside a package, as a wheel."""
 
+import ast
 import os
 import re
 import shutil
@@ -63,6 +64,60 @@ def test_inside_a_package_of_ones_own(tmp_path, names):
     (tmp_path / "mine/__init__.py").write_text("from . import abcnets\n")
     said = run(tmp_path, EXAMPLE.replace("import abcnets", "from mine import abcnets"))
     assert ("'cpu': 'numba'" if len(names) == 2 else "'cpu': 'float convolutions") in said
+
+
+VENDORED = """
+import sys, torch
+torch.cuda.is_available = lambda: True  # and Numba simulates it: NUMBA_ENABLE_CUDASIM
+from mine import abcnets
+layer = abcnets.ABCLinear(5, 2, weight_bases=1, activation_bases=1, active=True)
+packed, x = abcnets.pack(layer), torch.randn(2, 5)
+thresholds, flips = packed.thresholds[:, None].repeat(1, 5), torch.zeros(5, dtype=torch.bool)
+tensors = packed.bits, packed.alphas.requires_grad_(), packed.betas, thresholds, flips, packed.bias
+assert packed.runs_bits("cuda"), abcnets.engines()
+cuda = sys.modules["abcnets_kernels.cuda.engine"]
+for images in (x.requires_grad_(), x.double()):  # the kernels, and what the package hands back to its abcnets
+    y = cuda.packed_conv(images, *tensors, 5, [], [], [], 1, None, None)
+    assert torch.allclose(y.float(), layer(x), atol=1e-4) and not y.requires_grad
+assert not {"abcnets", "kernels"} & set(sys.modules)
+"""
+
+
+def test_a_vendored_copy_runs_on_a_gpu_by_no_name_but_its_own(tmp_path):
+    pytest.importorskip("numba_cuda")
+    copy_to(tmp_path / "mine", "abcnets.py", "kernels")
+    (tmp_path / "mine/__init__.py").touch()
+    run(tmp_path, VENDORED, NUMBA_ENABLE_CUDASIM="1")
+
+
+BARE = """
+import importlib.util, torch, types
+if how == "executed":
+    names = {}
+    exec(open(path).read(), names)
+    abcnets = types.SimpleNamespace(**names)
+else:  # as importlib's documentation does it, but for the line with sys.modules
+    spec = importlib.util.spec_from_file_location("loaded", path)
+    abcnets = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(abcnets)
+model = abcnets.convert(torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)]), 2, 2)
+packed, x = abcnets.pack(model, engine="bits"), torch.randn(3, 8)
+assert torch.allclose(packed(x), model(x), atol=1e-5)
+print(abcnets.engines())
+try:
+    assert torch.allclose(abcnets.fuse(packed)(x), packed(x), atol=1e-5)
+except ImportError as error:
+    print("fuse:", error)
+"""
+
+
+def test_the_file_need_not_be_a_module(tmp_path):
+    path = str(ROOT / "abcnets.py")
+    said = run(tmp_path, f"how, path = 'loaded', {path!r}" + BARE)
+    assert "'cpu': 'numba'" in said and "fuse:" not in said
+    said = run(tmp_path, f"how, path = 'executed', {path!r}" + BARE)  # a file of no name, beside which nothing lies
+    wanted = "abcnets_kernels is neither installed nor the folder kernels/ beside abcnets.py: copy that folder there"
+    assert f"'cpu': 'float convolutions: {wanted}'" in said and f"fuse: {wanted}" in said
 
 
 # Installed
@@ -130,6 +185,36 @@ def test_two_copies_in_one_process_share_their_operators_or_say_that_they_differ
     assert "refused: this process has loaded another version of abcnets, whose operators have interface 2" in run(
         tmp_path, code
     )
+
+
+STRANGERS = """
+import torch, abcnets
+from mine import abcnets as other
+network = torch.nn.Sequential(*[torch.nn.Linear(8, 8) for _ in range(4)])
+model, x = other.convert(network, 2, 2), torch.randn(3, 8)
+packed = other.pack(model)
+assert other.PackedLayer is not abcnets.PackedLayer
+calls = [(abcnets.binarize, model), (abcnets.plan, model), (abcnets.convert, model), (abcnets.calibrate, model, x),
+         (abcnets.pack, model), (abcnets.load_packed, "file", model)]
+for one in (model, packed):
+    calls += [(abcnets.summary, one, x), (abcnets.save_packed, one, "file"), (abcnets.fuse, one),
+              (abcnets.export_onnx, one, x, "file")]
+for function, *arguments in calls:
+    try:
+        print(function.__name__, function(*arguments))
+    except ValueError as error:
+        assert "is of another copy of abcnets (mine.abcnets) than this one (abcnets)" in str(error), error
+        print("refused:", function.__name__)
+"""
+
+
+def test_layers_of_another_copy_are_refused_in_one_sentence(tmp_path):
+    """They are no layers of this copy, which would leave them out as it does strangers'."""
+    copy_to(tmp_path, "abcnets.py")
+    copy_to(tmp_path / "mine", "abcnets.py")
+    (tmp_path / "mine/__init__.py").touch()
+    assert run(tmp_path, STRANGERS).count("refused: ") == 14
+    assert not (tmp_path / "file").exists()
 
 
 @pytest.mark.parametrize("fake, reason", [
@@ -212,6 +297,12 @@ def test_a_link_to_the_file_finds_the_folder_beside_either(tmp_path):
 
 
 # In the repository
+
+
+def test_nothing_is_checked_by_an_assert_which_python_leaves_out_with_O():
+    for path in (ROOT / "abcnets.py", *ROOT.glob("kernels/**/*.py"), *ROOT.glob("notebooks/*.py")):
+        lines = [node.lineno for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Assert)]
+        assert lines == [], path
 
 
 def test_no_module_exists_twice_under_two_names():

@@ -3,9 +3,12 @@
 import copy
 import json
 import math
+import os
 import pickle
+import stat
 import sys
 import threading
+import warnings
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,6 +116,9 @@ def test_packing_weights_only_and_leaving_the_rest():
         abcnets.pack(nn.Sequential(nn.Conv2d(3, 4, 3)))
     with pytest.raises(ValueError, match="got 'fast'"):
         abcnets.pack(model, engine="fast")
+    with pytest.raises(ValueError, match="engine must be 'auto', 'bits' or 'float', got 'gpu'"):
+        packed[0].engine = "gpu"
+    assert packed[0].engine == "auto"
 
 
 def test_auto_runs_layers_beyond_the_limit_as_float():
@@ -184,6 +190,22 @@ def test_nan_can_not_become_bits():
         torch.ops.abcnets.packed_conv(*arguments)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("grads", ["input", "scales"])
+def test_no_gradient_passes_an_operator_whoever_runs_it(monkeypatch, dtype, grads):
+    x, bits, alphas, betas, *more = operator_arguments()
+    x, scales = x.to(dtype), [alphas.clone(), betas.clone()]
+    expected = torch.ops.abcnets.packed_conv(x, bits, *scales, *more)
+    for tensor in [x] if grads == "input" else scales:
+        tensor.requires_grad_()
+    by_engine = torch.ops.abcnets.packed_conv(x, bits, *scales, *more)
+    plain = abcnets.packed_conv(x, bits, *scales, *more)
+    monkeypatch.setitem(abcnets._found, "cpu", {"missing": "none here", "install": ""})
+    without_engine = abcnets._run_operator(abcnets.packed_conv, x, bits, *scales, *more)
+    for y in (by_engine, plain, without_engine):
+        assert not y.requires_grad and torch.allclose(y, expected, rtol=1e-2, atol=1e-4)
+
+
 def test_packed_models_compile_and_export():
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), ABCConv2d(4, 5, 3), nn.Flatten(), nn.Linear(5 * 16, 3))
     abcnets.binarize(model)
@@ -191,6 +213,18 @@ def test_packed_models_compile_and_export():
     torch._dynamo.reset()
     assert torch.allclose(torch.compile(packed, fullgraph=True, backend="aot_eager")(x), model(x), atol=1e-5)
     assert torch.allclose(torch.export.export(packed, (x,)).module()(x), model(x), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("engine", ["bits", "float"])
+def test_packed_layers_are_traced_by_jit(engine):
+    """With check_trace=True, torch's default: a second trace must be the same graph as the first."""
+    layer = ABCConv2d(4, 5, 3, padding=1, weight_bases=2, activation_bases=2, active=True)
+    packed, x = abcnets.pack(layer, engine=engine), torch.randn(2, 4, 8, 8)
+    traced = torch.jit.trace(packed, x)
+    for shape in ((2, 4, 8, 8), (5, 4, 6, 9)):
+        x = torch.randn(shape)
+        assert torch.allclose(traced(x), layer(x), atol=1e-5)
 
 
 # Files
@@ -290,6 +324,109 @@ def test_a_wrong_file_gives_one_clear_error_and_touches_nothing(packed, tmp_path
     with pytest.raises(ValueError, match=message):
         abcnets.load_packed(path, skeleton)
     assert all(torch.equal(value, before[key]) for key, value in skeleton.state_dict().items())
+
+
+def test_a_description_is_compared_with_its_types(tmp_path):
+    """true == 1 and 1.0 == 1 in Python, and in no layer."""
+    path, network = tmp_path / "model.safetensors", nn.Sequential(*[nn.Linear(4, 4) for _ in range(4)])
+    model = abcnets.convert(network, 1, 1, settings={"2": {"weight_bases": None}})
+    abcnets.save_packed(abcnets.pack(model), path)
+    layers = json.loads(safe_open(path, "pt").metadata()["layers"])
+    for name, key, value in (("1", "M", True), ("1", "N", True), ("1", "groups", True), ("2", "activation_bases", True),
+                             ("2", "per_channel", 1), ("1", "M", 1.0), ("1", "N", math.nan)):  # fmt: skip
+        wrong = copy.deepcopy(layers)
+        wrong[name][key] = value
+        rewrite(path, lambda metadata, tensors: metadata.update(layers=json.dumps(wrong)))  # noqa: B023
+        with pytest.raises(ValueError, match="makes no sense|another network|readable description"):
+            abcnets.load_packed(path, network)
+    rewrite(path, lambda metadata, tensors: metadata.update(layers=json.dumps(layers)))
+    abcnets.load_packed(path, network)
+
+
+def test_a_skeleton_may_be_without_memory(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    abcnets.save_packed(packed, path)
+    with torch.device("meta"):
+        skeletons = [small(), abcnets.convert(small()), small().to("meta")]
+    for skeleton in skeletons:
+        assert torch.equal(abcnets.load_packed(path, skeleton)(x), packed(x))
+        assert all(tensor.is_meta for tensor in skeleton.parameters())
+    skeletons[0][0].register_buffer("scale", torch.ones(1, device="meta"), persistent=False)
+    with pytest.raises(ValueError, match="0.scale is on the meta device, and no file holds it"):
+        abcnets.load_packed(path, skeletons[0])
+    with pytest.raises(ValueError, match="save_packed needs a model that holds values"):
+        abcnets.save_packed(packed.to("meta"), path)
+
+
+def test_kinds_of_tensors_are_compared_and_their_values_are_data(packed, tmp_path):
+    path, x = tmp_path / "model.safetensors", torch.randn(3, 1, 8, 8)
+    abcnets.save_packed(packed, path)
+    whole = path.read_bytes()
+
+    def put(name, tensor):
+        def change(metadata, tensors):
+            tensors[name] = tensor
+            metadata["sha256"] = abcnets._digest(tensors)
+
+        rewrite(path, change)
+        return abcnets.load_packed(path, small())
+
+    loaded = put("3.alphas", torch.full((3, 8), math.nan))
+    assert loaded[3].alphas.isnan().all() and loaded(x).isnan().all()
+    assert torch.equal(put("3.alphas", packed[3].alphas.double())(x), packed(x))
+    wrong = {"3.bits": packed[3].bits.float(), "3.alphas": torch.ones(3, 8, dtype=torch.int64),
+             "3.betas": torch.ones(2, dtype=torch.complex64), "3.thresholds": torch.ones(3)}  # fmt: skip
+    for name, tensor in wrong.items():
+        path.write_bytes(whole)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with pytest.raises(ValueError, match=f"does not fit the skeleton: {name} is "):
+                put(name, tensor)
+
+
+def test_threads_that_write_one_file_at_once_both_succeed(packed, tmp_path, monkeypatch):
+    path, written, failed = tmp_path / "model.safetensors", threading.Barrier(2, timeout=60), []
+    save_file = safetensors.torch.save_file
+
+    def save_and_wait(tensors, name, metadata):
+        save_file(tensors, name, metadata)
+        written.wait()
+
+    def save():
+        try:
+            abcnets.save_packed(packed, path)
+        except BaseException as error:
+            failed.append(error)
+            written.abort()
+
+    monkeypatch.setattr(safetensors.torch, "save_file", save_and_wait)
+    threads = [threading.Thread(target=save) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and list(tmp_path.iterdir()) == [path]
+    x = torch.randn(3, 1, 8, 8)
+    assert torch.equal(abcnets.load_packed(path, small())(x), packed(x))
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no such permissions")
+def test_a_file_has_the_permissions_and_the_place_that_plain_writing_gives(packed, tmp_path):
+    path, plain, link = (tmp_path / name for name in ("model.safetensors", "plain", "link"))
+    plain.write_bytes(b"")
+    abcnets.save_packed(packed, path)
+    assert path.stat().st_mode == plain.stat().st_mode
+    path.chmod(0o640)
+    link.symlink_to(path)
+    abcnets.save_packed(abcnets.pack(abcnets.convert(small(), 1, 1)), link)
+    assert link.is_symlink() and stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert abcnets.load_packed(path, small())[3].weight_bases == 1
+    for wrong in (tmp_path, tmp_path / "no such folder" / "model", plain / "model"):
+        with pytest.raises(OSError):
+            abcnets.save_packed(packed, wrong)
+    with pytest.raises(FileNotFoundError, match="no packed model at"):
+        abcnets.load_packed(tmp_path, small())
+    assert sorted(tmp_path.iterdir()) == [link, path, plain]
 
 
 def test_truncated_foreign_missing_and_misfitting_files(packed, tmp_path):
@@ -499,6 +636,46 @@ def test_the_default_dtype_is_no_matter(pair, dtype):
             assert torch.equal(packed(x), expected)
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+class Surroundings:
+    """A default device or dtype, for as long as the with statement lasts."""
+
+    def __init__(self, default):
+        self.default = default
+
+    def __enter__(self):
+        set = torch.set_default_device if self.default == "meta" else torch.set_default_dtype
+        set(self.default)
+
+    def __exit__(self, *_):
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("default", ["meta", torch.float64, torch.bfloat16])
+def test_default_devices_and_dtypes_are_no_matter_to_whole_models(default, tmp_path):
+    """What is computed or kept for ever names its device and dtype."""
+    network, x, path = small(), torch.randn(20, 1, 8, 8), tmp_path / "model.safetensors"
+
+    def everything():
+        model = abcnets.calibrate(abcnets.convert(network, 3, 2, us=[-0.7, 0.1, 0.6]), x, progress=False)
+        packed = abcnets.pack(model, engine="bits")
+        abcnets.save_packed(packed, path)
+        outputs = [each(x) for each in (model, packed, abcnets.load_packed(path, network), abcnets.fuse(packed))]
+        tables = str(abcnets.summary(packed, x)), str(abcnets.plan(network))
+        return model.state_dict(), packed.state_dict(), dict(enumerate(outputs)), tables
+
+    expected = everything()
+    abcnets._start_activations.cache_clear()
+    with Surroundings(default):
+        found = everything()
+    again = everything()
+    for results in (found, again):
+        assert results[3] == expected[3]
+        for some, others in zip(results[:3], expected[:3]):
+            for name, tensor in some.items():
+                assert tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]), name
 
 
 def test_the_mode_of_the_first_call_is_no_matter(pair):
@@ -725,6 +902,15 @@ def test_copies_and_pickles_hold_no_unpacked_weights(pair):
         assert torch.equal(twin(x), y)
 
 
+def test_an_old_pickle_is_refused_in_one_sentence(pair):
+    _, packed, _ = pair
+    old = copy.deepcopy(packed)
+    del old.weight_bases, old.activation_bases  # of which it made tensors' lengths
+    content = pickle.dumps(old)
+    with pytest.raises(ValueError, match="pickled by an older abcnets"):
+        pickle.loads(content)
+
+
 def test_a_model_of_which_only_norms_were_folded_is_fused_too(tmp_path):
     x = torch.randn(8, 1, 16, 16)
     packed = abcnets.pack(abcnets.calibrate(abcnets.convert(deep(), 2, 2), x, progress=False), engine="float")
@@ -740,9 +926,14 @@ def test_a_model_of_which_only_norms_were_folded_is_fused_too(tmp_path):
 def test_no_gradient_passes_and_a_buffer_may_be_a_parameter(pair):
     _, packed, x = pair
     expected = packed(x)
-    assert not packed(x.clone().requires_grad_()).requires_grad
-    packed.alphas = nn.Parameter(packed.alphas.clone(), requires_grad=False)
-    assert torch.equal(packed(x), expected)
+    y = packed(x.clone().requires_grad_())
+    assert not y.requires_grad and torch.equal(y, expected)
+    for name in ("alphas", "betas", "thresholds", "bias"):
+        for requires_grad in (False, True):
+            twin = copy.deepcopy(packed)
+            setattr(twin, name, nn.Parameter(getattr(packed, name).clone(), requires_grad=requires_grad))
+            y = twin(x)
+            assert not y.requires_grad and torch.equal(y, expected)
 
 
 def test_a_module_of_the_users_may_be_called_fused(tmp_path):

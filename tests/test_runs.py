@@ -2,13 +2,14 @@
 
 import csv
 import shutil
+import threading
 
 import pandas as pd
 import pytest
 import runs
 import torch
 import training
-from files import RESULTS
+from files import RESULTS, replacing
 from runs import binarized, default_runs, keep_rows, pretrained, read_csv, results_table, write_csv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -18,6 +19,28 @@ SMALL = {"batch_size": 100, "epochs": 2}
 def strings(path):
     with open(path, newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_threads_that_write_one_file_at_once_both_succeed(tmp_path):
+    path, written, failed = tmp_path / "rows.csv", threading.Barrier(2, timeout=60), []
+    path.touch(mode=0o640)
+
+    def write(text):
+        try:
+            with replacing(path) as temporary:
+                temporary.write_text(text)
+                written.wait()
+        except BaseException as error:
+            failed.append(error)
+            written.abort()
+
+    threads = [threading.Thread(target=write, args=(letter * 1000,)) for letter in "ab"]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == [] and list(tmp_path.iterdir()) == [path]
+    assert path.read_text() in ("a" * 1000, "b" * 1000) and path.stat().st_mode & 0o777 == 0o640
 
 
 def test_fine_tuning_recovers_and_leaves_a_row(few_digits, tmp_path):

@@ -125,7 +125,9 @@ def _slot(kind) -> str:
 def _as_numpy(value, kind):
     if not isinstance(value, torch.Tensor):
         return value
-    assert value.is_contiguous(), "kernels take contiguous tensors"
+    if not value.is_contiguous():
+        raise ValueError(f"kernels take contiguous tensors, got strides {value.stride()} of shape {tuple(value.shape)}")
+    value = value.detach()
     dtype = str(kind.dtype)
     if dtype == "boolean":
         dtype = "bool"

@@ -71,7 +71,7 @@ class Layer:
 
     def copy(self, tensor, dtype=torch.float32) -> torch.Tensor:
         """A copy: what is kept beside a tensor must not keep it alive."""
-        return self.kept.add(tensor.to(dtype, copy=True).contiguous())
+        return self.kept.add(tensor.detach().to(dtype, copy=True).contiguous())
 
     @cached_property
     def _on_host(self) -> tuple:

@@ -86,13 +86,15 @@ def _ldmatrix(operands):
 
 
 def ldmatrix_x4(destination, at, shared, address):
-    assert int(address) % 16 == 0, "ldmatrix rows are 16-byte aligned"
+    if int(address) % 16:
+        raise ValueError(f"ldmatrix rows are 16-byte aligned, got address {int(address)}")
     destination[at : at + 4] = _together(_ldmatrix, (shared, int(address)))
 
 
 def _cp_async(words):
     def copy(shared, shared_at, source, source_at, valid):
-        assert int(shared_at) % words == 0, "cp.async is aligned to its size"
+        if int(shared_at) % words:
+            raise ValueError(f"cp.async of {words} words is aligned to its size, got word {int(shared_at)}")
         for k in range(words):
             shared[shared_at + k] = source[source_at + k] if valid else 0
 
