@@ -33,8 +33,9 @@ def resnet18():
     return resnet18(num_classes=10).eval()
 
 
-def distance_to_thresholds(model, images):
-    """For each image how near any activation comes to deciding otherwise, relative to its layer's largest."""
+def outputs_and_distances(model, images):
+    """Outputs, and for each image how near any activation comes to deciding otherwise, relative to its layer's largest.
+    """
     nearest = torch.full((len(images),), float("inf"))
 
     def look(layer, inputs):
@@ -43,10 +44,10 @@ def distance_to_thresholds(model, images):
             torch.minimum(nearest, distance, out=nearest)
 
     handles = [m.register_forward_pre_hook(look) for m in model.modules() if isinstance(m, abcnets.ABCConv2d)]
-    model(images)
+    outputs = model(images)
     for handle in handles:
         handle.remove()
-    return nearest
+    return outputs, nearest
 
 
 @pytest.mark.parametrize("network, M, N", [("nine", 1, 1), ("nine", 3, 3), ("resnet18", 2, 2)])
@@ -59,8 +60,8 @@ def test_a_packed_network_agrees_with_its_simulation(network, M, N, digits, nine
         model, x = resnet18(), F.interpolate(x, (32, 32)).expand(-1, 3, -1, -1).contiguous()
     model = abcnets.calibrate(abcnets.convert(model, M, N), x[:200], compensate=False, progress=False).eval()
     packed = abcnets.pack(model, engine="bits")
-    expected = torch.cat([model(part) for part in x.split(100)])
-    distance = torch.cat([distance_to_thresholds(model, part) for part in x.split(100)])
+    parts = [outputs_and_distances(model, part) for part in x.split(100)]
+    expected, distance = (torch.cat(each) for each in zip(*parts))
     for run in (packed, abcnets.fuse(packed)):
         y = torch.cat([run(part) for part in x.split(100)])
         error = (y - expected).abs().amax(1) / expected.abs().amax(1)
