@@ -227,8 +227,9 @@ def compare(options) -> None:
                 times = milliseconds(groups, x, options.seconds)
                 for c in itertools.chain(*groups):
                     rows.append({
-                        "form": c.form, "variant": c.variant, "M": c.M, "N": c.N, "accuracy": round(percent[c.file], 2),
-                        "bytes": c.file.stat().st_size, "batch": batch, "threads": threads,
+                        "dataset": data.name, "form": c.form, "variant": c.variant, "M": c.M, "N": c.N,
+                        "accuracy": round(percent[c.file], 2), "bytes": c.file.stat().st_size,
+                        "batch": batch, "threads": threads,
                         "ms_per_image": float(f"{times[c.name]:.4g}"), **where,
                     })  # fmt: skip
                     print("batch {batch:2}, {threads} threads: {name:48} {accuracy:6.2f} % {bytes:7} bytes "

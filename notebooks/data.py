@@ -1,5 +1,6 @@
 """Data sets: every image in memory as one uint8 tensor, augmented and normalized a batch at a time."""
 
+import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +39,11 @@ class Data:
         self.mean, self.std = mean.float(), torch.where(std > 0, std, 1).float()  # 1 where a channel has one value
 
     def to(self, device) -> "Data":
+        """The same on a device; this one stays where it is."""
+        there = copy.copy(self)
         for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
+            setattr(there, name, getattr(self, name).to(device))
+        return there
 
     @property
     def device(self) -> torch.device:

@@ -42,6 +42,7 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
     assert set(forms) == {("torch float32", 0, 0), ("torch bfloat16", 0, 0), ("onnxruntime float32", 0, 0),
                           ("onnxruntime int8", 0, 0), ("abcnets", 1, 1)}  # fmt: skip
     assert "digits/M2-N2 is left out" in capsys.readouterr().out
+    assert {row["dataset"] for row in rows} == {"digits"}
     assert all(row["ms_per_image"] > 0 and row["hardware"] and "torch" in row["versions"] for row in rows)
     expected = accuracy(network, digits), accuracy(binary, digits)
     for form, which in {"torch float32": 0, "onnxruntime float32": 0, "abcnets": 1}.items():

@@ -27,6 +27,11 @@ def folder(tmp_path):
     return tmp_path / "pets"
 
 
+def test_data_on_a_device_are_a_copy(few_digits):
+    there = few_digits.to("meta")
+    assert there.device.type == there.mean.device.type == "meta" and few_digits.device.type == "cpu"
+
+
 def test_a_folder_of_images_is_a_data_set(folder):
     data = load_data(f"folder:{folder}")
     assert list(data.classes) == ["cat", "dog"] and len(data.train_images) == len(data.test_images) == 6
