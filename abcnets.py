@@ -1724,7 +1724,9 @@ class PackedLayer(nn.Module):
     is replaced or changed in place is seen at the next call. What torch does not count is seen after `refresh`: changes
     through `.data`, through NumPy or another process, to tensors made in inference mode, and, in a model that was
     compiled to run floats, any change in place. A CUDA graph computes with what the tensors held when it was captured.
-    And what `fuse` folded is of the packed model as it was then: change that one, and fuse it anew.
+    And what `fuse` folded, thresholds above all, is of the packed model as it was then: change that one, and fuse it
+    anew. A call that is made while another thread writes to a tensor may see a part of both; where that must not be,
+    give the layer another tensor.
 
     Shape: as the ABC layer's. Inference only: no gradient passes. A NaN behaves as in the ABC layer.
     """
@@ -2189,12 +2191,23 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
         model: what `pack` or `load_packed` returned, in float32; it is not touched.
 
     Returns: a torch.fx.GraphModule with the same outputs, to rounding. NaN in the input raises ValueError where it
-        would have to become bits, and so does input without a batch where a norm or a pool was folded in.
+        would have to become bits, and so does input without a batch where a norm or a pool was folded in, and another
+        value of an argument whose default is None, True or False.
     Raises: ValueError where the model can't be traced by torch.fx, changes its own tensors, has hooks of its own (those
-        of its modules stay), holds no packed layer or is fused already; ImportError without abcnets_kernels.
+        of its modules stay), holds no packed layer or is fused already; ImportError without abcnets_kernels. A trace
+        knows tensors by what is done with them: what forward decides by isinstance, counts in Python numbers or draws
+        at random without its input is as it was when it was traced.
     """
     _check_own(model)
     return _kernels("fuse").fuse(_this_file(), model)
+
+
+def fused_for(name: str, value, wanted) -> None:
+    """What a fused model calls for an argument that its trace holds for one value of alone. Raises ValueError."""
+    if value is not wanted:
+        got = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"this model was fused for {name}={wanted}, where its forward pass may do something else than "
+                         f"for {got}")  # fmt: skip
 
 
 def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:

@@ -34,8 +34,11 @@ class Parser(argparse.ArgumentParser):
 def _sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    *_, last = ["", *str(error).strip().splitlines()]  # a DataLoader's worker puts its traceback and the type in front
-    return last.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ") or type(error).__name__
+    lines = str(error).split("\n")
+    if "Original Traceback (most recent call last):" in lines:  # a DataLoader's worker puts it and the type in front
+        lines = [lines[-1] or lines[-2]]
+    text = " ".join(" ".join(lines).split())
+    return text.removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ") or type(error).__name__
 
 
 def checked(convert: Callable, wanted: str, right: Callable = lambda value: True) -> Callable:

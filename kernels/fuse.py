@@ -19,6 +19,7 @@ What has to hold, or everything stays as it is:
 """
 
 import copy
+import inspect
 import math
 import operator
 
@@ -29,7 +30,11 @@ from torch import Tensor, nn
 
 def fuse(abcnets, model: nn.Module) -> torch.fx.GraphModule:
     """What `abcnets.fuse` documents; abcnets is the module whose packed layers the model is made of."""
-    return _Fusion(abcnets, copy.deepcopy(model).eval()).run()
+    try:
+        model = copy.deepcopy(model).eval()
+    except Exception as error:
+        raise ValueError(f"fuse works on a copy of the model, which can't be made: {error}") from error
+    return _Fusion(abcnets, model).run()
 
 
 class _Fusion:
@@ -40,13 +45,15 @@ class _Fusion:
         _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
         own = _own_tensors(model)
         try:
-            graph = _tracer(abcnets).trace(model)
+            graph = _tracer(abcnets).trace(model, _constants(model))
+            _require_constants(abcnets, graph, _constants(model))
         except Exception as error:
             raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
         if own != _own_tensors(model):
             raise ValueError("fuse needs a model whose forward pass leaves its own tensors as they are")
         _check_in_place(graph)
         self.fused = torch.fx.GraphModule(model, graph)
+        self.check_own_tensors()
         calls = [self.module_of(node) for node in graph.nodes if node.op == "call_module"]
         self.called_once = {module for module in calls if calls.count(module) == 1}
         self.seen = {child for module in calls for child in module.modules() if child is not module}
@@ -54,6 +61,20 @@ class _Fusion:
             if node.op == "get_attr":
                 self.seen.add(self.fused.get_submodule(node.target.rpartition(".")[0]))
         self.memory = _Memory(self)
+
+    def check_own_tensors(self) -> None:
+        """A tensor of the model's own, or that forward makes without its input, is the same one in all calls."""
+        memory = _Memory(self)
+        for node in self.fused.graph.nodes:
+            kept = [source for source in memory.writes_to(node) if _is_of_attribute(source)]
+            if node.op == "output":
+                kept = [value for value in node.all_input_nodes if str(value.target).startswith("_tensor_constant")]
+            if kept:
+                raise ValueError(
+                    f"fuse needs a forward pass that leaves the model's own tensors alone, but {node.name} changes or "
+                    f"hands out {kept[0].name}; what forward makes without its input is such a tensor too: make it of "
+                    "that, as torch.zeros_like(x) does"
+                )
 
     def run(self) -> torch.fx.GraphModule:
         for node in list(self.fused.graph.nodes):
@@ -190,7 +211,9 @@ class _Fusion:
         module = self.module_of(node)
         if _POOLS.get(type(module)) != layer.spatial_dims or module.return_indices or not self.is_plain(module):
             return None
-        return module
+        sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
+        is_known = all(isinstance(size, int) or len(size) == layer.spatial_dims for size in sizes)
+        return module if is_known else None
 
     def insert_pool(self, link, source, flips: Tensor, layer):
         """A max-pool of words in the place of one of floats."""
@@ -198,6 +221,8 @@ class _Fusion:
         sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
         sizes = [[size] * layer.spatial_dims if isinstance(size, int) else list(size) for size in sizes]
         name = f"{link.name}_flips"
+        while hasattr(self.fused, name):
+            name += "_"
         self.fused.register_buffer(name, flips, persistent=False)
         graph = self.fused.graph
         with graph.inserting_after(source):
@@ -241,6 +266,12 @@ class _Memory:
         """Whether a value stays, for as long as it is there, what it was when it was made."""
         return node not in self._written
 
+    def writes_to(self, node) -> list:
+        """The values that a node may write to, as it is given them."""
+        if self._works_in_place(node):
+            return [source for source in [self._source_of(node)] if source is not None] or node.all_input_nodes
+        return node.all_input_nodes if self._may_write(node) else []
+
     @staticmethod
     def _source_of(node) -> torch.fx.Node | None:
         """What a node passes on or writes over."""
@@ -281,7 +312,7 @@ class _Memory:
             if origin not in ("torch", "_operator", "math", "builtins"):
                 return True
         name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        writes = name.endswith("_") and not name.endswith("__")
+        writes = name.endswith("_") and (not name.endswith("__") or name.strip("_") in torch.fx.graph.inplace_methods)
         return writes or name == "setitem" or _is_asked(node, "inplace") or node.kwargs.get("out") is not None
 
 
@@ -293,7 +324,9 @@ def _check_model(model: nn.Module, layers: list) -> None:
     for layer in layers:
         if layer.alphas.dtype != torch.float32 or layer.alphas.is_meta:
             raise ValueError(f"fuse computes with numbers in float32, but those of a layer are {layer.alphas.dtype} on "
-                             f"{layer.alphas.device}: convert or move the fused model instead")  # fmt: skip
+                             f"{layer.alphas.device}")  # fmt: skip
+    if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
+        raise ValueError("fuse can't keep hooks that are registered for all modules")
     if _is_watched(model):
         raise ValueError("fuse would lose the hooks or the forward method that this model itself was given: give them "
                          "to the fused model")  # fmt: skip
@@ -336,6 +369,36 @@ def _is_asked(node, option: str) -> bool:
     return given.get(option, False) is not False
 
 
+def _is_of_attribute(node) -> bool:
+    """Whether a value is a tensor of the model itself, or what a method or an index of that makes: perhaps a view."""
+    while node.op == "call_method" or node.target in (operator.getitem, getattr):
+        if not isinstance(node.args[0], torch.fx.Node):
+            return False
+        node = node.args[0]
+    return node.op == "get_attr"
+
+
+def _constants(model: nn.Module) -> dict:
+    """Arguments of forward whose default says that there is none, or answers yes or no: the trace holds for these."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
+
+
+def _require_constants(abcnets, graph, constants: dict) -> None:
+    """Let the fused model refuse another value; torch.fx renames such an argument, and asserts, which -O takes out."""
+    for node in list(graph.find_nodes(op="placeholder")):
+        name = node.target.rpartition("_")[0]
+        if name not in constants or node.target in constants:
+            continue
+        for check in list(node.users):  # an assertion, or a comparison that one reads
+            for assertion in list(check.users):
+                graph.erase_node(assertion)
+            graph.erase_node(check)
+        node.target = name
+        with graph.inserting_after(node):
+            graph.call_function(abcnets.fused_for, (name, node, constants[name]))
+
+
 def _is_watched(module: nn.Module) -> bool:
     """Whether somebody has hooks on a module, or gave it another forward method than its class's."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
@@ -355,7 +418,24 @@ def _tracer(abcnets) -> torch.fx.Tracer:
 
 
 class _Proxy(torch.fx.Proxy):
-    """torch.fx's, for which x += y is not x = x + y: whoever else holds x would not see it."""
+    """torch.fx's, for which x += y is not x = x + y: whoever else holds x would not see it.
+
+    And which has the attributes of a tensor and no others, none of which can be set.
+    """
+
+    def __getattr__(self, name):
+        if not hasattr(Tensor, name):
+            raise AttributeError(f"a tensor has no attribute {name!r}")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name, value):
+        if name not in ("tracer", "node", "root", "attr", "_node"):
+            raise AttributeError(f"fuse can't follow the setting of a tensor's attribute {name!r}")
+        super().__setattr__(name, value)
+
+
+class _Attribute(torch.fx.proxy.Attribute, _Proxy):
+    """x.data and its like."""
 
 
 def _stays_in_place(function):

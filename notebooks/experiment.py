@@ -95,7 +95,7 @@ def run_evaluate(options) -> None:
 
 def run_table(options) -> None:
     """Percentages of the test images, as far as they are known."""
-    rows = read_csv(options.results / "runs.csv")
+    rows = read_csv(options.results / "runs.csv", ["run", "dataset", "M", "N"])
     rows = rows[(rows.M.notna() | rows.N.notna()) & (rows.dataset == (options.dataset or rows.dataset))]
     if rows.empty:
         which = f" of {options.dataset}" if options.dataset else ""

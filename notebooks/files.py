@@ -50,9 +50,12 @@ def load(path: str | Path) -> dict:
 
 
 def save(what, path: str | Path) -> None:
-    """torch.save that leaves either the old file or the new one, whenever it is interrupted."""
+    """torch.save that leaves either the old file or the new one, whenever it is interrupted. Raises: DataError."""
     with replacing(Path(path)) as temporary:
-        torch.save(what, temporary)
+        try:
+            torch.save(what, temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise DataError(f"{path} can't be written: {error}") from error
 
 
 @contextlib.contextmanager

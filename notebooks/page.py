@@ -14,13 +14,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 
 import nbformat
 import pypandoc
+from files import replacing
 from jinja2 import pass_context
 from nbconvert import HTMLExporter
 
 from kernels.command import Parser, Refused
 
 SCRIPTS = "html_head_js", "html_head_js_mathjax", "html_head_js_mermaidjs", "jupyter_widgets"  # blocks of the template
-CODE_OR_FORMULA = re.compile(r"<(code|pre)\b.*?</\1>|\$\$(?P<block>.+?)\$\$|\$(?P<inline>.+?)\$", re.DOTALL)
+# Nearly as pandoc has it: no blank within the $, or one at both, and no digit behind them, which would be an amount.
+FORMULA = r"\$\$[^<]+?\$\$|\$(?=\S)[^$<]+?(?<=\S)\$(?!\d)|\$\s[^$<]+?\s\$(?!\d)"
+CODE_OR_FORMULA = re.compile(rf"(<(code|pre)\b.*?</\2>|<[^>]*>)|{FORMULA}", re.DOTALL)
 
 
 class PageExporter(HTMLExporter):
@@ -45,7 +48,8 @@ def mathml(formulas: list[str]) -> list[str]:
     """
     if not formulas:
         return []
-    paragraphs = [re.sub(r"^(\$+)\s*(.*?)\s*(\$+)$", r"\1\2\3", formula, flags=re.DOTALL) for formula in formulas]
+    paragraphs = [re.sub(r"^(\$+)\s*(.*?)\s*(\$+)$", r"\1\2\3", re.sub(r"\n\s*\n", "\n", formula), flags=re.DOTALL)
+                  for formula in formulas]  # fmt: skip
     written = pypandoc.convert_text("\n\n".join(paragraphs), "html", format="markdown", extra_args=["--mathml"])
     written = re.sub(r"<annotation\b.*?</annotation>", "", written, flags=re.DOTALL)  # the LaTeX once more
     found = re.findall(r"<math\b.*?</math>", written, flags=re.DOTALL)
@@ -58,10 +62,17 @@ def write_pages(paths: list[Path]) -> None:
     for path in paths:
         try:
             notebook = nbformat.read(path, as_version=4)
-        except ValueError as error:
+            nbformat.validate(notebook)
+        except (ValueError, AttributeError, nbformat.ValidationError) as error:
             raise Refused(f"{path} is not a notebook") from error
-        page, _ = PageExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
-        path.with_suffix(".html").write_text(page, encoding="utf-8")
+        try:
+            page, _ = PageExporter().from_notebook_node(notebook, {"metadata": {"name": path.stem}})
+        except ValueError as error:
+            raise Refused(f"{path}: {error}") from error
+        if "<script" in page:
+            raise Refused(f"{path} holds a script, in a cell or in what one put out, which may need a network")
+        with replacing(path.with_suffix(".html")) as temporary:
+            temporary.write_text(page, encoding="utf-8")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -23,17 +23,19 @@ FILL = "python notebooks/experiment.py table --readme"  # as the README's marker
 # --------------------------------------------------------------------------- Tables as files
 
 
-def read_csv(path: str | Path) -> pd.DataFrame:
+def read_csv(path: str | Path, columns: list[str] = (), **how) -> pd.DataFrame:
     """A table of results; an empty cell is NaN, and among a run's options no word.
 
-    Raises: DataError where there is none.
+    Raises: DataError where there is none, or where it has not those columns.
     """
     try:
-        rows = pd.read_csv(path, dtype={"options": str})
+        rows = pd.read_csv(path, **{"dtype": {"options": str}, **how})
     except FileNotFoundError:
         raise DataError(f"the table {path} is missing: nothing has been recorded in it yet") from None
     except ValueError as error:  # pandas' own are such
         raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
+    if missing := [name for name in columns if name not in rows]:
+        raise DataError(f"{path} is no table of these results: it lacks the columns {', '.join(missing)}")
     return rows.fillna({"options": ""}) if "options" in rows else rows
 
 
@@ -47,7 +49,7 @@ def keep_rows(path: str | Path, rows: list[dict], by: list[str]) -> None:
     """Write rows in place of those that have the same `by`; the others stay to the letter, all sorted by `by`."""
     path, rows = Path(path), pd.DataFrame(rows, dtype=object)
     if path.exists():
-        old = pd.read_csv(path, dtype=str, keep_default_na=False)
+        old = read_csv(path, by, dtype=str, keep_default_na=False)
         new = pd.MultiIndex.from_frame(rows[by].astype(str))
         rows = pd.concat([old[~pd.MultiIndex.from_frame(old[by]).isin(new)], rows])
     write_csv(path, rows.sort_values(by, key=lambda column: column.astype(str), kind="stable"))
@@ -137,10 +139,13 @@ def binarized(float_model: nn.Module, data: Data, out: str | Path, results: str 
     return model
 
 
-def _check_places(*folders: str | Path) -> None:
+def _check_places(out: str | Path, results: str | Path) -> None:
+    """Before hours of training: whether their results can be written."""
     if is_main_process():
-        for folder in folders:
-            writable(Path(folder))
+        writable(Path(out))
+        writable(Path(results))
+        if (table := Path(results) / "runs.csv").exists():
+            read_csv(table, ["run"])
 
 
 def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:
@@ -194,7 +199,7 @@ COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "bi
 def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
     """The rows of a table that are of a data set; none, where there is no table yet."""
     path = Path(path)
-    rows = read_csv(path) if path.exists() else pd.DataFrame(columns=COLUMNS)
+    rows = read_csv(path, ["dataset"]) if path.exists() else pd.DataFrame(columns=COLUMNS)
     return rows[rows.dataset == dataset]
 
 

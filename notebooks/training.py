@@ -278,7 +278,9 @@ def _schedule(progress: float, warmup: float) -> float:
 def _resume(checkpoint: str | Path, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
     state = None
     if is_main_process() and Path(checkpoint).exists():
-        state = torch.load(checkpoint, map_location="cpu")
+        state = load(checkpoint)
+        if not {"recipe", "history", "model", "optimizer"} <= state.keys():
+            raise DataError(f"{checkpoint} is no checkpoint of a training run: remove it to begin anew")
     (state,) = broadcast_object_list([state])  # the file need not be on every node
     if state is None or state["recipe"] != recipe:
         return []

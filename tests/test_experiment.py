@@ -120,3 +120,11 @@ def test_a_second_make_installs_nothing(tmp_path):
     assert "pip install" not in asked.stdout and "pytest" in asked.stdout
     fresh = subprocess.run(["make", "-n", "test", f"VENV={tmp_path}/no"], cwd=ROOT, capture_output=True, text=True)
     assert "pip install" in fresh.stdout
+
+
+def test_a_sentence_keeps_its_cause():
+    from kernels.command import _sentence
+
+    assert _sentence(ValueError("not there (no\nroute): connect")) == "not there (no route): connect"
+    worker = "Caught DataError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File x\n"
+    assert _sentence(ValueError(worker + "builtins.ValueError: a.jpg is no image\n")) == "a.jpg is no image"

@@ -6,6 +6,7 @@ last bit. All sizes are 4, the batch too: nothing tells a wrong axis from the ri
 
 import collections
 import random
+import threading
 
 import pytest
 import torch
@@ -357,3 +358,106 @@ def test_only_a_layer_into_which_thresholds_were_folded_takes_words():
     words = torch.zeros(1, 6, 6, 1, a.activation_bases, dtype=torch.int64)
     with pytest.raises(TypeError, match="takes floating-point input, got torch.int64"):
         a(words)
+
+
+def test_sizes_of_pools_that_torch_alone_understands_stay_with_torch():
+    a, b = layers(2, 2)
+    for pool in (nn.MaxPool2d((2,)), nn.MaxPool2d(3, 2, padding=(1,)), nn.MaxPool2d((2, 1), (1, 2))):
+        check_network(lambda m, x: m.b(m.pool(m.a(x))), numbers(2, 4, 8, 8), a=a, b=b, pool=pool)
+
+
+def accumulated(m, x):
+    total = torch.zeros(2, 4, 6, 6)
+    total += m.a(x)
+    return m.b(total)
+
+
+def written_to(m, x):
+    result = torch.zeros(2, 4, 6, 6)
+    result[:] = m.b(m.a(x))
+    return result
+
+
+def counted_in_a_buffer(m, x):
+    m.calls.add_(x.mean())
+    return m.b(m.a(x)) * m.calls.sqrt()
+
+
+def handed_out(m, x):
+    return m.b(m.a(x)), torch.zeros(2)
+
+
+@pytest.mark.parametrize("forward", [accumulated, written_to, counted_in_a_buffer, handed_out])
+def test_tensors_that_all_calls_would_share_are_refused(forward):
+    a, b = layers(2, 2)
+    network = Written(forward, a=a, b=b)
+    network.register_buffer("calls", torch.zeros(1))
+    with pytest.raises(ValueError, match="make it of that, as torch.zeros_like"):
+        abcnets.fuse(network)
+
+
+def test_attributes_of_tensors_are_followed_or_refused():
+    def through_data(m, x):
+        y = m.a(x)
+        data = y.data
+        data *= 0.5
+        return m.b(y)
+
+    def set_data(m, x):
+        y = m.a(x)
+        y.data = y.data * 0.5
+        return m.b(y)
+
+    def asked(m, x):
+        y = m.a(x)
+        return m.b(y * 2 if hasattr(y, "of_some_subclass") else y)
+
+    a, b = layers(2, 2)
+    for forward in (through_data, asked):
+        check_network(forward, numbers(2, 4, 6, 6), a=a, b=b)
+    with pytest.raises(ValueError, match="can't follow the setting of a tensor's attribute 'data'"):
+        abcnets.fuse(Written(set_data, a=a, b=b))
+
+
+def test_a_fused_model_is_for_the_defaults_that_it_was_traced_with():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = layers(2, 2)
+
+        def forward(self, x, mask=None, *, double=False):
+            y = self.a(x)
+            y = y if mask is None else y * mask
+            return self.b(y * 2 if double else y)
+
+    packed, x = Optional().eval(), numbers(2, 4, 6, 6)
+    fused = abcnets.fuse(packed)
+    for call in (lambda m: m(x), lambda m: m(x, None), lambda m: m(x, mask=None, double=False)):
+        assert torch.equal(call(fused), call(packed))
+    with pytest.raises(ValueError, match="fused for mask=None, .* for a tensor"):
+        fused(x, x)
+    with pytest.raises(ValueError, match="fused for double=False, .* for True"):
+        fused(x, double=True)
+
+
+def test_names_of_the_user_stay_the_users():
+    a, b = layers(2, 2)
+    packed = nn.Sequential()
+    packed.a, packed.pool, packed.b = a, nn.MaxPool2d(2), b
+    packed.register_buffer("pool_flips", torch.ones(1))
+    fused = abcnets.fuse(packed.eval())
+    assert torch.equal(fused(numbers(2, 4, 6, 6)), packed(numbers(2, 4, 6, 6)))
+
+
+def test_models_that_can_not_be_copied_and_hooks_on_all_modules_are_refused():
+    a, b = layers(2, 2)
+    packed = nn.Sequential(a, b)
+    handle = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: None)
+    try:
+        with pytest.raises(ValueError, match="hooks that are registered for all modules"):
+            abcnets.fuse(packed)
+    finally:
+        handle.remove()
+    packed.lock = threading.Lock()
+    with pytest.raises(ValueError, match="a copy of the model, which can't be made"):
+        abcnets.fuse(packed)

@@ -41,6 +41,13 @@ def test_formulas_are_mathml_and_nothing_is_fetched(tmp_path):
     assert not fetched(text)
 
 
+def test_amounts_and_links_are_no_formulas(tmp_path):
+    text = "It costs $5 today, $6 tomorrow. [A $x$](http://a.b/?x=$y&z=$w), \\$5 and \\$6.\n\n## For $7\n\n$y$"
+    page_text = written(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), tmp_path)
+    assert page_text.count("<math ") == 2 and "It costs $5 today, $6 tomorrow." in page_text
+    assert "$5 and $6" in page_text and "x=$y&amp;z=$w" in page_text and "For $7" in page_text
+
+
 @pytest.mark.parametrize("name", ["FinalProject", "Eval"])
 def test_the_notebooks_of_this_repository(name, tmp_path):
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", 4)
@@ -56,4 +63,10 @@ def test_what_can_not_be_a_page_is_said(tmp_path, refused):
         page.mathml(["$a$", "$\\frac{$"])
     (tmp_path / "a.ipynb").write_text("no notebook")
     assert "a.ipynb is not a notebook" in refused(page.main, tmp_path / "a.ipynb")
+    for text in ("{}", "[1]"):
+        (tmp_path / "a.ipynb").write_text(text)
+        assert "a.ipynb is not a notebook" in refused(page.main, tmp_path / "a.ipynb")
+    script = nbformat.v4.new_markdown_cell("<script src='https://a.b/c.js'></script>")
+    nbformat.write(nbformat.v4.new_notebook(cells=[script]), tmp_path / "a.ipynb")
+    assert "a.ipynb holds a script" in refused(page.main, tmp_path / "a.ipynb")
     assert "nothing.ipynb: No such file" in refused(page.main, tmp_path / "nothing.ipynb")

@@ -9,7 +9,7 @@ import pytest
 import runs
 import torch
 import training
-from files import RESULTS, replacing
+from files import RESULTS, DataError, replacing, save
 from runs import binarized, default_runs, keep_rows, pretrained, read_csv, results_table, write_csv
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,3 +122,32 @@ def test_default_runs_and_their_table(tmp_path):
 def test_names_of_runs():
     assert runs.run_name("folder:a/b") == "folder_a_b/float" and runs.run_name("digits", 3, 3) == "digits/M3-N3"
     assert runs.run_name("digits", 2, None, "per-layer lr=0.1", 1) == "digits/M2-per-layer-lr=0.1-s1"
+
+
+@pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"])
+def test_a_table_that_is_none_is_refused_before_the_training(content, few_digits, tmp_path, monkeypatch):
+    (tmp_path / "runs.csv").write_bytes(content)
+    monkeypatch.setattr(runs, "pretrain", lambda *_, **__: pytest.fail("trained for nothing"))
+    with pytest.raises(DataError, match="runs.csv (is no table of these results: it lacks|can't be read as a table)"):
+        pretrained(few_digits, tmp_path, tmp_path)
+    with pytest.raises(DataError, match="runs.csv"):
+        keep_rows(tmp_path / "runs.csv", [{"run": "x"}], by=["run"])
+    assert (tmp_path / "runs.csv").read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"x", [1], {"a": 1}])
+def test_a_damaged_checkpoint_is_said(content, few_digits, tmp_path):
+    path = tmp_path / "run.checkpoint"
+    path.write_bytes(content) if isinstance(content, bytes) else torch.save(content, path)
+    with pytest.raises(DataError, match="run.checkpoint (can't be read|must hold a dict|is no checkpoint)"):
+        training.pretrain(few_digits, **SMALL, checkpoint=path)
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch):
+    def full(what, path):
+        raise RuntimeError("no space left")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DataError, match="a.pt can't be written: no space left"):
+        save({}, tmp_path / "a.pt")
+    assert list(tmp_path.iterdir()) == []
