@@ -28,7 +28,7 @@ What is in it, from top to bottom:
     pack, PackedLayer                                  for inference: 1 bit a weight and base
     save_packed, load_packed                           one file, no pickle
     engines                                            which device runs packed layers how fast
-    fuse                                               bits from layer to layer
+    fuse, fused_for                                    bits from layer to layer
     export_onnx                                        one ONNX file, which runs without torch
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
@@ -82,7 +82,7 @@ __all__ = [
     "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
     "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "pack", "PackedLayer", "save_packed",
-    "load_packed", "engines", "fuse", "export_onnx",
+    "load_packed", "engines", "fuse", "fused_for", "export_onnx",
 ]  # fmt: skip
 
 
@@ -1887,10 +1887,13 @@ class PackedLayer(nn.Module):
         except KeyError:  # somebody made a parameter of one
             bits, alphas, betas, thresholds, bias = self.bits, self.alphas, self.betas, self.thresholds, self.bias
         folded = own["in_thresholds"]
-        return torch.ops.abcnets.packed_conv.default(
+        y = torch.ops.abcnets.packed_conv.default(
             x, bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, self.channels,
             self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
         )  # fmt: skip
+        if x.dtype == torch.int64 and y.dtype == torch.float32 != alphas.dtype:  # the operator's word for words
+            y = y.to(alphas.dtype)
+        return y
 
     @torch.no_grad()
     def _float_convolve(self, x: Tensor, padding) -> Tensor:

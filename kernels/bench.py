@@ -184,10 +184,12 @@ def _shape(text: str) -> Shape:
 
 
 def _is_a_convolution(shape: Shape) -> bool:
-    return min(shape.C, shape.O, shape.K, shape.size, shape.stride) > 0 <= shape.padding and shape.output > 0
+    if min(shape.C, shape.O, shape.K, shape.size, shape.stride) <= 0 or shape.padding < 0 or shape.output <= 0:
+        return False
+    return max(shape.C * (shape.size + 2 * shape.padding) ** 2, shape.O * shape.C * shape.K**2) < 2**28
 
 
-SHAPE = checked(_shape, "a convolution as C,O,K,size,padding[,stride]", _is_a_convolution)
+SHAPE = checked(_shape, "a convolution as C,O,K,size,padding[,stride], of less than a gigabyte,", _is_a_convolution)
 
 
 def measure_cpu(options) -> None:

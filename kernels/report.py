@@ -12,6 +12,7 @@ Within a sentence, the same without line breaks: <!-- accuracy: python writeup/b
 """
 
 import math
+import os
 import re
 from dataclasses import asdict
 from pathlib import Path
@@ -71,6 +72,16 @@ def row_of(shape, contender: str, bases, microseconds: float, operations=None) -
     }
 
 
+def refill(page: Path, command: str, values: dict[str, str]) -> None:
+    """`fill` a page where it is; it is replaced whole or not at all."""
+    text, temporary = fill(page, command, values), page.with_name(f".{page.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, page)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def write(device: str, rows: list[dict]) -> None:
     """Rows of "cpu" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
     import pandas as pd
@@ -98,7 +109,7 @@ def write_readme(device: str) -> None:
     if rows is not None:
         figure(rows, RESULTS / f"{device}.svg")
     if page.exists():  # it does not where the package is installed
-        page.write_text(fill(page, command, {device: text}), encoding="utf-8")
+        refill(page, command, {device: text})
 
 
 def _pyplot():

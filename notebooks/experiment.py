@@ -63,7 +63,7 @@ from kernels.command import (
     checked,
     present_device,
 )
-from kernels.report import fill
+from kernels.report import refill
 
 
 def run_pretrain(options) -> None:
@@ -106,8 +106,7 @@ def run_table(options) -> None:
         cells = ("-" if value != value else f"{value:.2f} %" for value in percent)  # NaN, where nothing was measured
         print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
     if options.readme:
-        page = ROOT / "README.md"
-        page.write_text(fill(page, FILL, readme_blocks(options.results)), encoding="utf-8")
+        refill(ROOT / "README.md", FILL, readme_blocks(options.results))
 
 
 def run_sensitivity(options) -> None:

@@ -37,6 +37,8 @@ class PageExporter(HTMLExporter):
     def markdown2html(self, context, source: str) -> str:
         text = super().markdown2html(context, source)
         matches = [match for match in CODE_OR_FORMULA.finditer(text) if not match[1]]
+        if "\\begin{" in CODE_OR_FORMULA.sub("", text):
+            raise ValueError("a formula stands between no $, where only MathJax would find it")
         formulas = iter(mathml([html.unescape(match[0]) for match in matches]))
         return CODE_OR_FORMULA.sub(lambda match: match[0] if match[1] else next(formulas), text)
 

@@ -27,7 +27,7 @@ import abcnets
 from kernels.check import need_engine
 from kernels.clock import interleaved_medians, machine
 from kernels.command import COUNT, POSITIVE_OR_0, THREADS, Parser
-from kernels.report import fill
+from kernels.report import refill
 
 
 def nine_layer():
@@ -125,7 +125,7 @@ def run(options) -> None:
     if options.networks == list(NETWORKS):
         rows, page = pd.concat(tables).assign(**machine()), ROOT / "kernels" / "README.md"
         write_csv(RESULTS / "speed.csv", rows)
-        page.write_text(fill(page, "python notebooks/speed.py", {"networks": table(rows)}), encoding="utf-8")
+        refill(page, "python notebooks/speed.py", {"networks": table(rows)})
 
 
 if __name__ == "__main__":

@@ -138,7 +138,8 @@ def check_batch(batch_size: int, accumulate: int, images: int) -> None:
     parts = processes * accumulate
     if batch_size % parts or not 0 < batch_size <= images:
         raise Refused(f"batch_size must be a multiple of {parts} ({processes} process(es), each with {accumulate}"
-                      f" part(s)) and at most the {images} training images, got {batch_size}")  # fmt: skip
+                      f" part(s)) and at most the {images} training images, got {batch_size}; --batch-size is for"
+                      " another")  # fmt: skip
 
 
 def train(

@@ -461,3 +461,10 @@ def test_models_that_can_not_be_copied_and_hooks_on_all_modules_are_refused():
     packed.lock = threading.Lock()
     with pytest.raises(ValueError, match="a copy of the model, which can't be made"):
         abcnets.fuse(packed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_fused_model_in_another_dtype_puts_that_out(dtype):
+    a, b = layers(2, 2)
+    fused = abcnets.fuse(nn.Sequential(a, nn.ReLU(), b, nn.Conv2d(4, 2, 1))).to(dtype)
+    assert fused(numbers(2, 4, 6, 6).to(dtype)).dtype == dtype

@@ -186,3 +186,17 @@ else:
                 report.fill(page, command, values)
         with pytest.raises(ValueError, match="does not end"):
             report.fill("<!-- x: run this -->", "run this", {"x": "3"})
+
+    def test_a_page_is_refilled_whole_or_not_at_all(tmp_path, monkeypatch):
+        page = tmp_path / "page.md"
+        page.write_text("a <!-- x: run this -->1<!-- /x --> b")
+        report.refill(page, "run this", {"x": "3"})
+        assert page.read_text() == "a <!-- x: run this -->3<!-- /x --> b"
+
+        def interrupted(*paths):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(report.os, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            report.refill(page, "run this", {"x": "4"})
+        assert page.read_text() == "a <!-- x: run this -->3<!-- /x --> b" and list(tmp_path.iterdir()) == [page]

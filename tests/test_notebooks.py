@@ -30,9 +30,6 @@ FIGURES = {
 }  # fmt: skip
 
 
-PARAMETERS = {"dataset": "digits", "limit": 640, "epochs": 8, "finetune_epochs": 8}
-
-
 def code_cells(notebook) -> list:
     return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
@@ -55,7 +52,8 @@ def executed(tmp_path_factory):
     """The folder into which both notebooks were executed, one after the other as `make run` does it."""
     out = tmp_path_factory.mktemp("notebooks")
     record(out / "results")
-    common = {**PARAMETERS, "out": str(out), "results": str(out / "results")}
+    common = {"dataset": "digits", "limit": 640, "epochs": 8, "finetune_epochs": 8}
+    common |= {"out": str(out), "results": str(out / "results")}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TQDM_DISABLE", "1")
         for path, more in zip(NOTEBOOKS, ({}, {"bases": [1]})):

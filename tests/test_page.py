@@ -69,4 +69,7 @@ def test_what_can_not_be_a_page_is_said(tmp_path, refused):
     script = nbformat.v4.new_markdown_cell("<script src='https://a.b/c.js'></script>")
     nbformat.write(nbformat.v4.new_notebook(cells=[script]), tmp_path / "a.ipynb")
     assert "a.ipynb holds a script" in refused(page.main, tmp_path / "a.ipynb")
+    lost = nbformat.v4.new_markdown_cell("\\begin{align} a &= b \\end{align}")
+    nbformat.write(nbformat.v4.new_notebook(cells=[lost]), tmp_path / "a.ipynb")
+    assert "a.ipynb: a formula stands between no $" in refused(page.main, tmp_path / "a.ipynb")
     assert "nothing.ipynb: No such file" in refused(page.main, tmp_path / "nothing.ipynb")

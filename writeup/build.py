@@ -19,7 +19,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
 from kernels.command import Parser
-from kernels.report import fill
+from kernels.report import fill, refill
 from writeup import claims, figures, tables
 
 COMMAND = "python writeup/build.py"
@@ -144,7 +144,7 @@ def differences() -> list[str]:
 
 def write() -> None:
     for page, (values, _) in PAGES.items():
-        page.write_text(fill(page, COMMAND, values()))
+        refill(page, COMMAND, values())
     data = figures.figure_data()
     figures.draw(data, FIGURES)
     build_pdf(WRITEUP.read_text(), data, HERE / "writeup.pdf")
