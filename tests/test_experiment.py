@@ -69,6 +69,7 @@ def test_what_can_not_be_done_is_one_sentence(tmp_path, refused, threads):
     assert "has no binarized run:" in sentence("table") and "of mnist" in sentence("table", "--dataset", "mnist")
     (tmp_path / "runs.csv").write_text("")
     assert "can't be read as a table" in sentence("table")
+    (tmp_path / "runs.csv").unlink()
     assert "digits/float.pt is missing" in sentence("evaluate")
     save(build_network(load_data("digits")).state_dict(), tmp_path / "digits/float.pt")
     assert "digits/M3-N3.pt is missing" in sentence("evaluate")

@@ -38,7 +38,8 @@ def copy_to(folder, *names):
     for name in names:
         source = ROOT / name
         if source.is_dir():
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "results"))
+            # With what Numba has compiled: times are kept, by which it knows that this is the same code.
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("*.pyc", "results"))
         else:
             shutil.copy(source, folder / name)
     return folder
