@@ -45,14 +45,16 @@ class _Fusion:
         _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
         own = _own_tensors(model)
         try:
-            graph = _tracer(abcnets).trace(model, _constants(model))
-            _require_constants(abcnets, graph, _constants(model))
+            constants = _constants(model)
+            graph = _tracer(abcnets).trace(model, constants)
+            _require_constants(abcnets, graph, constants)
         except Exception as error:
             raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
         if own != _own_tensors(model):
             raise ValueError("fuse needs a model whose forward pass leaves its own tensors as they are")
         _check_in_place(graph)
         self.fused = torch.fx.GraphModule(model, graph)
+        self.memory = _Memory(self)
         self.check_own_tensors()
         calls = [self.module_of(node) for node in graph.nodes if node.op == "call_module"]
         self.called_once = {module for module in calls if calls.count(module) == 1}
@@ -60,13 +62,11 @@ class _Fusion:
         for node in graph.nodes:  # a module whose tensors the model itself reads
             if node.op == "get_attr":
                 self.seen.add(self.fused.get_submodule(node.target.rpartition(".")[0]))
-        self.memory = _Memory(self)
 
     def check_own_tensors(self) -> None:
         """A tensor of the model's own, or that forward makes without its input, is the same one in all calls."""
-        memory = _Memory(self)
         for node in self.fused.graph.nodes:
-            kept = [source for source in memory.writes_to(node) if _is_of_attribute(source)]
+            kept = [source for source in self.memory.writes_to(node) if _is_of_attribute(source)]
             if node.op == "output":
                 kept = [value for value in node.all_input_nodes if str(value.target).startswith("_tensor_constant")]
             if kept:
