@@ -6,20 +6,28 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
     R ~ Aq = sum_n beta_n  A_n     A_n = +1 where R >= 1/2 - v_n, else -1      n = 1..N   activation bases
     conv(R, W) ~ conv(Aq, Wq) = sum_m sum_n alpha_m beta_n conv(A_n, B_m)
 
+Which sums of bases there are is the choice of a code (`code=`). The paper's bases are nested, so M of them make M + 1
+levels, like the segments of a thermometer. As the digits of a binary number (LQ-Nets, arXiv:1807.10029) they make 2^M,
+from as many bits and binary convolutions. Levels of equal distance, "uniform", are M + 1 again, with one scale in the
+place of M. In these two a zero that comes into a layer stays zero (`zero=True`), as those of padding are: the layer
+convolves Aq - Aq(0).
+
 This one file needs torch and nothing else: copy it into your project, and kernels/ with it if you want speed.
 
-    model = abcnets.convert(resnet18, weight_bases=3, activation_bases=3)   # a binarized copy, weights kept
+    model = abcnets.convert(resnet18, 2, 2, code="binary")                  # a binarized copy, weights kept
     abcnets.calibrate(model, batches)                                       # no training: a thousand images
     ...                                                                     # fine-tune it like any other model
     packed = abcnets.pack(model)                                            # 1 bit a weight and base, and fast
 
 What is in it, from top to bottom:
 
+    CODES                                              which sums of bases there are: three of them
     even_shifts, gaussian_shifts                       the shifts u of the weight bases
     weight_bases, fit_weight, quantize_weight          B, alpha and Wq of a weight
     quantize_activation                                Aq of what reaches a layer
     ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear         the layers, drop-ins for torch's
     binarize                                           switch them on and off
+    separate_thresholds                                while training: bases that meet are lost
     plan, convert                                      which layers become binary, and a copy in which they are
     calibrate                                          fit it to some data, without training
     summary                                            what each layer holds and does (a `Summary`: a table)
@@ -37,10 +45,10 @@ found when it is first needed. Without it they run as float convolutions, and `f
 Symbols, used throughout:
 
     W (O, C, *K)   weights: O output channels, C channels of one group, K the kernel's extent
-    us (M,)        fixed shifts of the weight bases, in standard deviations
+    us (M,)        fixed shifts of the weight bases, in standard deviations (binary code: 2^M - 1, in rms)
     alphas (M, O)  scales of the weight bases: the least-squares fit of Wq to W, never stored
     R (B, C, *S)   what reaches a layer; in the paper's networks after BatchNorm and ReLU
-    vs, betas (N,) learned shifts and scales of the activation bases
+    vs, betas (N,) learned shifts and scales of the activation bases (binary code: 2^N - 1 shifts; uniform: one scale)
 
 sign(0) = +1 everywhere. std is the sample standard deviation. Zero padding is exactly 0, neither +1 nor -1.
 
@@ -64,6 +72,7 @@ import importlib
 import importlib.util
 import json
 import math
+import operator
 import os
 import sys
 import threading
@@ -79,10 +88,10 @@ from torch import Tensor, nn
 __version__ = "1.0.0"
 
 __all__ = [
-    "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
-    "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "plan", "convert", "calibrate", "summary",
-    "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "pack", "PackedLayer", "save_packed",
-    "load_packed", "engines", "fuse", "fused_for", "export_onnx",
+    "CODES", "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
+    "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "separate_thresholds", "plan", "convert",
+    "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "pack",
+    "PackedLayer", "save_packed", "load_packed", "engines", "fuse", "fused_for", "export_onnx",
 ]  # fmt: skip
 
 
@@ -158,13 +167,16 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
     return thresholds, levels
 
 
-def _fit_activations(samples: Tensor, N: int, constant: bool) -> tuple[Tensor, Tensor] | None:
+def _fit_activations(samples: Tensor, N: int, code: str, constant: bool) -> tuple[Tensor, Tensor] | None:
     """(vs, betas), float32 on the CPU, of the least squared error on `samples`; None where these are all one value.
 
-    N bases have N + 1 levels, but these are tied, c_0 = -c_N: they are fitted up to one constant. That is all one needs
-    where something behind the layer takes up constants, a BatchNorm or a bias. Where nothing does, the first of N > 1
-    bases can be spent on it (`constant`): +1 on all samples, which leaves N - 1 thresholds.
+    Levels are fitted up to one constant, since N bases can't say any: a thermometer's outer levels are tied, c_0 =
+    -c_N, and those of the other codes are symmetric as a whole. That is all one needs where something behind the layer
+    takes up constants, a BatchNorm or a bias. Where nothing does, the first of a thermometer's N > 1 bases can be spent
+    on it (`constant`): +1 on all samples, which leaves N - 1 thresholds.
     """
+    if code != "thermometer":
+        return _fit_tied_levels(samples, N, code)
     constant = constant and N > 1
     thresholds, levels = _lloyd_max(samples, N - constant)
     if levels[0] == levels[-1]:
@@ -181,8 +193,34 @@ def _fit_activations(samples: Tensor, N: int, constant: bool) -> tuple[Tensor, T
     return (0.5 - thresholds).float(), betas.float()
 
 
+def _fit_tied_levels(samples: Tensor, N: int, code: str, iterations: int = 200) -> tuple[Tensor, Tensor] | None:
+    """Lloyd-Max for levels that a code ties: thresholds midway between levels, and in turn the code's levels and a
+    constant by least squares. Returns (vs, betas) as `_fit_activations` does; the constant is dropped.
+    """
+    thresholds, levels = _lloyd_max(samples, _count_of_levels(code, N) - 1)
+    if levels[0] == levels[-1]:
+        return None
+    x = samples.detach().flatten().double().cpu().sort().values
+    total = torch.cat([x.new_zeros(1), x.cumsum(0)])
+    design = F.pad(_design(code, N, x), (0, 1), value=1.0)  # the last column is the constant
+    for _ in range(iterations):
+        edges = F.pad(torch.searchsorted(x, thresholds), (1, 1))
+        edges[-1] = len(x)
+        weighted = design * edges.diff()[:, None]
+        inverse = torch.linalg.pinv(design.t() @ weighted, rtol=1e-9, hermitian=True)
+        *scales, constant = inverse @ (design.t() @ total[edges].diff())
+        # A negative scale would turn the code round: levels are to rise with their numbers.
+        scales = torch.stack(scales).clamp(min=0)
+        levels = (design[:, :-1] @ scales + constant).sort().values
+        moved = (levels[1:] + levels[:-1]) / 2
+        if torch.equal(moved, thresholds):
+            break
+        thresholds = moved
+    return (0.5 - thresholds).float(), scales.float()
+
+
 @functools.cache
-def _start_activations(N: int) -> tuple[list[float], list[float]]:
+def _start_activations(N: int, code: str, constant: bool) -> tuple[list[float], list[float]]:
     """(vs, betas) of a new layer: the best fit to a rectified unit Gaussian, as BatchNorm and ReLU put it out.
 
     Numbers and not tensors, since they are kept: a tensor would be of the first caller's device and mode.
@@ -190,7 +228,8 @@ def _start_activations(N: int) -> tuple[list[float], list[float]]:
 
     def fit():
         quantiles = (torch.arange(20_000, dtype=torch.float64, device="cpu") + 0.5) / 20_000
-        return [fitted.tolist() for fitted in _fit_activations(torch.special.ndtri(quantiles).relu(), N, constant=True)]
+        rectified = torch.special.ndtri(quantiles).relu()
+        return [fitted.tolist() for fitted in _fit_activations(rectified, N, code, constant)]
 
     return tuple(_apart(fit))
 
@@ -203,84 +242,170 @@ def _apart(function, *arguments):
 
 
 _MOST_BASES = 256  # far beyond use, and little enough that a number in a file can't make a machine work or run full
+_MOST_BINARY = 8  # whose levels are 2 to that power
 
 
-def _check_bases(name: str, count: int) -> None:
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= _MOST_BASES:
-        raise ValueError(f"{name} must be a positive integer of at most {_MOST_BASES}, or None to leave that side "
+def _check_bases(name: str, count: int, code: str = "thermometer") -> None:
+    most = _MOST_BINARY if code == "binary" else _MOST_BASES
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        raise ValueError(f"{name} must be a positive integer of at most {most}, or None to leave that side "
                          f"float; got {count!r}")  # fmt: skip
+
+
+# --------------------------------------------------------------------------- Codes
+#
+# A code says which sums of N bases there are. With S (L, N) the signs of its levels, the lowest level first,
+#
+#     thermometer, uniform    L = N + 1    base n is +1 at the levels above n; all scales are one in a uniform code
+#     binary                  L = 2^N      the bits of the level's number, the highest bit first
+#
+# and the bases of a value are the signs of the level that it falls on, found by L - 1 ascending thresholds.
+
+CODES = ("thermometer", "binary", "uniform")
+
+
+def _codes(code, weight_bases: int | None, activation_bases: int | None) -> tuple[str, str]:
+    """The codes of both sides. One base has one code, and a float side none: both count as the thermometer."""
+    pair = (code, code) if isinstance(code, str) else code
+    if not isinstance(pair, (tuple, list)) or len(pair) != 2 or any(each not in CODES for each in pair):
+        raise ValueError(f"code must be one of {CODES}, or a pair of them for weights and activations; got {code!r}")
+    sides = ("weight_bases", weight_bases), ("activation_bases", activation_bases)
+    for (name, bases), each in zip(sides, pair):
+        if bases is not None:
+            _check_bases(name, bases, each)
+    return tuple("thermometer" if bases in (None, 1) else each for (_, bases), each in zip(sides, pair))
+
+
+def _count_of_levels(code: str, bases: int) -> int:
+    return 2**bases if code == "binary" else bases + 1
+
+
+def _signs(code: str, bases: int, like: Tensor) -> Tensor:
+    """S (L, N) of a code: +1 and -1, the lowest level first."""
+    levels = torch.arange(_count_of_levels(code, bases), device=like.device)[:, None]
+    order = torch.arange(bases, device=like.device)
+    plus = (levels >> order.flip(0) & 1) > 0 if code == "binary" else levels > order
+    return torch.where(plus, 1.0, -1.0).to(like.dtype)
+
+
+def _design(code: str, bases: int, like: Tensor) -> Tensor:
+    """What levels are made of, (L, N), or (L, 1) where all scales are one: levels = design @ scales."""
+    signs = _signs(code, bases, like)
+    return signs.sum(1, keepdim=True) if code == "uniform" else signs
 
 
 # --------------------------------------------------------------------------- Weights
 
 
-def weight_bases(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
-    """The binary bases of W (arXiv:1711.11294, eq. 2).
+def weight_bases(W: Tensor, us: Tensor, per_channel: bool = True, code: str = "thermometer",
+                 nearest: bool = True) -> Tensor:  # fmt: skip
+    """The binary bases of W: in the paper's code, the thermometer's (arXiv:1711.11294, eq. 2),
 
         B_m = sign(W - mean(W) + u_m std(W)),   sign(0) = +1
 
-    Mean and sample std are taken over each W[o], or over all of W where `per_channel` is False.
+    and in the others the signs of the level that a weight falls on, the highest bit first: see `fit_weight`. Statistics
+    are taken over each W[o], or over all of W where `per_channel` is False.
 
-    Shape: W (O, C, *K); us (M,) -> (M, O, C, *K), +1 and -1 in W's dtype.
-    Raises: ValueError if us is empty or not one-dimensional, TypeError if W is not floating point.
+    Shape: W (O, C, *K); us (M,), or (2^M - 1,) in the binary code -> (M, O, C, *K), +1 and -1 in W's dtype.
+    Raises: ValueError if us is not one-dimensional or has no length that the code has, or for another code; TypeError
+        if W is not floating point.
     """
-    _check_weight(W, us)
-    x, thresholds = _standardize(W, us, per_channel)
-    return torch.stack([torch.where(x >= t, 1.0, -1.0).to(W.dtype).view_as(W) for t in thresholds.unbind(1)])
+    M, code = _check_weight(W, us, code)
+    _, _, above = _levels(W, us, per_channel, code, nearest)
+    flags = _encoded(above, M) if code != "thermometer" else [above[i] for i in _nesting(us).argsort().tolist()]
+    return torch.stack([torch.where(flag, 1.0, -1.0).to(W.dtype).view_as(W) for flag in flags])
 
 
-def fit_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
+def fit_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str = "thermometer",
+               nearest: bool = True) -> Tensor:  # fmt: skip
     """The scales alpha that minimize |W - sum_m alpha_m B_m|^2 (arXiv:1711.11294, eq. 3-4), in closed form.
 
-    Base m is +1 wherever a base with smaller u is: the bases are nested and cut the weights into M + 1 bins by value.
-    On bin j (that many bases are +1) Wq is one constant c_j, with c_j - c_(j-1) = 2 alpha_j and c_0 = -c_M and no other
-    constraint. So least squares is a mean over each inner bin, and for the two outer bins together
+    Thermometer. Base m is +1 wherever a base with smaller u is: the bases are nested and cut the weights into M + 1
+    bins by value. On bin j (that many bases are +1) Wq is one constant c_j, with c_j - c_(j-1) = 2 alpha_j and
+    c_0 = -c_M and no other constraint. So least squares is a mean over each inner bin, and for the two outer bins
+    together
 
         c_M = -c_0 = (sum of W in bin M - sum of W in bin 0) / (n_M + n_0).
 
     An empty inner bin takes its lower neighbour's constant: its alpha is 0. Only the alphas of the largest and the
-    smallest shift can be negative, where a channel's mean is large against its deviation. Cost: O(M size(W)).
+    smallest shift can be negative, where a channel's mean is large against its deviation.
 
-    Shape: W (O, C, *K); us (M,) -> alphas (M, O), or (M, 1) where `per_channel` is False.
+    Binary (LQ-Nets, Zhang et al. 2018, arXiv:1807.10029). The 2^M levels sum_m +-alpha_m are symmetric about 0. Weights
+    are cut at -u_j rms(W), alphas fitted, thresholds put midway between levels, and so on for a few rounds, so that
+    each weight falls on the level nearest to it. With a = |W|, n_q and s_q the count and the sum of a on the q-th level
+    above 0, and P the signs of these levels,
+
+        (P' n P) alpha = P' s;   M = 2: alpha = ((top + mid) / 2, (top - mid) / 2), the means of a on both levels.
+
+    Uniform. M + 1 levels of equal distance, as one alpha a channel makes them, alpha = sum_q k_q s_q / sum_q k_q^2 n_q
+    with k the integers M, M - 2, ..; M = 2 is ternary (TWN, Li et al. 2016, arXiv:1605.04711).
+
+    nearest=False takes the bins as us cut them. Cost: O(L size(W)) for L levels.
+
+    Shape: W (O, C, *K); us as in `weight_bases` -> alphas (M, O), or (M, 1) where `per_channel` is False.
     Raises: as `weight_bases`.
     """
-    _check_weight(W, us)
-    levels, _ = _levels(W, us, per_channel)
-    return (levels.diff(dim=1) / 2)[:, _nesting(us).argsort()].t().to(W.dtype)
+    _, code = _check_weight(W, us, code)
+    alphas, _, _ = _levels(W, us, per_channel, code, nearest)
+    order = _nesting(us).argsort() if code == "thermometer" else slice(None)
+    return alphas[:, order].t().to(W.dtype)
 
 
-def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True) -> Tensor:
+def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str = "thermometer",
+                    nearest: bool = True) -> Tensor:  # fmt: skip
     """Wq = sum_m alpha_m B_m with the alphas of `fit_weight` (arXiv:1711.11294, eq. 2-4 and section 3.2.1).
 
-    Backward: straight-through, dL/dW = dL/dWq. Where us requires grad (the paper's future work),
-    dL/du_m = alpha_m sum(dL/dWq [|z_m| <= 1]) with z_m = (W - mean(W)) / std(W) + u_m and alpha held fixed.
+    Backward: straight-through, dL/dW = dL/dWq. Where us requires grad (the paper's future work), and with h_j half the
+    step that Wq takes at threshold j (a thermometer's alpha_j), alphas held fixed,
 
-    Shape: W (O, C, *K); us (M,) -> like W. A NaN weight makes its channel NaN.
-    Raises: as `weight_bases`.
+        dL/du_j = h_j sum(dL/dWq [|z_j| <= 1])     thermometer: z_j = (W - mean(W)) / std(W) + u_j
+                                                   binary, uniform: z_j = W / rms(W) + u_j
+
+    Shape: as `weight_bases` -> like W. A NaN weight makes its channel NaN.
+    Raises: as `weight_bases`; ValueError where us of another code than the thermometer's requires grad, but is only
+        where the search for the nearest levels begins.
     """
-    _check_weight(W, us)
-    return _QuantizeWeight.apply(W, us, per_channel)
+    _, code = _check_weight(W, us, code)
+    if us.requires_grad and nearest and code != "thermometer" and torch.is_grad_enabled():
+        raise ValueError("us has no gradient where it only begins the search for the nearest levels: nearest=False")
+    return _QuantizeWeight.apply(W, us, per_channel, code, nearest)
 
 
-def _check_weight(W: Tensor, us: Tensor) -> None:
+def _check_weight(W: Tensor, us: Tensor, code: str) -> tuple[int, str]:
+    """M, and the code that counts: with one base all are the thermometer."""
     if not W.is_floating_point():
         raise TypeError(f"weights must be floating point, got {W.dtype}")
     if W.ndim < 1:
         raise ValueError("weights must have at least one dimension (output channels first), got a scalar")
+    if code not in CODES:
+        raise ValueError(f"code must be one of {CODES}, got {code!r}")
     if us.ndim != 1 or len(us) == 0:
         raise ValueError(f"us must be one-dimensional with one shift per weight base, got shape {tuple(us.shape)}")
+    M = _bases_with(len(us), code, "us")
+    return M, "thermometer" if M == 1 else code
 
 
-def _standardize(W: Tensor, us: Tensor, per_channel: bool) -> tuple[Tensor, Tensor]:
-    """x (G, K), thresholds (G, M, 1) such that B_m is +1 exactly where x >= threshold m; G groups share statistics.
+def _bases_with(thresholds: int, code: str, name: str) -> int:
+    """How many bases have so many thresholds."""
+    bases = thresholds if code != "binary" else (thresholds + 1).bit_length() - 1
+    if _count_of_levels(code, bases) != thresholds + 1:
+        raise ValueError(f"in the binary code {name} must be 2^n - 1 numbers for n bases, got {thresholds}")
+    return bases
+
+
+def _standardize(W: Tensor, us: Tensor, per_channel: bool, code: str) -> tuple[Tensor, Tensor, Tensor]:
+    """x (G, K), its spread (G, 1), thresholds (G, L - 1) between levels; G groups share statistics.
 
     In float32 or wider, so that half-precision weights have the bases that their float32 copy has.
     """
     x = _grouped(W, per_channel)
-    x = x - x.mean(1, keepdim=True)
-    # One value alone has no sample deviation; 0 makes all its bases +1, and Wq the value itself.
-    std = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(x)
-    return x, -(std * us.to(x.dtype))[:, :, None]
+    if code == "thermometer":
+        x = x - x.mean(1, keepdim=True)
+        # One value alone has no sample deviation; 0 makes all its bases +1, and Wq the value itself.
+        spread = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(x)
+    else:
+        spread = x.square().mean(1, keepdim=True).sqrt()
+    return x, spread, -(spread * us.to(x.dtype))
 
 
 def _grouped(W: Tensor, per_channel: bool) -> Tensor:
@@ -293,26 +418,66 @@ def _nesting(us: Tensor) -> Tensor:
     return us.argsort(descending=True, stable=True)
 
 
-def _levels(W: Tensor, us: Tensor, per_channel: bool) -> tuple[Tensor, list[Tensor]]:
-    """Least-squares constants c_0..c_M (G, M + 1), and the nested masks (G, K) of what lies at each base's +1."""
-    x, thresholds = _standardize(W, us, per_channel)
-    above = [x >= t for t in thresholds[:, _nesting(us)].unbind(1)]
-    W = _grouped(W, per_channel)
+def _levels(W: Tensor, us: Tensor, per_channel: bool, code: str, nearest: bool):
+    """Least-squares alphas (G, M), levels (G, L), and the nested masks (G, K) of what lies above each threshold.
+
+    A thermometer's alphas are in the order of nesting.
+    """
+    x, _, thresholds = _standardize(W, us, per_channel, code)
+    thresholds = thresholds[:, _nesting(us)]
+    if code == "thermometer":
+        above = [x >= t[:, None] for t in thresholds.unbind(1)]
+        levels = _nested_levels(*_sums_of_bins(_grouped(W, per_channel), above))
+        return levels.diff(dim=1) / 2, levels, above
+    M = _bases_with(len(us), code, "us")
+    with torch.autocast(x.device.type, enabled=False):
+        design = _design(code, M, x)
+        for rounds_left in reversed(range((2 if M == 2 else 5) + 1 if nearest else 1)):
+            above = [x >= t[:, None] for t in thresholds.unbind(1)]
+            scales = _tied_scales(*_sums_of_bins(x, above), design)
+            levels = scales @ design.t()
+            if rounds_left:
+                sorted_levels = levels.sort(1).values
+                thresholds = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
+    return scales.expand(-1, M), levels, above
+
+
+def _sums_of_bins(x: Tensor, above: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """The sums of x and the counts, (G,) each, in the bins between nested masks."""
     everything, nothing = torch.ones_like(above[0]), torch.zeros_like(above[0])
     bins = [inner ^ outer for outer, inner in zip([everything, *above], [*above, nothing])]
-    sums = [torch.where(bin, W, 0).sum(1) for bin in bins]
-    counts = [bin.sum(1) for bin in bins]
+    return [torch.where(bin, x, 0).sum(1) for bin in bins], [bin.sum(1) for bin in bins]
+
+
+def _nested_levels(sums: list[Tensor], counts: list[Tensor]) -> Tensor:
     top = (sums[-1] - sums[0]) / (counts[-1] + counts[0]).clamp(min=1)
     levels = [-top]
     for total, count in zip(sums[1:-1], counts[1:-1]):
         levels.append(torch.where(count > 0, total / count.clamp(min=1), levels[-1]))
-    return torch.stack([*levels, top], dim=1), above
+    return torch.stack([*levels, top], dim=1)
+
+
+def _tied_scales(sums: list[Tensor], counts: list[Tensor], design: Tensor) -> Tensor:
+    """The scales (G, U) of least squares for levels design (L, U) @ scales that are symmetric about 0."""
+    half = len(design) // 2
+    n = torch.stack(counts, 1).to(design.dtype)
+    s = torch.stack(sums, 1)
+    n, s = n[:, -half:] + n[:, :half].flip(1), s[:, -half:] - s[:, :half].flip(1)  # of |x|, for the levels above 0
+    design = design[-half:]
+    if design.shape == (2, 2):
+        mid, top = torch.where(n > 0, s / n.clamp(min=1), (s / n.clamp(min=1)).flip(1)).unbind(1)
+        return torch.stack([(top + mid) / 2, (top - mid) / 2], 1)
+    weighted = n[:, :, None] * design
+    if design.shape[1] == 1:
+        return (s @ design) / (weighted * design).sum(1).clamp(min=1)
+    inverse = torch.linalg.pinv(design.t() @ weighted, rtol=1e-6, hermitian=True)  # bins may be empty
+    return (inverse @ (s @ design)[..., None])[..., 0]
 
 
 class _QuantizeWeight(torch.autograd.Function):
     @staticmethod
-    def forward(W, us, per_channel):
-        levels, above = _levels(W, us, per_channel)
+    def forward(W, us, per_channel, code, nearest):
+        _, levels, above = _levels(W, us, per_channel, code, nearest)
         lowest, *higher = levels.unsqueeze(2).unbind(1)
         Wq = lowest.expand(above[0].shape)
         for mask, level in zip(above, higher):
@@ -321,53 +486,93 @@ class _QuantizeWeight(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        W, us, ctx.per_channel = inputs
+        W, us, *ctx.options = inputs
         if us.requires_grad:
             ctx.save_for_backward(W, us)
 
     @staticmethod
     def backward(ctx, G):
         if not ctx.needs_input_grad[1]:
-            return G, None, None
+            return G, None, None, None, None
         W, us = ctx.saved_tensors
-        x, thresholds = _standardize(W, us, ctx.per_channel)
-        std = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.ones_like(x)
-        alphas = fit_weight(W, us, ctx.per_channel)
+        per_channel, code, _ = ctx.options
+        x, spread, thresholds = _standardize(W, us, per_channel, code)
+        if x.shape[1] == 1:
+            spread = torch.ones_like(x)
+        half_steps = _levels(W, us, *ctx.options)[1].diff(dim=1)[:, _nesting(us).argsort()] / 2
         G_us = [
-            (alpha[:, None] * torch.where((x - t).abs() <= std, G.reshape(x.shape), 0)).sum()
-            for alpha, t in zip(alphas, thresholds.unbind(1))
+            (h[:, None] * torch.where((x - t[:, None]).abs() <= spread, G.reshape(x.shape), 0)).sum()
+            for h, t in zip(half_steps.unbind(1), thresholds.unbind(1))
         ]
-        return G, torch.stack(G_us).to(us.dtype), None
+        return G, torch.stack(G_us).to(us.dtype), None, None, None
 
 
 # --------------------------------------------------------------------------- Activations
 
 
-def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor) -> Tensor:
-    """Aq = sum_n beta_n A_n, a staircase of N + 1 levels (arXiv:1711.11294, eq. 7-11).
+def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor, code: str = "thermometer", zero: bool = False) -> Tensor:
+    """Aq = sum_n beta_n A_n, a staircase of N + 1 levels (arXiv:1711.11294, eq. 7-11), or of 2^N in the binary code.
 
-        A_n = +1 where clip(R + v_n, 0, 1) >= 1/2, that is R >= 1/2 - v_n, else -1
+        thermometer   A_n = +1 where clip(R + v_n, 0, 1) >= 1/2, that is R >= 1/2 - v_n, else -1
+        uniform       the same with one beta for all bases
+        binary        A_n is bit n, the highest first, of how many of the 2^N - 1 thresholds 1/2 - v_t are <= R
+                      (LQ-Nets, Zhang et al. 2018, arXiv:1807.10029)
 
-    Backward, with G = dL/dAq and the window 0 <= R + v_n <= 1, that is |R - (1/2 - v_n)| <= 1/2:
+    With the thresholds in ascending order, Aq rises by 2 h_t at the t-th: h = beta in the first two, and h_t =
+    sum_k beta_k (S_tk - S_(t-1)k) / 2 in the binary code, S the signs of its levels. Backward, with G = dL/dAq and the
+    window 0 <= R + v_t <= 1, that is |R - (1/2 - v_t)| <= 1/2:
 
-        dL/dR = sum_n beta_n G [window_n]     dL/dv_n = beta_n sum(G [window_n])     dL/dbeta_n = sum(G A_n)
+        dL/dR = sum_t h_t G [window_t]     dL/dv_t = h_t sum(G [window_t])     dL/dbeta_n = sum(G A_n)
+
+    `zero` gives Aq - Aq(0), so that a value of 0 stays 0, like the zeros of padding, and
+    dL/dbeta_n = sum(G (A_n - A_n(0))). An R that is 0 then moves nothing, since its level is 0 wherever the thresholds
+    are: windows leave it out.
 
     NaN stays NaN (with no gradient); infinities fall on the outer levels. Only R is kept for the backward pass.
 
-    Shape: R any; vs (N,), betas (N,) -> like R, in R's dtype. Comparisons are made in float32 or wider.
-    Raises: ValueError if vs and betas are not of one and the same length, TypeError if R is not floating point.
+    Shape: R any; vs (N,), or (2^N - 1,) in the binary code; betas (N,), or (1,) in the uniform one -> like R, in R's
+        dtype. Comparisons are made in float32 or wider.
+    Raises: ValueError if vs and betas are not as many as the code wants, TypeError if R is not floating point.
     """
-    if vs.ndim != 1 or len(vs) == 0 or vs.shape != betas.shape:
+    if code not in CODES:
+        raise ValueError(f"code must be one of {CODES}, got {code!r}")
+    N = len(betas) if betas.ndim == vs.ndim == 1 else 0
+    wanted = len(vs) if code == "uniform" and N == 1 else _count_of_levels(code, min(N, _MOST_BASES)) - 1
+    if N == 0 or len(vs) != wanted or wanted == 0:
         shapes = f"{tuple(vs.shape)} and {tuple(betas.shape)}"
-        raise ValueError(f"vs and betas must have one entry per activation base, got shapes {shapes}")
+        rule = {"thermometer": "one entry per activation base", "uniform": "N entries and one",
+                "binary": "2^N - 1 entries and N"}[code]  # fmt: skip
+        raise ValueError(f"vs and betas must have {rule}, got shapes {shapes}")
     if not R.is_floating_point():
         raise TypeError(f"a binarized layer takes floating-point input, got {R.dtype}")
-    return _QuantizeActivation.apply(R, vs, betas)
+    if code == "binary":
+        vs = vs.sort(descending=True).values
+    return _QuantizeActivation.apply(R, vs, _half_steps(betas, len(vs)), bool(zero))
 
 
-def _thresholds(vs: Tensor) -> Tensor:
-    """t_n = 1/2 - v_n, in float32 or wider: the one place where v becomes a threshold, in training and packing."""
-    return 0.5 - vs.to(torch.promote_types(vs.dtype, torch.float32))
+def _half_steps(betas: Tensor, thresholds: int) -> Tensor:
+    """h (T,): half of what Aq rises by at each threshold; which code it is can be read off the numbers of both."""
+    if len(betas) == thresholds:
+        return betas
+    if len(betas) == 1:
+        return betas.expand(thresholds)
+    wide = betas.to(torch.promote_types(betas.dtype, torch.float32))
+    steps = _signs("binary", len(betas), wide).diff(dim=0) / 2
+    return (steps * wide).sum(1).to(betas.dtype)  # a product that autocast leaves in float32
+
+
+def _thresholds(vs: Tensor, code: str = "thermometer") -> Tensor:
+    """t = 1/2 - v, in float32 or wider: the one place where v becomes a threshold, in training and packing.
+
+    Ascending in the binary code, whose bits are those of how many lie below.
+    """
+    thresholds = 0.5 - vs.to(torch.promote_types(vs.dtype, torch.float32))
+    return thresholds.sort().values if code == "binary" else thresholds
+
+
+def _level_of_zero(thresholds: Tensor, half_steps: Tensor) -> Tensor:
+    """Aq(0), a scalar."""
+    return torch.where(thresholds <= 0, half_steps, -half_steps).sum()
 
 
 def _in_cache(*tensors: Tensor):
@@ -394,16 +599,19 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
     return r.clone().ge_(threshold)
 
 
-def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
-    """sum_n beta_n A_n for any order of the thresholds (N,) and any sign of the betas (N,)."""
+def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = False) -> Tensor:
+    """A staircase for any order of the thresholds (T,) and any sign of the half steps (T,); less Aq(0) with `zero`."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(R) not in (Tensor, nn.Parameter):
         # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
-        steps = [torch.where(r >= t, 2 * beta, 0) for t, beta in zip(thresholds, betas.to(r.dtype))]
-        return torch.where(r.isnan(), r, sum(steps, -betas.sum())).to(R.dtype)
+        half_steps = half_steps.to(r.dtype)
+        lowest = -2 * torch.where(thresholds <= 0, half_steps, 0).sum() if zero else -half_steps.sum()
+        steps = [torch.where(r >= t, 2 * h, 0) for t, h in zip(thresholds, half_steps)]
+        return torch.where(r.isnan(), r, sum(steps, lowest)).to(R.dtype)
     thresholds, order = thresholds.sort()
-    steps = 2 * betas.to(thresholds.dtype)[order]
-    lowest, steps, thresholds = -steps.sum() / 2, _scalars(steps), _scalars(thresholds)
+    steps = 2 * half_steps.to(thresholds.dtype)[order]
+    lowest = -torch.where(thresholds <= 0, steps, 0).sum() if zero else -steps.sum() / 2
+    steps, thresholds = _scalars(steps), _scalars(thresholds)
     Aq = torch.empty_like(R)
     for r, a in _in_cache(R, Aq):
         r = r.to(torch.promote_types(r.dtype, torch.float32))
@@ -416,18 +624,19 @@ def _staircase(R: Tensor, thresholds: Tensor, betas: Tensor) -> Tensor:
 
 class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
-    def forward(R, vs, betas):
-        return _staircase(R, _thresholds(vs), betas)
+    def forward(R, vs, half_steps, zero):
+        return _staircase(R, _thresholds(vs), half_steps, zero)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        *tensors, ctx.zero = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, G):
-        R, vs, betas = ctx.saved_tensors
-        thresholds, scales = _scalars(_thresholds(vs)), _scalars(betas)
+        R, vs, half_steps = ctx.saved_tensors
+        thresholds, scales = _scalars(_thresholds(vs)), _scalars(half_steps)
         G_R = torch.empty_like(R)
         near_sums = [0.0] * len(vs)
         above_sums = [0.0] * len(vs)
@@ -435,17 +644,20 @@ class _QuantizeActivation(torch.autograd.Function):
         for r, g, g_r in _in_cache(R, G, G_R):
             r = r.to(torch.promote_types(r.dtype, torch.float32))
             g = g.to(r.dtype)
+            if ctx.zero:
+                g = g * r.ne(0)
             slope = torch.zeros_like(g)
-            for n, (threshold, beta) in enumerate(zip(thresholds, scales)):
+            for n, (threshold, scale) in enumerate(zip(thresholds, scales)):
                 near = (r - threshold).abs_().le_(0.5).mul_(g)
                 near_sums[n] = near_sums[n] + near.sum()
-                slope.add_(near.mul_(beta))
+                slope.add_(near.mul_(scale))
                 above_sums[n] = above_sums[n] + _is_at_least(r, threshold).mul_(g).sum()
             g_r.copy_(slope)
             total = total + g.sum()
-        G_vs = betas * torch.stack(near_sums).to(betas.dtype)
-        G_betas = (2 * torch.stack(above_sums) - total).to(betas.dtype)
-        return G_R, G_vs, G_betas
+        G_vs = half_steps * torch.stack(near_sums).to(half_steps.dtype)
+        below = torch.where(_thresholds(vs) <= 0, 2, 0) if ctx.zero else 1  # 1 + A(0), which is taken away; or 1
+        G_half_steps = (2 * torch.stack(above_sums) - below * total).to(half_steps.dtype)
+        return G_R, G_vs.to(vs.dtype), G_half_steps, None
 
 
 # --------------------------------------------------------------------------- Layers
@@ -459,23 +671,31 @@ class _ABCLayer(nn.Module):
     _stock: type[nn.Module]  # torch's layer of that name
     spatial_dims: int  # 0 for a linear layer
 
-    def _set_bases(self, weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us) -> None:
+    def _set_bases(self, weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us, code,
+                   zero) -> None:  # fmt: skip
         """Called once `weight` is there; the bases go to its device and dtype."""
         like = {"device": self.weight.device, "dtype": self.weight.dtype}
         if not self.weight.is_floating_point():
             raise TypeError(f"a binarized layer's weights must be floating point, got {self.weight.dtype}")
+        self.code = _codes(code, weight_bases, activation_bases)
+        if zero not in (None, True, False):
+            raise ValueError(f"zero must be True, False or None for what the code does, got {zero!r}")
+        if activation_bases is None:
+            self.zero = False
+        else:
+            self.zero = self.code[1] != "thermometer" if zero is None else bool(zero)
         if weight_bases is not None:
-            _check_bases("weight_bases", weight_bases)
-            us = _start_values("us", gaussian_shifts if us is None else us, weight_bases, like)
+            shifts = _count_of_levels(self.code[0], weight_bases) - 1
+            us = _start_values("us", gaussian_shifts if us is None else us, shifts, like)
         elif us is not None:
             raise ValueError("us were given, but weight_bases=None leaves the weights float")
         if activation_bases is not None:
-            _check_bases("activation_bases", activation_bases)
             if vs is None or betas is None:
-                start_vs, start_betas = _start_activations(activation_bases)
+                constant = not self.zero  # whose level says what a base could be spent on
+                start_vs, start_betas = _start_activations(activation_bases, self.code[1], constant)
                 vs, betas = start_vs if vs is None else vs, start_betas if betas is None else betas
-            vs = _start_values("vs", vs, activation_bases, like)
-            betas = _start_values("betas", betas, activation_bases, like)
+            vs = _start_values("vs", vs, _count_of_levels(self.code[1], activation_bases) - 1, like)
+            betas = _start_values("betas", betas, 1 if self.code[1] == "uniform" else activation_bases, like)
         elif vs is not None or betas is not None:
             raise ValueError("vs or betas were given, but activation_bases=None leaves the activations float")
         if learn_us and us is not None:
@@ -486,26 +706,34 @@ class _ABCLayer(nn.Module):
         self.register_parameter("betas", None if betas is None else nn.Parameter(betas))
         self.active = bool(active)
         self.per_channel = bool(per_channel)
+        self.nearest = not learn_us
 
     @property
     def weight_bases(self) -> int | None:
         """M, or None where the weights stay float."""
-        return None if self.us is None else len(self.us)
+        return None if self.us is None else _bases_with(len(self.us), self.code[0], "us")
 
     @property
     def activation_bases(self) -> int | None:
         """N, or None where the activations stay float."""
-        return None if self.vs is None else len(self.vs)
+        return None if self.vs is None else _bases_with(len(self.vs), self.code[1], "vs")
 
     def alphas(self) -> Tensor:
         """The scales of the weight bases, (M, O), always those of the present weights; (M, 1) where not per channel."""
+        return fit_weight(self.weight, *self._weight_options())
+
+    def bases(self) -> Tensor:
+        """The weight bases B (M, O, C, *K), +1 and -1, of the present weights."""
+        return weight_bases(self.weight, *self._weight_options())
+
+    def _weight_options(self) -> tuple:
         if self.us is None:
-            raise ValueError("this layer's weights are float (weight_bases=None): it has no alphas")
-        return fit_weight(self.weight, self.us, self.per_channel)
+            raise ValueError("this layer's weights are float (weight_bases=None): they have no bases and no alphas")
+        return self.us, self.per_channel, self.code[0], self.nearest
 
     def quantized_weight(self) -> Tensor:
         """Wq, shaped like `weight`; `weight` itself where weight_bases is None."""
-        return self.weight if self.us is None else quantize_weight(self.weight, self.us, self.per_channel)
+        return self.weight if self.us is None else quantize_weight(self.weight, *self._weight_options())
 
     def quantized_input(self, input: Tensor) -> Tensor:
         """Aq of a batch, shaped like it; the batch itself where activation_bases is None."""
@@ -516,11 +744,10 @@ class _ABCLayer(nn.Module):
         if input.ndim < -axis or input.shape[axis] != channels:
             wanted = " x ".join(["batch", str(channels), *["size"] * self.spatial_dims])
             raise ValueError(f"{type(self).__name__} takes input of shape {wanted}, got {tuple(input.shape)}")
-        return input if self.vs is None else quantize_activation(input, self.vs, self.betas)
+        return input if self.vs is None else quantize_activation(input, self.vs, self.betas, self.code[1], self.zero)
 
     def extra_repr(self) -> str:
-        bases = f"weight_bases={self.weight_bases}, activation_bases={self.activation_bases}"
-        return f"{super().extra_repr()}, {bases}, active={self.active}"
+        return f"{super().extra_repr()}, {_describe_bases(self)}, active={self.active}"
 
     # The flag travels in the state dict, yet stays a Python bool in the layer: a tensor would have to be read back from
     # the device in every forward pass, and would break a compiled graph.
@@ -564,7 +791,7 @@ class _ABCLayer(nn.Module):
 
     @classmethod
     def from_parameters(cls, weight, bias=None, us=None, vs=None, betas=None, *, active=False, per_channel=True,
-                        learn_us=False, **geometry):  # fmt: skip
+                        learn_us=False, code="thermometer", zero=None, **geometry):  # fmt: skip
         """The original's second constructor: a layer around given parameters, dimensions read off the weight.
 
         Args:
@@ -572,10 +799,11 @@ class _ABCLayer(nn.Module):
             bias: (O,) or None for no bias.
             us: M shifts, or None to leave the weights float.
             vs, betas: N shifts and scales (both or neither), or None to leave the activations float.
+            code, zero: as in the constructor; how many us, vs and betas there are then is said at `ABCConv2d`.
             **geometry: stride, padding, dilation, groups, padding_mode, as in the constructor.
 
         Raises: ValueError for a weight of the wrong number of dimensions, a bias of the wrong length, or vs and betas
-            of different lengths; TypeError for a weight that is no floating-point tensor.
+            whose lengths the code does not have; TypeError for a weight that is no floating-point tensor.
         """
         if not isinstance(weight, Tensor) or not weight.is_floating_point():
             raise TypeError(f"weight must be a floating-point tensor, got {getattr(weight, 'dtype', type(weight))}")
@@ -584,12 +812,15 @@ class _ABCLayer(nn.Module):
                              f"got shape {tuple(weight.shape)}")  # fmt: skip
         if bias is not None and tuple(bias.shape) != (len(weight),):
             raise ValueError(f"bias must have shape ({len(weight)},) to fit the weight, got {tuple(bias.shape)}")
-        if (vs is None) != (betas is None) or (vs is not None and len(vs) != len(betas)):
-            lengths = [None if values is None else len(values) for values in (vs, betas)]
-            raise ValueError(f"vs and betas must have the same length, got {lengths[0]} and {lengths[1]}")
+        lengths = [None if values is None else len(values) for values in (us, vs, betas)]
+        of_weights, of_activations = _codes(code, None if us is None else 2, None if vs is None else 2)
+        if (vs is None) != (betas is None) or (of_activations == "thermometer" and lengths[1] != lengths[2]):
+            raise ValueError(f"vs and betas must have the same length, got {lengths[1]} and {lengths[2]}")
         bases = {
-            "weight_bases": None if us is None else len(us), "activation_bases": None if vs is None else len(vs),
+            "weight_bases": None if us is None else _bases_with(lengths[0], of_weights, "us"),
+            "activation_bases": None if vs is None else _bases_with(lengths[1], of_activations, "vs"),
             "us": us, "vs": vs, "betas": betas, "active": active, "per_channel": per_channel, "learn_us": learn_us,
+            "code": code, "zero": zero,
         }  # fmt: skip
         return cls._around(weight, bias, cls._geometry(weight, **geometry), bases)
 
@@ -599,7 +830,7 @@ class _ABCLayer(nn.Module):
 
         Args:
             layer: the torch layer of the same name (nn.Conv2d for ABCConv2d).
-            **bases: weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us.
+            **bases: weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us, code, zero.
         """
         if not isinstance(layer, cls._stock):
             raise TypeError(f"{cls.__name__}.from_float takes an nn.{cls._stock.__name__}, got {type(layer).__name__}")
@@ -610,7 +841,7 @@ class _ABCLayer(nn.Module):
 
 _DEFAULT_BASES = {
     "weight_bases": 3, "activation_bases": 3, "us": None, "vs": None, "betas": None,
-    "active": False, "per_channel": True, "learn_us": False,
+    "active": False, "per_channel": True, "learn_us": False, "code": "thermometer", "zero": None,
 }  # fmt: skip
 
 
@@ -619,8 +850,17 @@ def _start_values(name: str, values, count: int, like: dict) -> Tensor:
     values = values(count) if callable(values) else values
     values = torch.as_tensor(values, **like).detach().clone()
     if values.shape != (count,):
-        raise ValueError(f"{name} must be {count} numbers, one per base, got shape {tuple(values.shape)}")
+        raise ValueError(f"{name} must be {count} numbers for these bases, got shape {tuple(values.shape)}")
     return values
+
+
+def _describe_bases(layer: nn.Module) -> str:
+    """The bases of an ABC layer or a packed one, as its repr shows them."""
+    described = f"weight_bases={layer.weight_bases}, activation_bases={layer.activation_bases}"
+    if layer.code != ("thermometer", "thermometer"):
+        described += f", code={layer.code[0] if layer.code[0] == layer.code[1] else layer.code!r}"
+    has_zero = layer.zero is not None if isinstance(layer, PackedLayer) else layer.zero
+    return described + (", zero=True" if has_zero else "")
 
 
 class _ABCConv(_ABCLayer):
@@ -628,12 +868,12 @@ class _ABCConv(_ABCLayer):
 
     def __init__(self, in_channels, out_channels, kernel_size, stride=1, padding=0, dilation=1, groups=1, bias=True,
                  padding_mode="zeros", device=None, dtype=None, *, weight_bases=3, activation_bases=3, us=None, vs=None,
-                 betas=None, weight_init=None, bias_init=None, active=False, per_channel=True,
-                 learn_us=False):  # fmt: skip
+                 betas=None, weight_init=None, bias_init=None, active=False, per_channel=True, learn_us=False,
+                 code="thermometer", zero=None):  # fmt: skip
         super().__init__(in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias, padding_mode,
                          device, dtype)  # fmt: skip
         _initialize(self, weight_init, bias_init)
-        self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us)
+        self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us, code, zero)
 
     @classmethod
     def _geometry(cls, weight: Tensor, groups=1, **arguments) -> dict:
@@ -664,19 +904,26 @@ class ABCConv2d(_ABCConv, nn.Conv2d):
         in_channels ... dtype: as in nn.Conv2d.
         weight_bases: M, or None to leave the weights float.
         activation_bases: N, or None to leave the input float.
-        us: M shifts of the weight bases, as numbers or as a function of M. Default: `gaussian_shifts`.
-        vs, betas: N shifts and N scales of the activation bases, likewise. Default: the best fit to a rectified unit
-            Gaussian, which is what BatchNorm and ReLU put out.
+        us: M shifts of the weight bases (2^M - 1 in the binary code), as numbers or as a function of how many they are.
+            Default: `gaussian_shifts`.
+        vs, betas: N shifts (2^N - 1 in the binary code) and N scales (one in the uniform code) of the activation bases,
+            likewise. Default: the best fit to a rectified unit Gaussian, which is what BatchNorm and ReLU put out.
         weight_init, bias_init: functions that fill a tensor in place, such as those of torch.nn.init. Default: torch's.
         active: whether quantization starts switched on; `binarize` switches it.
         per_channel: mean, std and alpha per output channel, or one for the layer.
-        learn_us: make us a parameter.
+        learn_us: make us a parameter. In the binary and uniform codes the weights are then cut where us say;
+            otherwise us are where the search for the nearest levels begins (`fit_weight`).
+        code: "thermometer", the paper's, with N + 1 levels from N bases; "binary", with 2^N; "uniform", with N + 1 of
+            equal distance; or a pair of these for weights and activations. With one base all are the same.
+        zero: whether a 0 that comes in stays 0, like those of padding: the layer convolves Aq - Aq(0). Default: yes,
+            except in the thermometer code, the paper's.
 
     Shape: input (B, C, H, W) -> (B, O, H', W'), as nn.Conv2d. Under autocast, what torch does with conv2d.
 
     Attributes:
         weight, bias: the float parameters, as in nn.Conv2d.
-        us (M,), vs (N,), betas (N,): the bases' shifts and scales; None on a side that stays float.
+        us, vs, betas: the bases' shifts and scales, as many as said above; None on a side that stays float.
+        code (pair of str), zero (bool): as above, with "thermometer" for one base and for a side that stays float.
         active (bool): travels in the state dict.
 
     Raises: ValueError for a count of bases that is not a positive integer, shifts or scales of another length, or
@@ -770,10 +1017,10 @@ class ABCLinear(_ABCLayer, nn.Linear):
 
     def __init__(self, in_features, out_features, bias=True, device=None, dtype=None, *, weight_bases=3,
                  activation_bases=3, us=None, vs=None, betas=None, weight_init=None, bias_init=None, active=False,
-                 per_channel=True, learn_us=False):  # fmt: skip
+                 per_channel=True, learn_us=False, code="thermometer", zero=None):  # fmt: skip
         super().__init__(in_features, out_features, bias, device, dtype)
         _initialize(self, weight_init, bias_init)
-        self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us)
+        self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us, code, zero)
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.active:
@@ -804,44 +1051,92 @@ def binarize(module: nn.Module, active: bool = True) -> nn.Module:
     return module
 
 
-def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None) -> "Summary":
+@torch.no_grad()
+def separate_thresholds(model: nn.Module) -> nn.Module:
+    """Keep the thresholds of each layer's activation bases apart, in place: call it after each step of an optimizer.
+
+    Two thresholds that meet are one, and get the same gradient from then on: a base is lost for good. So they are moved
+    as little as it takes to be a gap apart, (1/2T) of the root of their mean square where there are T of them. That is
+    the projection onto the set of such thresholds (isotonic regression: Barlow et al. 1972), so thresholds that push
+    one another stay where they push, and those that are apart are not touched.
+
+    Args:
+        model: any module; its ABC layers with more than one threshold are looked at, active or not.
+
+    Returns: the model.
+    """
+    _check_own(model)
+    for layer in model.modules():
+        if isinstance(layer, _ABCLayer) and layer.vs is not None and len(layer.vs) > 1 and not layer.vs.is_meta:
+            thresholds = _thresholds(layer.vs)
+            moved = _separated(thresholds)
+            # Those that stay keep their very bits, which 1/2 - (1/2 - v) need not have.
+            layer.vs.copy_(torch.where(moved == thresholds, layer.vs, 0.5 - moved))
+    return model
+
+
+def _separated(thresholds: Tensor) -> Tensor:
+    """The nearest thresholds (T,) with gaps of rms / (2 T) between neighbours, in the order they have."""
+    T = len(thresholds)
+    sorted, order = thresholds.sort(stable=True)
+    gap = sorted.square().mean().sqrt() / (2 * T)
+    if (sorted.diff() >= gap * (1 - 1e-5)).all():  # what was moved before is apart, to rounding
+        return thresholds
+    # With the gaps taken out: nondecreasing, and nearest to y. Value i is max over j <= i of min over k >= i of the
+    # mean of y_j..y_k.
+    steps = torch.arange(T, device=thresholds.device)
+    y = sorted.double() - gap.double() * steps
+    sums = F.pad(y.cumsum(0), (1, 0))
+    lengths = steps - steps[:, None] + 1
+    means = torch.where(lengths > 0, (sums[1:] - sums[:-1, None]) / lengths.clamp(min=1), torch.inf)
+    least = means.flip(1).cummin(1).values.flip(1)
+    nondecreasing = torch.where(lengths > 0, least, -torch.inf).amax(0)
+    moved = (nondecreasing + gap.double() * steps).to(thresholds.dtype)
+    moved = torch.where((moved - sorted).abs() <= 1e-6 * gap, sorted, moved)
+    return torch.empty_like(thresholds).scatter_(0, order, moved)
+
+
+def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None,
+         code="thermometer") -> "Summary":  # fmt: skip
     """What `convert` would do with each layer that holds weights, and why: a table, and nothing is changed.
 
         >>> up = nn.ConvTranspose2d(8, 8, 2)
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), up, nn.Conv2d(8, 2, 1))
-        >>> plan(network, weight_bases=2, activation_bases=3)
-        layer  kind                    weight  parameters  M  N  why
-        --------------------------------------------------------------------------------------
-        0      Conv2d           8 x 3 x 3 x 3         224        first layer: float by default
-        1      Conv2d           8 x 8 x 3 x 3         584  2  3  converted
-        2      ConvTranspose2d  8 x 8 x 2 x 2         264        has no binary form
-        3      Conv2d           2 x 8 x 1 x 1          18        last layer: float by default
-        --------------------------------------------------------------------------------------
+        >>> plan(network, weight_bases=2, activation_bases=3, code="binary")
+        layer  kind                    weight  parameters  M  N  code    why
+        ----------------------------------------------------------------------------------------------
+        0      Conv2d           8 x 3 x 3 x 3         224                first layer: float by default
+        1      Conv2d           8 x 8 x 3 x 3         584  2  3  binary  converted
+        2      ConvTranspose2d  8 x 8 x 2 x 2         264                has no binary form
+        3      Conv2d           2 x 8 x 1 x 1          18                last layer: float by default
+        ----------------------------------------------------------------------------------------------
         total                                       1,090
 
     Args: as in `convert`, which decides by this very plan.
 
     Columns: layer, kind, weight (its shape), parameters (of the layer itself, its children not counted), M, N (None on
-    a side that stays float), why. Rows are all layers with a tensor of parameters of two or more dimensions.
+    a side that stays float), code (two words where they differ), why. Rows are all layers with a tensor of parameters
+    of two or more dimensions.
     Raises: as `convert`.
     """
-    converted = _plan(model, weight_bases, activation_bases, filter_fn, settings)
+    converted = _plan(model, weight_bases, activation_bases, filter_fn, settings, code)
     rows = Summary()
     for name, layer in model.named_modules():
         why, bases = converted.get(name) or (_why_not(layer), {})
         if why is None:
             continue
         if isinstance(layer, (_ABCLayer, PackedLayer)):
-            M, N = _bases_of(layer)
+            M, N, code_word = _bases_of(layer)
         else:
             M, N = bases.get("weight_bases"), bases.get("activation_bases")
+            code_word = _code_word(M, N, bases.get("code"))
         sizes = [p.numel() for p in layer.parameters(False) if not nn.parameter.is_lazy(p)]
         rows.append({"layer": name, "kind": type(layer).__name__, "weight": " x ".join(map(str, _weight_shape(layer))),
-                     "parameters": sum(sizes), "M": M, "N": N, "why": why})  # fmt: skip
+                     "parameters": sum(sizes), "M": M, "N": N, "code": code_word, "why": why})  # fmt: skip
     return rows
 
 
-def _plan(model, weight_bases, activation_bases, filter_fn, settings) -> dict[str, tuple[str, dict]]:
+def _plan(model, weight_bases, activation_bases, filter_fn, settings, code) -> dict[str, tuple[str, dict]]:
     """{name: (why, bases)} of the layers that can be binarized; the bases of those that stay float are {}."""
     _check_own(model)
     candidates = {name: layer for name, layer in model.named_modules() if _can_be_binarized(layer)}
@@ -875,11 +1170,9 @@ def _plan(model, weight_bases, activation_bases, filter_fn, settings) -> dict[st
             if not isinstance(own, dict) or own.keys() - _DEFAULT_BASES.keys():
                 raise ValueError(f"settings for a layer must be None or a dict with some of {sorted(_DEFAULT_BASES)}; "
                                  f"for {name!r} they are {own!r}")  # fmt: skip
-            bases = {"weight_bases": weight_bases, "activation_bases": activation_bases, **own}
+            bases = {"weight_bases": weight_bases, "activation_bases": activation_bases, "code": code, **own}
+            bases["code"] = _codes(bases["code"], bases["weight_bases"], bases["activation_bases"])
             decisions[name] = ("converted", bases)
-            for side in ("weight_bases", "activation_bases"):
-                if bases[side] is not None:
-                    _check_bases(side, bases[side])
         else:
             decisions[name] = (why, {})
     return decisions
@@ -919,13 +1212,22 @@ def _weight_shape(layer: nn.Module) -> tuple[int, ...]:
     return () if flat and not isinstance(layer, (nn.modules.conv._ConvNd, nn.Linear)) else tuple(weight.shape)
 
 
-def _bases_of(layer: nn.Module) -> tuple[int | None, int | None]:
-    """M and N of an ABC layer or a packed one; None on a side that is float."""
-    is_binary = isinstance(layer, PackedLayer) or layer.active
-    return (layer.weight_bases, layer.activation_bases) if is_binary else (None, None)
+def _bases_of(layer: nn.Module) -> tuple[int | None, int | None, str | None]:
+    """M, N and the code of an ABC layer or a packed one; None on a side that is float."""
+    if not isinstance(layer, PackedLayer) and not layer.active:
+        return None, None, None
+    M, N = layer.weight_bases, layer.activation_bases
+    return M, N, _code_word(M, N, layer.code)
 
 
-def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None, **bases):
+def _code_word(M: int | None, N: int | None, code) -> str | None:
+    """The code in one word; in two where weights and activations have different ones."""
+    words = [each for bases, each in zip((M, N), code or ()) if bases is not None]
+    several = [each for bases, each in zip((M, N), code or ()) if bases is not None and bases > 1] or words
+    return " x ".join(several if len(set(several)) > 1 else several[:1]) or None
+
+
+def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None, code="thermometer", **bases):
     """A copy of a model with its convolutions and linear layers binarized, weights kept; the model itself is untouched.
 
     What stays float by default: the first and the last of these layers, as everywhere in the literature, since they
@@ -946,12 +1248,13 @@ def convert(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settin
         settings: exceptions by name or by function, {name: {"weight_bases": 5}} or settings(name, layer): a dict of
             bases for that layer, or None for "leave it float". Names that the model lacks raise ValueError. An
             entry by name also converts a layer that the default choice or filter_fn leaves out.
-        **bases: us, vs, betas, active (default here: True), per_channel, learn_us, for every converted layer.
+        code: "thermometer", "binary", "uniform" or a pair of them, of every converted layer: see `ABCConv2d`.
+        **bases: us, vs, betas, active (default here: True), per_channel, learn_us, zero, for every converted layer.
 
     Returns: the converted copy.
     Raises: ValueError for settings of a layer that is not there or can't be converted, or that make no sense.
     """
-    decisions = _plan(model, weight_bases, activation_bases, filter_fn, settings)
+    decisions = _plan(model, weight_bases, activation_bases, filter_fn, settings, code)
     model = copy.deepcopy(model)
     modules = dict(model.named_modules())
     replaced = {
@@ -1138,8 +1441,12 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, wanted: Tensor | None) -> None
         # Without compensation the constant counts; with it, what zero padding (0, not the constant) makes of it at the
         # borders has to be weighed against the threshold it takes: both are tried. The constant must save a good part
         # of the error: a little in each layer does not make the network better, and its base learns nothing more.
-        choices = [True] if not compensate else [False, True][: layer.activation_bases]
-        fits = [_fit_activations(values, layer.activation_bases, constant) for constant in choices]
+        # Where 0 stays 0 there is no constant to make up for, and other codes have no base to spend on one.
+        N, code = layer.activation_bases, layer.code[1]
+        choices = [True] if not compensate else [False, True][:N]
+        if layer.zero or code != "thermometer":
+            choices = [False]
+        fits = [_fit_activations(values, N, code, constant) for constant in choices]
     best, W, kept = math.inf, layer.weight.clone(), ()
     for fit in fits:
         if fit is not None:  # an input that is one value everywhere says nothing: the start values stay
@@ -1171,6 +1478,7 @@ def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor, wanted: Tensor) -> tupl
     them; and both once more. Each channel keeps, of all these and its own weights, those with the smallest error.
     """
     us, per_channel = layer.us, layer.per_channel
+    quantization = None if us is None else (us.float(), per_channel, layer.code[0], layer.nearest)
     groups = getattr(layer, "groups", 1)
     W_GOK = W.float().reshape(groups, len(W) // groups, -1)
     with torch.autocast(W.device.type, enabled=False):
@@ -1184,16 +1492,17 @@ def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor, wanted: Tensor) -> tupl
         target_GOK = torch.linalg.solve(H_GKK, (y_GPO.mT @ a_GPK + damping_G11 * W_GOK).mT).mT
         candidates = [W_GOK, target_GOK]
         if us is not None:
-            levels_GOL = _levels(target_GOK.reshape(W.shape), us.float(), per_channel)[0]
+            design_LU = _design(layer.code[0], layer.weight_bases, H_GKK)
+            levels_GOL = _levels(target_GOK.reshape(W.shape), *quantization)[1]
             levels_GOL = levels_GOL.expand(len(W), -1).reshape(*W_GOK.shape[:2], -1)
             for _ in range(2):
                 rounded_GOK = torch.stack([_round_columns(*each) for each in zip(target_GOK, levels_GOL, H_GKK)])
-                levels_GOL, refitted_GOK = _refit_levels(rounded_GOK, levels_GOL, target_GOK, H_GKK)
+                levels_GOL, refitted_GOK = _refit_levels(rounded_GOK, levels_GOL, target_GOK, H_GKK, design_LU)
                 candidates += [rounded_GOK, refitted_GOK]
 
         errors = []
         for candidate in candidates:
-            Wq = candidate if us is None else quantize_weight(candidate.reshape(W.shape), us.float(), per_channel)
+            Wq = candidate if us is None else quantize_weight(candidate.reshape(W.shape), *quantization)
             errors.append((y_GPO - a_GPK @ Wq.reshape(W_GOK.shape).mT).square().mean(1).flatten())
         errors_CO = torch.stack(errors)
         if not per_channel:  # one mean and std for all: the weights move together or not at all
@@ -1243,17 +1552,17 @@ def _round_columns(W: Tensor, levels: Tensor, H: Tensor, block: int = 128) -> Te
     return W[:, order.argsort()]
 
 
-def _refit_levels(rounded: Tensor, levels: Tensor, target: Tensor, H: Tensor) -> tuple[Tensor, Tensor]:
-    """Levels (G, O, L) and weights (G, O, K) nearest to the target in the metric H, each weight's bin as it is."""
-    levels = levels.sort(-1).values
+def _refit_levels(rounded, levels, target, H, design) -> tuple[Tensor, Tensor]:
+    """Levels (G, O, L) and weights (G, O, K) nearest to the target in the metric H, each weight's bin as it is.
+
+    design (L, U) says what levels are made of: U scales.
+    """
     bins = (rounded[..., None] - levels[:, :, None]).abs().argmin(-1)
-    bases = torch.arange(levels.shape[-1] - 1, device=levels.device)
-    B_GOMK = torch.where(bins[:, :, None] > bases[:, None], 1.0, -1.0).to(H.dtype)
-    BH_GOMK = B_GOMK @ H[:, None]
-    gram_GOMM, product_GOM1 = BH_GOMK @ B_GOMK.mT, BH_GOMK @ target[..., None]
-    alphas_GOM1 = torch.linalg.pinv(gram_GOMM, rtol=1e-6, hermitian=True) @ product_GOM1  # bases may coincide
-    signs_LM = torch.where(torch.arange(levels.shape[-1], device=levels.device)[:, None] > bases, 1.0, -1.0)
-    return (signs_LM.to(H.dtype) @ alphas_GOM1)[..., 0], (alphas_GOM1 * B_GOMK).sum(2)
+    D_GOUK = design[bins].movedim(-1, 2)
+    DH_GOUK = D_GOUK @ H[:, None]
+    gram_GOUU, product_GOU1 = DH_GOUK @ D_GOUK.mT, DH_GOUK @ target[..., None]
+    scales_GOU1 = torch.linalg.pinv(gram_GOUU, rtol=1e-6, hermitian=True) @ product_GOU1  # bases may coincide
+    return (design @ scales_GOU1)[..., 0], (scales_GOU1 * D_GOUK).sum(2)
 
 
 def _calibrate_statistics(norm: nn.Module, input: Tensor) -> None:
@@ -1309,7 +1618,7 @@ class Summary(list):
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
 
 
-_WORDS = ("layer", "kind", "why")  # columns of a Summary that read from the left
+_WORDS = ("layer", "kind", "code", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:
@@ -1320,10 +1629,11 @@ def _format(value) -> str:
 def summary(model: nn.Module, example_input: Tensor) -> Summary:
     """What each layer holds and does on an example input, as a table that prints well and becomes a pandas DataFrame.
 
-    Columns: layer, kind, output (shape of its first tensor), M, N (None where that side is float), parameters, bits
-    (stored by binarized weights once packed), float_bytes and packed_bytes (of parameters and buffers, before and after
-    `pack`), macs (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are
-    binary), engine ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
+    Columns: layer, kind, output (shape of its first tensor), M, N (None where that side is float), code (two words
+    where that of the weights is another than that of the activations), parameters, bits (stored by binarized weights
+    once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
+    (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
+    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
     """
     _check_own(model)
     rows: dict[nn.Module, dict] = {}
@@ -1346,24 +1656,28 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
     tensors = [*layer.parameters(False), *layer.buffers(False)]
     parameters = sum(p.numel() for p in layer.parameters(False))
     float_bytes = packed_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    M = N = None
+    M = N = code = None
     bits = macs = binary_macs = 0
     engine = ""
     if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
         if isinstance(layer, PackedLayer):
             kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
-            M, N = _bases_of(layer)
+            M, N, code = _bases_of(layer)
             engine = "bits" if layer.runs_bits() else "float"
         else:
             O, per_group, *sizes = layer.weight.shape
             kernel = math.prod(sizes)
             if isinstance(layer, _ABCLayer) and layer.active:
-                M, N = _bases_of(layer)
+                M, N, code = _bases_of(layer)
                 groups = getattr(layer, "groups", 1)
                 pays = M and N and _bits_pay(layer.weight.device.type, M, N, layer.spatial_dims, groups)
                 engine = "bits" if pays else "float" if M else ""
         biases = 0 if layer.bias is None else O
-        parameters = O * per_group * kernel + biases + 2 * (N or 0)
+        # of the activations' bases: before packing, one scale where all are one; after it N, and the level of 0
+        vs = 0 if N is None else _count_of_levels(layer.code[1], N) - 1
+        betas = 0 if N is None else 1 if layer.code[1] == "uniform" else N
+        zeros = 0 if N is None else int(layer.zero is not None if isinstance(layer, PackedLayer) else layer.zero)
+        parameters = O * per_group * kernel + biases + vs + betas
         float_bytes = 4 * (O * per_group * kernel + biases)
         places = math.prod(output.shape[:-2]) if output.dtype == torch.int64 else output.numel() // O
         macs = places * O * per_group * kernel
@@ -1372,12 +1686,12 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
             packed_bytes = float_bytes
         else:
             bits = M * O * kernel * per_group
-            packed_bytes = M * O * kernel * -(-per_group // 8) + 4 * (M * O + 2 * (N or 0) + biases)
+            packed_bytes = M * O * kernel * -(-per_group // 8) + 4 * (M * O + vs + (N or 0) + zeros + biases)
     tensor = _first_tensor(output)
     shape = "" if tensor is None else " x ".join(map(str, tensor.shape))
     return {
-        "layer": name, "kind": type(layer).__name__, "output": shape, "M": M, "N": N, "parameters": parameters,
-        "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
+        "layer": name, "kind": type(layer).__name__, "output": shape, "M": M, "N": N, "code": code,
+        "parameters": parameters, "bits": bits, "float_bytes": float_bytes, "packed_bytes": packed_bytes,
         "macs": macs, "binary_macs": binary_macs, "engine": engine,
     }  # fmt: skip
 
@@ -1436,20 +1750,27 @@ _CONVOLUTIONS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
 @torch.no_grad()
 def packed_conv(
     x: Tensor, bits: Tensor, alphas: Tensor, betas: Tensor, thresholds: Tensor, flips: Tensor | None,
-    bias: Tensor | None, channels: int, stride: list[int], padding: list[int], dilation: list[int], groups: int,
-    out_thresholds: Tensor | None, out_flips: Tensor | None, *, as_flags: bool = False,
+    bias: Tensor | None, zero: Tensor | None, channels: int, stride: list[int], padding: list[int],
+    dilation: list[int], groups: int, out_thresholds: Tensor | None, out_flips: Tensor | None, out_bases: int,
+    *, as_flags: bool = False,
 ) -> Tensor:  # fmt: skip
-    """abcnets::packed_conv: y = bias + sum_m sum_n alphas[m] betas[n] conv(A_n, B_m), thresholded to bits if asked.
+    """abcnets::packed_conv: y = bias + sum_m alphas[m] conv(sum_n betas[n] A_n - zero, B_m), to bits if asked.
+
+    With p_t = (x >= thresholds[t, c]) != flips[c], A_n is +1 where bit n is set, which is p_n itself where there are as
+    many thresholds as bases (thermometer), and where there are 2^N - 1, ascending (binary code), the XOR of every
+    2^(N-1-n)-th p_t, counted from 1: bit n of how many of them are true. A falling channel, one with its flip set,
+    complements all of its bits.
 
     Shape:
-        x: (B, C, *S) floating point, with A_n = +1 where (x >= thresholds[n, c]) != flips[c]; or words (B, *S, P, N).
-            S is empty for a linear layer, and B any number of dimensions.
-        bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (N, C), or (N,) for all
-        channels; flips (C,) bool, or None for no channel; bias (O,) or None. N = 0: x enters as it is.
+        x: (B, C, *S) floating point, or words (B, *S, P, N). S is empty for a linear layer, and B any number of
+            dimensions.
+        bits (M, O, *K, ceil(C / groups / 8)) uint8; alphas (M, O); betas (N,); thresholds (T, C), or (T,) for all
+        channels, T = N or 2^N - 1; flips (C,) bool, or None for no channel; bias (O,), zero () or None. N = 0: x enters
+        as it is.
         padding: (low, high) per spatial dimension; padded taps are 0, neither +1 nor -1.
         returns (B, O, *S') in x's dtype (float32 for words), contiguous whatever the order of x; or, given
-        out_thresholds (N', O) and out_flips (O,), words (B, *S', ceil(O / 64), N') with bit
-        (y >= out_thresholds[n]) != out_flips.
+        out_thresholds (T', O), out_flips (O,) and out_bases N', words (B, *S', ceil(O / 64), N') that a layer of N'
+        bases reads, by the same rules.
         as_flags: hand on booleans (N', B, *S', O) in the place of words, in and out, where no format has to be kept.
 
     A NaN in x gives NaN where the float simulation has it. Words cannot be NaN: then it raises ValueError.
@@ -1458,11 +1779,11 @@ def packed_conv(
     result = x.dtype if x.is_floating_point() else torch.float32
     if x.dtype == torch.int64:
         x = _unpack_words(x, channels)
-    y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups)
+    y = _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups)
     if out_thresholds is None:
         return y.to(result).contiguous()
     z = y.movedim(1 if stride else -1, -1)
-    flags = (z >= out_thresholds.view(-1, *[1] * (z.ndim - 1), z.shape[-1])) ^ out_flips
+    flags = torch.stack(_encoded([(z >= t) ^ out_flips for t in out_thresholds], out_bases))
     if as_flags:
         return flags
     if y.isnan().any():
@@ -1481,7 +1802,20 @@ def _unpack_words(words: Tensor, channels: int) -> Tensor:
     return unpack_bits(words.movedim(-1, 0), channels)
 
 
-def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups):
+def _encoded(above: list[Tensor], bases: int) -> list[Tensor]:
+    """The flags of N bases from those of ascending thresholds: as many of them, or 2^N - 1 in the binary code.
+
+    There the bits of how many are true: bit k is the XOR of every 2^k-th, the highest bit first.
+    """
+    if len(above) == bases:
+        return above
+    if len(above) != 2**bases - 1:
+        raise ValueError(f"{bases} bases have {bases} thresholds or, in the binary code, {2**bases - 1}; "
+                         f"got {len(above)}")  # fmt: skip
+    return [functools.reduce(operator.xor, above[2**k - 1 :: 2**k]) for k in reversed(range(bases))]
+
+
+def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups):
     """y (B, O, *S') of `packed_conv`, in float32 or wider, for x in floats (B, C, *S) or flags."""
     dims = bits.ndim - 3
     compute = torch.float64 if x.dtype == torch.float64 else torch.float32
@@ -1492,11 +1826,13 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
         if len(betas):
             per_channel = (-1, *[1] * dims)
             turn = 1 if flips is None else 1 - 2 * flips.to(compute).view(per_channel)
+            flags = _encoded([x >= t.view(per_channel) for t in thresholds], len(betas))
             Aq = turn * sum(
-                beta * torch.where(x >= t.view(per_channel), 1.0, -1.0).to(compute)
-                for beta, t in zip(betas.to(compute), thresholds)
+                beta * torch.where(flag, 1.0, -1.0).to(compute) for beta, flag in zip(betas.to(compute), flags)
             )
             Aq = torch.where(x.isnan(), x, Aq)
+    if zero is not None:
+        Aq = Aq - zero.to(compute)
     Wq = _unpack_weight(bits, alphas.to(compute), channels // groups)
     bias = None if bias is None else bias.to(compute)
     if dims == 0:
@@ -1506,26 +1842,33 @@ def _packed_sums(x, bits, alphas, betas, thresholds, flips, bias, channels, stri
 
 def packed_max_pool(
     words: Tensor, flips: Tensor, channels: int,
-    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool,
+    kernel_size: list[int], stride: list[int], padding: list[int], dilation: list[int], ceil_mode: bool, binary: bool,
     *, as_flags: bool = False,
 ) -> Tensor:  # fmt: skip
     """abcnets::packed_max_pool: words (B, *S, P, N) of a thresholded tensor -> those of the max-pooled tensor.
 
     Pooling commutes with a threshold: max(z) >= t where any z is. So words XOR flips, which says z >= t, is pooled by
-    OR, and padding is 0. Sizes are one int per spatial dimension (padding too, the same on both sides). as_flags:
+    OR, and padding is 0. Where the words are in the binary code (`binary`), words XOR flips are the bits of a number,
+    and its maximum is taken. Sizes are one int per spatial dimension (padding too, the same on both sides). as_flags:
     booleans (N, B, *S, C) in and out in the place of words.
     """
     flags = words if as_flags else _unpack_words(words, channels)
-    pooled = _pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode)
+    pooled = _pooled(flags, flips, kernel_size, stride, padding, dilation, ceil_mode, binary)
     return pooled if as_flags else _pack_words(pooled)
 
 
-def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation, ceil_mode) -> Tensor:
+def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation, ceil_mode, binary) -> Tensor:
     """Flags (N, B, *S', C) of the max-pooled tensor from flags (N, B, *S, C)."""
-    raw = flags ^ flips
+    raw = (flags ^ flips).float()
+    bases = len(raw)
+    if binary:  # one number in the place of N flags
+        raw = sum(2**k * bit for k, bit in zip(reversed(range(bases)), raw))[None]
     pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
-    pooled = pool(raw.flatten(0, 1).movedim(-1, 1).float(), kernel_size, stride, padding, dilation, ceil_mode)
-    return pooled.movedim(1, -1).unflatten(0, raw.shape[:2]).bool() ^ flips
+    pooled = pool(raw.flatten(0, 1).movedim(-1, 1), kernel_size, stride, padding, dilation, ceil_mode)
+    pooled = pooled.movedim(1, -1).unflatten(0, raw.shape[:2])
+    if binary:
+        pooled = torch.stack([(pooled[0] / 2**k).floor() % 2 for k in reversed(range(bases))])
+    return pooled.bool() ^ flips
 
 
 def _pairs(padding) -> list[tuple[int, int]]:
@@ -1538,8 +1881,8 @@ def _for_pad(padding) -> list[int]:
 
 
 def _packed_conv_fake(
-    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
-    out_thresholds, out_flips,
+    x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups,
+    out_thresholds, out_flips, out_bases,
 ):  # fmt: skip
     from_words = x.dtype == torch.int64
     O, *kernel = bits.shape[1:-1]
@@ -1550,11 +1893,11 @@ def _packed_conv_fake(
         for size, (low, high), k, s, d in zip(sizes, _pairs(padding), kernel, stride, dilation)
     ]
     if out_thresholds is not None:
-        return x.new_empty((*B, *out, -(-O // 64), len(out_thresholds)), dtype=torch.int64)
+        return x.new_empty((*B, *out, -(-O // 64), out_bases), dtype=torch.int64)
     return x.new_empty((*B, O, *out), dtype=torch.float32 if from_words else x.dtype)
 
 
-def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary):
     B, *sizes, P, N = words.shape
     out = []
     for size, k, s, p, d in zip(sizes, kernel_size, stride, padding, dilation):
@@ -1566,7 +1909,7 @@ def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, 
     return words.new_empty((B, *out, P, N))
 
 
-_INTERFACE = 2  # of the operators, and of what this file and abcnets_kernels ask of one another
+_INTERFACE = 3  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
@@ -1584,11 +1927,11 @@ def _define_operators() -> None:
     for plain, fake, schema in (
         (packed_conv, _packed_conv_fake,
          "(Tensor x, Tensor bits, Tensor alphas, Tensor betas, Tensor thresholds, Tensor? flips, Tensor? bias, "
-         "int channels, int[] stride, int[] padding, int[] dilation, int groups, "
-         "Tensor? out_thresholds, Tensor? out_flips) -> Tensor"),
+         "Tensor? zero, int channels, int[] stride, int[] padding, int[] dilation, int groups, "
+         "Tensor? out_thresholds, Tensor? out_flips, int out_bases) -> Tensor"),
         (packed_max_pool, _packed_max_pool_fake,
          "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
-         "bool ceil_mode) -> Tensor"),
+         "bool ceil_mode, bool binary) -> Tensor"),
     ):  # fmt: skip
         _library.define(plain.__name__ + schema)
         _library.impl(plain.__name__, functools.partial(_run_operator, plain), "CompositeExplicitAutograd")
@@ -1713,8 +2056,10 @@ class PackedLayer(nn.Module):
     Attributes (all of its state dict):
         bits: (M, O, *K, ceil(C / groups / 8)) uint8, the weight bases.
         alphas (M, O), bias (O,) or None: float32.
-        thresholds (N,), betas (N,): float32, A_n = +1 where input >= thresholds[n]; empty where the input stays float.
-    And weight_bases M, activation_bases N or None.
+        betas (N,), thresholds (N,), or (2^N - 1,) ascending in the binary code: float32, as `packed_conv` reads them;
+            empty where the input stays float.
+        zero () float32: the level of an input of 0, which is taken from Aq; None where zero=False.
+    And weight_bases M, activation_bases N or None, and their `code`, two words.
 
     `engine` is "bits", which runs M x N binary convolutions through the operator abcnets::packed_conv; "float", which
     runs one float convolution with the weights unpacked (and kept, outside the state dict); or "auto", whichever is
@@ -1735,17 +2080,17 @@ class PackedLayer(nn.Module):
     # What `fuse` sets: part of a fused model; thresholds were folded in; so was what runs over the channels of a batch.
     fused = folded = batched = False
 
-    def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto", device=None):
+    def __init__(self, layer: nn.Module, M: int, N: int, engine: str = "auto", device=None, *, code="thermometer",
+                 zero: bool = False):  # fmt: skip
         """An empty layer with the geometry of `layer`, a stock or ABC one, to be filled from a state dict.
 
         Args:
             layer, M, N, engine: as the attributes above; N = 0 where the input stays float.
             device: where the tensors are; default: where the layer's are.
+            code, zero: as the ABC layer's.
         """
         super().__init__()
-        _check_bases("weight_bases", M)
-        if N or type(N) is not int:
-            _check_bases("activation_bases", N)
+        self.code = _codes(code, M, None if N == 0 and type(N) is int else N)
         self.spatial_dims = layer.weight.ndim - 2
         self.out_channels, per_group, *kernel = layer.weight.shape
         self.kernel_size = tuple(kernel)
@@ -1757,16 +2102,19 @@ class PackedLayer(nn.Module):
         self.padding_mode = getattr(layer, "padding_mode", "zeros")
         self.engine = engine
         self.weight_bases, self.activation_bases = M, N or None
+        levels = _count_of_levels(self.code[1], N)
         zeros = functools.partial(torch.zeros, dtype=torch.float32, device=device or layer.weight.device)
         bits_shape = (M, self.out_channels, *kernel, -(-per_group // 8))
         self.register_buffer("bits", zeros(bits_shape, dtype=torch.uint8))
         self.register_buffer("alphas", zeros(M, self.out_channels))
-        self.register_buffer("thresholds", zeros(N))
+        self.register_buffer("thresholds", zeros(levels - 1))
         self.register_buffer("betas", zeros(N))
         self.register_buffer("bias", None if layer.bias is None else zeros(self.out_channels))
+        self.register_buffer("zero", zeros(()) if zero and N else None)
         # What `fuse` folds: thresholds and directions for each channel, in the place of `thresholds` and going out.
         for name in ("in_thresholds", "in_flips", "out_thresholds", "out_flips"):
             self.register_buffer(name, None, persistent=False)
+        self.out_bases = 0  # of the layer that reads the bits, where this one puts out bits
         self._unpacked = None  # Wq, the tensors that it was made from, their versions, and the CUDA stream that made it
 
     def __setattr__(self, name, value):
@@ -1778,16 +2126,19 @@ class PackedLayer(nn.Module):
     def from_layer(cls, layer: _ABCLayer, engine: str = "auto"):
         """The packed form of an ABC layer that has weight bases, active or not."""
         M, N = layer.weight_bases, layer.activation_bases or 0
-        packed = cls(layer, M, N, engine)
+        packed = cls(layer, M, N, engine, code=layer.code, zero=layer.zero)
         with torch.no_grad():
             weight = layer.weight.to(torch.promote_types(layer.weight.dtype, torch.float32))
-            us = layer.us.to(weight.dtype)
-            flags = weight_bases(weight, us, layer.per_channel) > 0
+            options = layer.us.to(weight.dtype), layer.per_channel, layer.code[0], layer.nearest
+            flags = weight_bases(weight, *options) > 0
             packed.bits.copy_(pack_bits(flags.movedim(2, -1), torch.uint8))
-            packed.alphas.copy_(fit_weight(weight, us, layer.per_channel).expand_as(packed.alphas))
+            packed.alphas.copy_(fit_weight(weight, *options).expand_as(packed.alphas))
             if N:
-                packed.thresholds.copy_(_thresholds(layer.vs))
-                packed.betas.copy_(layer.betas)
+                packed.thresholds.copy_(_thresholds(layer.vs, layer.code[1]))
+                packed.betas.copy_(layer.betas.expand(N))
+                if packed.zero is not None:
+                    half_steps = _half_steps(packed.betas, len(packed.thresholds))
+                    packed.zero.copy_(_level_of_zero(packed.thresholds, half_steps))
             if layer.bias is not None:
                 packed.bias.copy_(layer.bias)
         return packed.eval()
@@ -1881,15 +2232,17 @@ class PackedLayer(nn.Module):
             return self._float_convolve(x, padding).to(x.dtype)
         own = self._buffers  # as attributes they would be looked for in three places: a fifth of a small call's time
         try:
-            bits, alphas, betas, thresholds, bias = (
-                own["bits"], own["alphas"], own["betas"], own["thresholds"], own["bias"]
+            bits, alphas, betas, thresholds, bias, zero = (
+                own["bits"], own["alphas"], own["betas"], own["thresholds"], own["bias"], own["zero"]
             )  # fmt: skip
         except KeyError:  # somebody made a parameter of one
-            bits, alphas, betas, thresholds, bias = self.bits, self.alphas, self.betas, self.thresholds, self.bias
+            bits, alphas, betas, thresholds = self.bits, self.alphas, self.betas, self.thresholds
+            bias, zero = self.bias, self.zero
         folded = own["in_thresholds"]
         y = torch.ops.abcnets.packed_conv.default(
-            x, bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, self.channels,
-            self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
+            x, bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, zero,
+            self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
+            self.out_bases,
         )  # fmt: skip
         if x.dtype == torch.int64 and y.dtype == torch.float32 != alphas.dtype:  # the operator's word for words
             y = y.to(alphas.dtype)
@@ -1899,7 +2252,10 @@ class PackedLayer(nn.Module):
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
         if x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16):  # which few processors convolve fast
             x = x.float()
-        Aq = _staircase(x, self.thresholds, self.betas) if self.activation_bases else x
+        Aq = x
+        if self.activation_bases:
+            half_steps = _half_steps(self.betas, len(self.thresholds))
+            Aq = _staircase(x, self.thresholds, half_steps, self.zero is not None)
         Wq, bias = self._float_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)
@@ -1939,8 +2295,7 @@ class PackedLayer(nn.Module):
             size += f", kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}"
         if self.groups != 1:
             size += f", groups={self.groups}"
-        bases = f"weight_bases={self.weight_bases}, activation_bases={self.activation_bases}"
-        return f"{size}, {bases}, engine={self.engine!r}"
+        return f"{size}, {_describe_bases(self)}, engine={self.engine!r}"
 
 
 def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:
@@ -1975,8 +2330,8 @@ def pack(model: nn.Module, *, engine: str = "auto") -> nn.Module:
     return _replace(model, {layer: PackedLayer.from_layer(layer, engine) for layer in layers})
 
 
-_FORMAT_VERSION = 2
-_READABLE = ("1", "2")  # version 1 said, for each packed layer, what it was to run as
+_FORMAT_VERSION = 3
+_READABLE = ("1", "2", "3")  # 1 said, for each packed layer, what it was to run as; 1 and 2 knew one code, without zero
 
 
 def save_packed(model: nn.Module, path) -> None:
@@ -2095,12 +2450,13 @@ def _safetensors():
 
 def _describe(layer: nn.Module) -> dict:
     if isinstance(layer, _ABCLayer):
-        bases = {"weight_bases": layer.weight_bases, "activation_bases": layer.activation_bases}
-        return {"kind": "abc", **bases, "per_channel": layer.per_channel}
+        names = ("weight_bases", "activation_bases", "per_channel", "zero", "nearest")
+        return {"kind": "abc", "code": list(layer.code), **{name: getattr(layer, name) for name in names}}
     names = ("channels", "out_channels", "groups", "padding_mode")
     lists = ("kernel_size", "stride", "padding", "dilation")
     return {
         "kind": "packed", "M": layer.weight_bases, "N": layer.activation_bases or 0,
+        "code": list(layer.code), "zero": layer.zero is not None,
         **{name: getattr(layer, name) for name in names}, **{name: list(getattr(layer, name)) for name in lists},
     }  # fmt: skip
 
@@ -2109,12 +2465,16 @@ def _rebuild(layer: nn.Module, description: dict) -> nn.Module:
     try:
         if description["kind"] == "packed":
             # Shapes alone: memory is taken once the file's tensors are known to have them.
-            return PackedLayer(layer, description["M"], description["N"], device="meta").eval()
-        bases = {key: description[key] for key in ("weight_bases", "activation_bases", "per_channel")}
+            options = {"code": description["code"], "zero": description["zero"]}
+            return PackedLayer(layer, description["M"], description["N"], device="meta", **options).eval()
+        names = ("weight_bases", "activation_bases", "per_channel", "code", "zero")
+        bases = {name: description[name] for name in names}
         # Any start values do, and these cost nothing.
         us, vs = (None if bases[side] is None else even_shifts for side in ("weight_bases", "activation_bases"))
         stock = layer._stock if isinstance(layer, _ABCLayer) else type(layer)
-        return _ABC_OF[stock].from_float(layer, **bases, us=us, vs=vs, betas=vs).eval()
+        rebuilt = _ABC_OF[stock].from_float(layer, **bases, us=us, vs=vs, betas=vs).eval()
+        rebuilt.nearest = bool(description["nearest"])
+        return rebuilt
     except (KeyError, ValueError) as error:
         raise ValueError(f"a layer description in the file makes no sense: {description} ({error})") from None
 
@@ -2156,7 +2516,15 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
         raise ValueError(f"{path} lacks a readable description of its layers")
     if version == "1":
         layers = {name: {k: v for k, v in layer.items() if k != "engine"} for name, layer in layers.items()}
+    if version in ("1", "2"):
+        layers = {name: _with_code(layer) for name, layer in layers.items()}
     return layers
+
+
+def _with_code(layer: dict) -> dict:
+    """The description of a layer from before there were codes, in today's words."""
+    new = {"code": ["thermometer", "thermometer"], "zero": False}
+    return {**new, **({"nearest": True} if layer.get("kind") == "abc" else {}), **layer}
 
 
 def _is_description(layer) -> bool:

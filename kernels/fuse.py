@@ -124,6 +124,7 @@ class _Fusion:
         layer.folded = changed.folded = True
         if hands_on_bits:
             changed.out_thresholds, changed.out_flips = folds[0]
+            changed.out_bases = layer.activation_bases
             for i, (_, flips) in zip(pools, folds[1:]):  # the direction of what follows the pool
                 source = self.insert_pool(chain[i], source, flips, layer)
         else:
@@ -228,7 +229,7 @@ class _Fusion:
         with graph.inserting_after(source):
             flips_node = graph.get_attr(name)
         with graph.inserting_after(flips_node):
-            arguments = (source, flips_node, layer.channels, *sizes, pool.ceil_mode)
+            arguments = (source, flips_node, layer.channels, *sizes, pool.ceil_mode, layer.code[1] == "binary")
             return graph.call_function(torch.ops.abcnets.packed_max_pool.default, arguments)
 
 
@@ -460,13 +461,13 @@ _POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 
 
 def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:
-    """Thresholds (N, C) and flips (C,) on z with (z >= thresholds) != flips where f(z) >= the layer's own thresholds.
+    """Thresholds (T, C) and flips (C,) on z with (z >= thresholds) != flips where f(z) >= the layer's own thresholds.
 
     f, the composition, is monotone in each channel, so each threshold is the smallest float32 for which a comparison
     comes true (or, in a falling channel, ceases to be true). Floats are ordered like their bits, which makes bisection
     32 evaluations. Max-pools are entries None: they commute. Returns None where f puts out NaN for numbers.
     """
-    N, C = len(layer.thresholds), layer.channels
+    T, C = len(layer.thresholds), layer.channels
     wanted = layer.thresholds[:, None]
 
     def f(z):
@@ -484,9 +485,9 @@ def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:
         return (f(_float_of_key(key)) >= wanted) != flips
 
     infinity = _key_of_float(wanted.new_tensor(math.inf))
-    below = wanted.new_zeros((N, C), dtype=torch.int64) - infinity - 1  # one step below -inf: never passed
+    below = wanted.new_zeros((T, C), dtype=torch.int64) - infinity - 1  # one step below -inf: never passed
     above = torch.zeros_like(below) + infinity  # if nothing smaller passes, +inf is the threshold
-    below_all = passed(-infinity.expand(N, C))
+    below_all = passed(-infinity.expand(T, C))
     while (above - below > 1).any():
         middle = torch.div(below + above, 2, rounding_mode="floor")
         is_true = passed(middle.clamp(min=-infinity))
