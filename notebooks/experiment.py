@@ -166,12 +166,18 @@ def _load_float(options, data: Data) -> nn.Module:
 
 def _convert(options, model: nn.Module, M: int | None, N: int | None) -> nn.Module:
     us = abcnets.even_shifts if options.even_shifts and M else None
-    model = abcnets.convert(model, M, N, us=us, per_channel=not options.per_layer, learn_us=options.learn_shifts)
+    model = abcnets.convert(model, M, N, us=us, per_channel=not options.per_layer, learn_us=options.learn_shifts,
+                            code=_code(options), zero=options.zero)  # fmt: skip
     if options.scale_gradient and M:
         for layer in model.modules():
             if isinstance(layer, (abcnets.ABCConv2d, abcnets.ABCLinear)):
                 layer.weight.register_hook(functools.partial(_times_alphas, layer))
     return model
+
+
+def _code(options) -> tuple[str, str]:
+    words = options.code or ["thermometer"]
+    return words[0], words[-1]
 
 
 def _times_alphas(layer: nn.Module, G: Tensor) -> Tensor:
@@ -188,6 +194,10 @@ def _words(options) -> str:
     """What was asked for beyond the defaults, as it goes into a run's name: "per-layer distill=0"."""
     switches = ("per_layer", "even_shifts", "learn_shifts", "scale_gradient")
     switches = [name for name in switches if getattr(options, name, False)]
+    if getattr(options, "zero", None) is not None:
+        switches.append("zero" if options.zero else "no-zero")
+    code = getattr(options, "code", None)
+    switches += [f"code={','.join(code)}"] if code else []
     numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit",
                      "float_seed")  # fmt: skip
     numbers |= _given(options, "accumulate")
@@ -201,6 +211,8 @@ def _check_bases(options) -> None:
 
 BASES = checked(lambda text: None if text in ("none", "float") else int(text), "a whole number above 0, or none,",
                 lambda count: count is None or count > 0)  # fmt: skip
+CODE = checked(lambda text: text.split(","), f"one or two of {', '.join(abcnets.CODES)},",
+               lambda words: len(words) < 3 and set(words) <= set(abcnets.CODES))  # fmt: skip
 SEVERAL = checked(int, "a whole number above 1", lambda count: count > 1)
 
 
@@ -231,6 +243,10 @@ def main(arguments: list[str] | None = None) -> None:
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
     variations.add_argument("--scale-gradient", action="store_true", help="dL/dW times the sum of the alphas")
+    variations.add_argument("--code", type=CODE, metavar="CODE",
+                            help=f"{', '.join(abcnets.CODES)}; or two, weights,activations")  # fmt: skip
+    variations.add_argument("--zero", action=argparse.BooleanOptionalAction,
+                            help="whether a 0 stays 0 (default: not in the thermometer code)")  # fmt: skip
     variations.add_argument("--float-seed", type=SEED, metavar="SEED", help="of the float network (default: --seed)")
     variations.add_argument("--calibrate", type=COUNT_OR_0, metavar="IMAGES", help="0: do not (default: 2048)")
     variations.add_argument("--distill", type=SHARE, help="the teacher's part of the loss; 0: none (default: 0.5)")

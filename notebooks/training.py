@@ -16,6 +16,7 @@ from files import DataError, load, save, tqdm
 from networks import build_network
 from torch import Tensor, nn
 
+import abcnets
 from kernels.command import Refused
 
 
@@ -220,6 +221,8 @@ def train(
                     accelerator.backward(loss)
                     prepared_optimizer.step()
                     prepared_optimizer.zero_grad()
+                if accelerator.sync_gradients:
+                    abcnets.separate_thresholds(model)
                 loss_sum += loss.detach()
                 hits += (logits.detach().argmax(1) == labels).sum()
                 bar.update(accelerator.sync_gradients)
