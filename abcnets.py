@@ -167,7 +167,8 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
     return thresholds, levels
 
 
-def _fit_activations(samples: Tensor, N: int, code: str, constant: bool) -> tuple[Tensor, Tensor] | None:
+def _fit_activations(samples: Tensor, N: int, constant: bool,
+                     code: str = "thermometer") -> tuple[Tensor, Tensor] | None:  # fmt: skip
     """(vs, betas), float32 on the CPU, of the least squared error on `samples`; None where these are all one value.
 
     Levels are fitted up to one constant, since N bases can't say any: a thermometer's outer levels are tied, c_0 =
@@ -229,7 +230,7 @@ def _start_activations(N: int, code: str, constant: bool) -> tuple[list[float], 
     def fit():
         quantiles = (torch.arange(20_000, dtype=torch.float64, device="cpu") + 0.5) / 20_000
         rectified = torch.special.ndtri(quantiles).relu()
-        return [fitted.tolist() for fitted in _fit_activations(rectified, N, code, constant)]
+        return [fitted.tolist() for fitted in _fit_activations(rectified, N, constant, code)]
 
     return tuple(_apart(fit))
 
@@ -1446,7 +1447,7 @@ def _calibrate_layer(layer: _ABCLayer, R: Tensor, wanted: Tensor | None) -> None
         choices = [True] if not compensate else [False, True][:N]
         if layer.zero or code != "thermometer":
             choices = [False]
-        fits = [_fit_activations(values, N, code, constant) for constant in choices]
+        fits = [_fit_activations(values, N, constant, code) for constant in choices]
     best, W, kept = math.inf, layer.weight.clone(), ()
     for fit in fits:
         if fit is not None:  # an input that is one value everywhere says nothing: the start values stay
