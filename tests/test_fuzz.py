@@ -31,12 +31,13 @@ IMAGES = torch.linspace(-2, 2, 3 * 64).view(3, 1, 8, 8)
 @functools.cache
 def original():
     """A file of packed layers and two others: its bytes, tensors and metadata, and what its model puts out."""
-    settings = {"6": {"weight_bases": None}, "7": {"weight_bases": 2, "active": False}}
+    settings = {"3": {"code": ("binary", "uniform")}, "6": {"weight_bases": None, "code": "binary"},
+                "7": {"weight_bases": 2, "active": False}}  # fmt: skip
     packed = abcnets.pack(abcnets.convert(network(), 3, 2, settings=settings))
     tensors = {name: tensor.clone() for name, tensor in packed.state_dict().items()}
     kinds = (abcnets.PackedLayer, abcnets._ABCLayer)
     layers = {name: abcnets._describe(m) for name, m in packed.named_modules() if isinstance(m, kinds)}
-    metadata = {"format": "abcnets", "version": "2", "layers": json.dumps(layers), "sha256": abcnets._digest(tensors)}
+    metadata = {"format": "abcnets", "version": "3", "layers": json.dumps(layers), "sha256": abcnets._digest(tensors)}
     return safetensors.torch.save(tensors, metadata), tensors, metadata, output(packed)
 
 

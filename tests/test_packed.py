@@ -152,8 +152,8 @@ def operator_arguments(out=False):
     layer = abcnets.pack(ABCConv2d(70, 9, 3, stride=2, padding=1, active=True))
     x = torch.randn(2, 70, 6, 7)
     per_channel = (torch.randn(3, 70), torch.rand(70) > 0.5) if out else (layer.thresholds, None)
-    more = (torch.randn(4, 9), torch.rand(9) > 0.5) if out else (None, None)
-    return (x, layer.bits, layer.alphas, layer.betas, *per_channel, layer.bias, 70,
+    more = (torch.randn(4, 9), torch.rand(9) > 0.5, 4) if out else (None, None, 0)
+    return (x, layer.bits, layer.alphas, layer.betas, *per_channel, layer.bias, None, 70,
             [2, 2], [1, 1, 1, 1], [1, 1], 1, *more)  # fmt: skip
 
 
@@ -163,21 +163,21 @@ def test_operators_pass_opcheck():
     torch.library.opcheck(torch.ops.abcnets.packed_conv.default, arguments)
     words = torch.ops.abcnets.packed_conv(*arguments)
     assert words.shape == (2, 3, 4, 1, 4)
-    pool = (words, arguments[-1], 9, [2, 2], [2, 2], [1, 1], [1, 1], True)
+    pool = (words, arguments[-2], 9, [2, 2], [2, 2], [1, 1], [1, 1], True, False)
     torch.library.opcheck(torch.ops.abcnets.packed_max_pool.default, pool)
 
 
 def test_words_out_are_the_thresholded_output_and_pool_as_it_does():
     arguments = operator_arguments(out=True)
-    y = torch.ops.abcnets.packed_conv(*arguments[:-2], None, None)
-    thresholds, flips = arguments[-2:]
+    y = torch.ops.abcnets.packed_conv(*arguments[:-3], None, None, 0)
+    thresholds, flips, _ = arguments[-3:]
     words = torch.ops.abcnets.packed_conv(*arguments)
     bits = abcnets.unpack_bits(words.movedim(-1, 0), 9).movedim(-1, 2)  # (N, B, O, H, W)
     expected = (y >= thresholds[:, None, :, None, None]) != flips[:, None, None]
     assert torch.equal(bits, expected)
     for geometry in ((2, 2, 0, 1, False), (3, 2, 1, 1, True), (2, 1, 0, 2, False)):
         k, s, p, d, ceil = geometry
-        pooled = torch.ops.abcnets.packed_max_pool(words, flips, 9, [k, k], [s, s], [p, p], [d, d], ceil)
+        pooled = torch.ops.abcnets.packed_max_pool(words, flips, 9, [k, k], [s, s], [p, p], [d, d], ceil, False)
         bits = abcnets.unpack_bits(pooled.movedim(-1, 0), 9).movedim(-1, 2)
         z = F.max_pool2d(y, k, s, p, d, ceil)
         assert torch.equal(bits, (z >= thresholds[:, None, :, None, None]) != flips[:, None, None])
@@ -254,7 +254,7 @@ def test_a_file_rebuilds_the_model(packed, tmp_path):
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     described = json.loads(metadata["layers"])["3"]
-    assert metadata["version"] == "2" and (described["M"], described["N"], described["kernel_size"]) == (3, 2, [3, 3])
+    assert metadata["version"] == "3" and (described["M"], described["N"], described["kernel_size"]) == (3, 2, [3, 3])
 
 
 def test_a_file_of_version_1_still_loads():
@@ -304,7 +304,7 @@ def relabel(metadata, **changes):
 
 
 WRONG = {
-    "version '3'": lambda metadata, tensors: metadata.update(version="3"),
+    "version '4'": lambda metadata, tensors: metadata.update(version="4"),
     "version ''": lambda metadata, tensors: metadata.pop("version"),
     "no packed model": lambda metadata, tensors: metadata.update(format="pt"),
     "checksum": lambda metadata, tensors: tensors["3.bits"].bitwise_xor_(1),
