@@ -3,6 +3,8 @@
 import math
 from statistics import NormalDist
 
+import numpy as np
+
 # --------------------------------------------------------------------------- The worked examples
 
 A = [+1, -1, +1, +1, -1, -1, +1, -1]
@@ -73,6 +75,28 @@ def gaussian_thresholds(M: int) -> list[float]:
             break
         thresholds = moved
     return moved
+
+
+def code_error(code: str, bases: int) -> float:
+    """The squared error that the best levels of a code leave of a unit Gaussian: Lloyd's iteration with tied levels."""
+    if code == "thermometer":  # whose outer levels are opposite by themselves
+        return gaussian_levels(gaussian_thresholds(bases))[1]
+    if code == "binary":
+        design = np.array([[1 if j >> k & 1 else -1 for k in range(bases)] for j in range(2**bases)])
+    else:
+        design = np.array([[2 * j - bases] for j in range(bases + 1)])
+    thresholds = gaussian_thresholds(len(design) - 1)
+    for _ in range(10_000):
+        edges = [-math.inf, *thresholds, math.inf]
+        mass = np.array([below(high) - below(low) for low, high in zip(edges, edges[1:])])
+        means = np.array(gaussian_levels(thresholds)[0])
+        weights = np.sqrt(mass)
+        levels = design @ np.linalg.lstsq(weights[:, None] * design, weights * means, rcond=None)[0]
+        moved = ((levels[1:] + levels[:-1]) / 2).tolist()
+        if max(abs(a - b) for a, b in zip(moved, thresholds)) < 1e-12:
+            break
+        thresholds = moved
+    return 1 + float((mass * (levels**2 - 2 * levels * means)).sum())
 
 
 def even_thresholds(M: int) -> list[float]:

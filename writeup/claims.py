@@ -10,7 +10,7 @@ from writeup import arithmetic, tables
 
 
 def of_writeup() -> dict[str, bool]:
-    return _examples() | _estimates() | _weights() | _calibration() | _results()
+    return _examples() | _estimates() | _weights() | _calibration() | _codes() | _results()
 
 
 def of_readme() -> dict[str, bool]:

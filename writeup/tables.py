@@ -50,6 +50,13 @@ CHOICES = {
     frozenset(["distill=0"]): "no float teacher",
     frozenset(["calibrate=0"]): "not calibrated",
 }
+CODED = {"limit=20000", "float-seed=0"}  # what all runs of `make codes` have in common
+CODES = [  # (M, N, other options) of `make codes`, from the cheapest on
+    (1, 1, ""), (1, 2, "code=uniform"), (1, 2, "code=binary"),
+    (2, 2, ""), (2, 2, "code=binary,uniform"), (2, 2, "no-zero code=binary"), (2, 2, "code=binary"),
+    (3, 3, ""), (3, 3, "zero"), (3, 3, "code=binary"),
+    (2, None, ""), (3, None, ""), (2, None, "code=binary"),
+]  # fmt: skip
 
 
 # --------------------------------------------------------------------------- Of rows
@@ -186,6 +193,15 @@ def gaussian_table() -> str:
     return table(head, rows, "rlrrrr")
 
 
+def code_errors() -> str:
+    """What quantization leaves of a Gaussian's variance: by code and number of bases."""
+    rows = []
+    for bases in range(1, 5):
+        cells = [arithmetic.code_error(code, bases) for code in ("thermometer", "uniform", "binary")]
+        rows.append([str(bases), f"{bases + 1} / {2**bases}", *(f"{error:.3f}" for error in cells)])
+    return table(["$M$", "levels", "thermometer", "uniform", "binary"], rows, "rcrrr")
+
+
 def calibration_table() -> str:
     rows = []
     for n in BASES:
@@ -245,6 +261,40 @@ def ablation_table() -> str:
             before = percent(runs[0]["binarized"] if start is None else start)
             rows.append([name, before, percent(mean(last)), spread, str(len(runs))])
     return table(["choice", "before training", "trained, mean", "lowest and highest", "seeds"], rows, "lrrrr")
+
+
+def coded_runs(M, N, options: str) -> list[dict]:
+    """The runs of `make codes` with these bases and options, one a seed."""
+    wanted = (M, N, CODED | set(options.split()))
+    return [r for r in RUNS if r["dataset"] == DATASET and (r["M"], r["N"], set((r["options"] or "").split())) == wanted]
+
+
+def coded_accuracy(M, N, options: str = "") -> float | None:
+    """The mean over the seeds."""
+    runs = coded_runs(M, N, options)
+    return mean(run["accuracy"] for run in runs) if runs else None
+
+
+def codes_table() -> str:
+    rows = []
+    for M, N, options in CODES:
+        runs, words = coded_runs(M, N, options), options.split()
+        code = next((word.removeprefix("code=") for word in words if word.startswith("code=")), "thermometer").split(",")
+        sides = list(zip((M, N), (code[0], code[-1])))
+        names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
+        names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
+        levels = " × ".join("float" if count is None else str(2**count if kind == "binary" else count + 1)
+                            for count, kind in sides)  # fmt: skip
+        zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"
+        zero = "no" if "no-zero" in words else zero
+        trained = sorted(run["accuracy"] for run in runs)
+        spread = f"{trained[0]:.2f} to {trained[-1]:.2f} ({len(runs)})" if runs else MISSING
+        start = [percent(run["calibrated"]) for run in runs[:1]] or [MISSING]
+        rows.append([" × ".join(names), levels, zero, str(M * N if N else "-"), *start, percent(mean(trained) if runs else None),
+                     spread, kB(runs[0]["packed_bytes"]) if runs else MISSING])  # fmt: skip
+    head = ["weights × activations", "levels", "0 stays 0", "binary conv.", "calibrated", "trained, mean",
+            "from, to (seeds)", "tensors"]  # fmt: skip
+    return table(head, rows, "lccrrrrr")
 
 
 def competitors_table() -> str:
@@ -363,7 +413,8 @@ def _authors(text: str) -> str:
 
 TABLES = (
     bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
-    gpu_estimate, gpu_tile, accuracy_table, competitors_table, cifar_table, ablation_table, mixed_table, references,
+    gpu_estimate, gpu_tile, accuracy_table, competitors_table, cifar_table, ablation_table, codes_table, code_errors,
+    mixed_table, references,
 )  # fmt: skip
 
 
@@ -393,6 +444,7 @@ def for_writeup() -> dict[str, str]:
         "calibration_images": say("{images}", calibration),
         "calibration_float": say("{float:.2f}", calibration),
         "calibration_versions": say("{versions}", calibration),
+        "coded_float": say("{float:.2f} %", next((run for case in CODES for run in coded_runs(*case)), None)),
         "runs_machine": say("{hardware}, {versions}", reference),
         "float_accuracy": say("{accuracy:.2f} %", reference),
         "float_size": kB(reference["float_bytes"]) if reference else MISSING,
@@ -461,6 +513,7 @@ def for_readme() -> dict[str, str]:
     return values | {
         "best_bases": bases_of(best),
         "weights_bases": bases_of(weights),
+        "codes_table": codes_table(),
         "resnet_speed": f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})",
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
     }
