@@ -1088,8 +1088,7 @@ def _separated(thresholds: Tensor) -> Tensor:
     T = len(thresholds)
     sorted, order = thresholds.sort(stable=True)
     gap = sorted.square().mean().sqrt() / (2 * T)
-    if (sorted.diff() >= gap * (1 - 1e-5)).all():  # what was moved before is apart, to rounding
-        return thresholds
+    is_apart = (sorted.diff() >= gap * (1 - 1e-5)).all()  # as what was moved before is, to rounding
     # With the gaps taken out: nondecreasing, and nearest to y. Value i is max over j <= i of min over k >= i of the
     # mean of y_j..y_k.
     steps = torch.arange(T, device=thresholds.device)
@@ -1101,7 +1100,7 @@ def _separated(thresholds: Tensor) -> Tensor:
     nondecreasing = torch.where(lengths > 0, least, -torch.inf).amax(0)
     moved = (nondecreasing + gap.double() * steps).to(thresholds.dtype)
     moved = torch.where((moved - sorted).abs() <= 1e-6 * gap, sorted, moved)
-    return torch.empty_like(thresholds).scatter_(0, order, moved)
+    return torch.where(is_apart, thresholds, torch.empty_like(thresholds).scatter_(0, order, moved))
 
 
 def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None,

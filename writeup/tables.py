@@ -265,8 +265,8 @@ def ablation_table() -> str:
 
 def coded_runs(M, N, options: str) -> list[dict]:
     """The runs of `make codes` with these bases and options, one a seed."""
-    wanted = (M, N, CODED | set(options.split()))
-    return [r for r in RUNS if r["dataset"] == DATASET and (r["M"], r["N"], set((r["options"] or "").split())) == wanted]
+    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"]) == (DATASET, M, N)]
+    return [r for r in runs if set((r["options"] or "").split()) == CODED | set(options.split())]
 
 
 def coded_accuracy(M, N, options: str = "") -> float | None:
@@ -279,7 +279,7 @@ def codes_table() -> str:
     rows = []
     for M, N, options in CODES:
         runs, words = coded_runs(M, N, options), options.split()
-        code = next((word.removeprefix("code=") for word in words if word.startswith("code=")), "thermometer").split(",")
+        code = next((word[5:] for word in words if word.startswith("code=")), "thermometer").split(",")
         sides = list(zip((M, N), (code[0], code[-1])))
         names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
         names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
@@ -287,11 +287,12 @@ def codes_table() -> str:
                             for count, kind in sides)  # fmt: skip
         zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"
         zero = "no" if "no-zero" in words else zero
-        trained = sorted(run["accuracy"] for run in runs)
-        spread = f"{trained[0]:.2f} to {trained[-1]:.2f} ({len(runs)})" if runs else MISSING
-        start = [percent(run["calibrated"]) for run in runs[:1]] or [MISSING]
-        rows.append([" × ".join(names), levels, zero, str(M * N if N else "-"), *start, percent(mean(trained) if runs else None),
-                     spread, kB(runs[0]["packed_bytes"]) if runs else MISSING])  # fmt: skip
+        measured = [MISSING] * 4
+        if runs:
+            trained = [run["accuracy"] for run in runs]
+            spread = f"{min(trained):.2f} to {max(trained):.2f} ({len(runs)})"
+            measured = [percent(runs[0]["calibrated"]), percent(mean(trained)), spread, kB(runs[0]["packed_bytes"])]
+        rows.append([" × ".join(names), levels, zero, str(M * N if N else "-"), *measured])
     head = ["weights × activations", "levels", "0 stays 0", "binary conv.", "calibrated", "trained, mean",
             "from, to (seeds)", "tensors"]  # fmt: skip
     return table(head, rows, "lccrrrrr")
