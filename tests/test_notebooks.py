@@ -24,9 +24,9 @@ import abcnets
 
 NOTEBOOKS = [ROOT / "notebooks" / "FinalProject.ipynb", ROOT / "notebooks" / "Eval.ipynb"]
 FIGURES = {
-    "FinalProject": {"bases", "staircase", "data", "weights", "curves", "thresholds", "stages"},
+    "FinalProject": {"bases", "staircase", "codes", "data", "weights", "curves", "thresholds", "stages"},
     "Eval": {"weight_error", "activation_training", "calibrated", "runs", "ablation", "speed", "accuracy_and_time",
-             "confusion", "learned_staircases", "learned_weights", "weight_levels"},
+             "confusion", "learned_staircases", "learned_weights", "weight_levels", "codes", "coded_runs"},
 }  # fmt: skip
 
 
@@ -39,9 +39,9 @@ def is_parameters(cell) -> bool:
 
 
 def record(results):
-    """What `make results`, `make ablation` and `make bench` left, as if it was of the digits."""
+    """What `make ablation`, `make codes` and `make bench` left, as if it was of the digits."""
     rows = read_csv(RESULTS / "runs.csv")
-    ablation = rows[rows.options.str.contains("limit=6000")]
+    ablation = rows[rows.options.str.contains("limit=6000|limit=20000")]
     write_csv(results / "runs.csv", ablation.assign(dataset="digits", run="digits/" + ablation.run))
     write_csv(results / "competitors.csv", read_csv(RESULTS / "competitors.csv").assign(dataset="digits"))
     write_csv(results / "speed.csv", read_csv(RESULTS / "speed.csv"))
@@ -189,11 +189,12 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
     for folder in (tmp_path, RESULTS):
         names = {"Path": Path, "pd": pd, "runs": runs, "results": str(folder), "seed": 0}
         names["data"] = SimpleNamespace(name="x")
-        for id in ("cell-35", "ablation-2", "ablation-4", "time-2"):
+        for id in ("cell-35", "ablation-2", "ablation-4", "coded-2", "coded-4", "time-2"):
             exec(cells[id], names)
-        default, ablation, timed = capsys.readouterr().out.splitlines()
+        default, ablation, coded, timed = capsys.readouterr().out.splitlines()
         assert default == f"0 runs on x with the default recipe and seed 0, from {folder / 'runs.csv'}"
-        assert ablation.startswith("0 runs on x ") and f"{folder / 'runs.csv'}" in ablation
+        for said in (ablation, coded):
+            assert said.startswith("0 runs on x ") and f"{folder / 'runs.csv'}" in said
         assert timed.startswith(f"0 rows for x in {folder / 'competitors.csv'}")
     exec(cells["cell-39"], {"Path": Path, "results": str(tmp_path)})
     assert f"{tmp_path / 'speed.csv'} is not there" in capsys.readouterr().out
