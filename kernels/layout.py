@@ -24,8 +24,8 @@ multiples of 2^k are its own, and the even ones are the bit before; so base n is
 In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them.
 
 Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, T their thresholds, M weight
-bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones), so that 1-D, 2-D
-and 3-D are one case.
+bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones),
+so that 1-D, 2-D and 3-D are one case.
 
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image

@@ -311,7 +311,10 @@ class Workspace:
 
 @functools.cache
 def _kernels(N: int, T: int, masked: bool) -> tuple:
-    """Addresses of the functions that run a layer of N bases with T thresholds; here Numba is loaded, and compiles or reads its cache."""
+    """Addresses of the functions that run a layer of N bases and T thresholds.
+
+    Here Numba is loaded, and compiles or reads its cache.
+    """
     start = time.perf_counter()
     from . import pack, vector
 

@@ -1,12 +1,12 @@
 """Thresholds and packing on the CPU: floats in, one bit a channel and base out.
 
-    p_t of channel c = (x >= thresholds[t][c]) != flips[c];   bit n is p_n, or in the binary code an XOR of them (layout.py)
+    bit A_n of channel c = (x >= thresholds[n][c]) != flips[c],   or in the binary code an XOR of them (layout.py)
 
 Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
 and the sixteen answers set that channel's bit in sixteen words: two instructions a channel and base, and one that
-looks for NaN. The binary code XORs answers, which are masks of sixteen bits, before any word is touched. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one
-pixel are compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of
-sixteen pixels lands in the padded image
+looks for NaN. The binary code XORs answers, masks of sixteen bits, before they set anything. Where a pixel's channels
+lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are compared with their sixteen
+thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen pixels lands in the padded image
 
     words [padded pixel][P][N]
 
