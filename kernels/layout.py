@@ -239,9 +239,9 @@ def channel_masks(O: int, channels: int, groups: int) -> np.ndarray:
 
 def own_thresholds(n: int, N: int, T: int) -> range:
     """The thresholds, counted from 0, that base n of N is the XOR of: all of them, or in the binary code those besides
-    the ones of base n - 1. (Numba compiles this function too.)
+    the ones of base n - 1.
     """
-    return range(n, n + 1, 1) if T == N else range((1 << (N - 1 - n)) - 1, T, 1 << (N - n))
+    return range(n, n + 1) if T == N else range((1 << (N - 1 - n)) - 1, T, 1 << (N - n))
 
 
 def check_thresholds(N: int, T: int) -> None:

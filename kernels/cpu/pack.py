@@ -41,7 +41,6 @@ from .primitives import (
 )
 
 JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
-thresholds_of_base = njit(own_thresholds)
 
 
 @intrinsic(prefer_literal=True)
@@ -149,13 +148,17 @@ def pack_interleaved(job, image, first, words, T):
         for word in range(P):
             channels = job.channels - 64 * word
             nan |= any_nan_64(x + 256 * word, channels)
-            flip = load_word(flips + 8 * word)
-            bits = flip
+            bits = flip = load_word(flips + 8 * word)
+            step = 1 << N
             for n in range(N):
                 if T == N:
-                    bits = flip
-                for t in thresholds_of_base(n, N, T):
-                    bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
+                    bits = flip ^ word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
+                else:  # the binary code: layout.own_thresholds
+                    t = step // 2 - 1
+                    while t < T:
+                        bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
+                        t += step
+                    step //= 2
                 store_word(target + 8 * (word * N + n), bits)
         x += pixel_stride
     return nan

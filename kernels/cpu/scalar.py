@@ -16,7 +16,6 @@ import torch
 from numba import njit
 
 from .. import layout
-from .pack import thresholds_of_base
 from .primitives import popcount
 
 
@@ -61,19 +60,21 @@ def packed_conv(
 
 @njit(cache=True)
 def pack(x_BCX, thresholds_TC, flips_C, landing_X, words_BXPN):
-    """Set the bits of words that are zero."""
+    """Set the bits of words that are zero. In the binary code base n goes on from n - 1 (layout.own_thresholds)."""
     B, C, X = x_BCX.shape
     N, T = words_BXPN.shape[3], len(thresholds_TC)
     for b in range(B):
         for c in range(C):
             bit = np.uint64(1) << np.uint64(c % 64)
             for x in range(X):
-                reached = flips_C[c]
+                reached, step = flips_C[c], 1 << N
                 for n in range(N):
                     if T == N:
-                        reached = flips_C[c]
-                    for t in thresholds_of_base(n, N, T):
-                        reached ^= x_BCX[b, c, x] >= thresholds_TC[t, c]
+                        reached = (x_BCX[b, c, x] >= thresholds_TC[n, c]) != flips_C[c]
+                    else:
+                        for t in range(step // 2 - 1, T, step):
+                            reached ^= x_BCX[b, c, x] >= thresholds_TC[t, c]
+                        step //= 2
                     if reached:
                         words_BXPN[b, landing_X[x], c // 64, n] |= bit
 
