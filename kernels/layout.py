@@ -289,7 +289,7 @@ def class_constants(products_MOG, sums_MOT, alphas_MO, betas_N, bias_O, zero, in
     """
     values_MOG = betas_N.astype(np.float64).sum() * products_MOG
     if zero is not None:
-        values_MOG -= np.float64(zero) * (sums_MOT @ inside_GT.T.astype(np.int64))
+        values_MOG = values_MOG - np.float64(zero) * (sums_MOT @ inside_GT.T.astype(np.int64))
     constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), values_MOG)
     return (constants_GO + (0 if bias_O is None else bias_O)).astype(np.float32)
 

@@ -114,7 +114,8 @@ def cases(draw, least_dimensions=0, binary=False, most_bases=8, most_channels=30
         for r, low, high in zip(reach, padding[::2], padding[1::2])
     ]
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 7])) if dimensions else 1
-    per_group = draw(st.one_of(st.integers(1, most_channels // groups), st.sampled_from([1, 64 // groups or 1, 128 // groups])))
+    filling_words = st.sampled_from([1, 64 // groups or 1, 128 // groups])
+    per_group = draw(st.one_of(st.integers(1, most_channels // groups), filling_words))
     return make_case(
         seed=draw(st.integers(0, 2**31)),
         B=draw(st.integers(1, 5)),

@@ -74,11 +74,11 @@ from mine import abcnets
 layer = abcnets.ABCLinear(5, 2, weight_bases=1, activation_bases=1, active=True)
 packed, x = abcnets.pack(layer), torch.randn(2, 5)
 thresholds, flips = packed.thresholds[:, None].repeat(1, 5), torch.zeros(5, dtype=torch.bool)
-tensors = packed.bits, packed.alphas.requires_grad_(), packed.betas, thresholds, flips, packed.bias
+tensors = packed.bits, packed.alphas.requires_grad_(), packed.betas, thresholds, flips, packed.bias, packed.zero
 assert packed.runs_bits("cuda"), abcnets.engines()
 cuda = sys.modules["abcnets_kernels.cuda.engine"]
 for images in (x.requires_grad_(), x.double()):  # the kernels, and what the package hands back to its abcnets
-    y = cuda.packed_conv(images, *tensors, 5, [], [], [], 1, None, None)
+    y = cuda.packed_conv(images, *tensors, 5, [], [], [], 1, None, None, 0)
     assert torch.allclose(y.float(), layer(x), atol=1e-4) and not y.requires_grad
 assert not {"abcnets", "kernels"} & set(sys.modules)
 """

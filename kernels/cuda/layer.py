@@ -186,12 +186,21 @@ class Place:
 
     @cached_property
     def constants_and(self) -> torch.Tensor:
-        """float32 (classes, O'), bias included: the last line of the algebra above."""
-        layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
-        ones_MOT = ones_of(layer._words_MOTP)
-        products_MOG = 4 * layer.center_and - 2 * ones_MOT @ inside_GT.T.astype(np.int64)
-        constants = class_constants(products_MOG, 2 * ones_MOT - layer.C, *layer._on_host, inside_GT)
-        return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
+        """float32 (classes, O'), bias included: the constant of the algebra above."""
+        layer, inside_TG = self.layer, ~self.geometry.border_classes[0].T
+        products_MOG = 4 * layer.center_and - 2 * ones_of(layer._words_MOTP) @ inside_TG.astype(np.int64)
+        return layer._upload(np.pad(self._constants(products_MOG), ((0, 0), (0, layer.padded_O - layer.O))))
+
+    @cached_property
+    def constants_inside(self) -> torch.Tensor:
+        """float32 (classes, O): bias and level of zero, for kernels that count over the taps inside the image alone."""
+        layer, classes = self.layer, len(self.geometry.border_classes[0])
+        return layer._upload(self._constants(np.zeros((layer.M, layer.O, classes))))
+
+    def _constants(self, products_MOG) -> np.ndarray:
+        layer = self.layer
+        sums_MOT, inside_GT = 2 * ones_of(layer._words_MOTP) - layer.C, ~self.geometry.border_classes[0]
+        return class_constants(products_MOG, sums_MOT, *layer._on_host, inside_GT)
 
     def no_poison(self, batch: int) -> torch.Tensor:
         """float32 (B, H, W) zeros: what goes with words that come without poison (see rung1_pack.py)."""
