@@ -41,9 +41,9 @@ def packed_contenders(shape: Shape, x, bases) -> dict:
     operator = torch.ops.abcnets.packed_conv
     contenders = {}
     for n in bases:
-        layer, words = shape.layer(n, n)[1:-2], shape.words(n)
-        out = torch.zeros(n, shape.O), torch.zeros(shape.O, dtype=torch.bool)
-        contenders[f"packed {n}"] = lambda layer=layer: operator(x, *layer, None, None)
+        layer, words = shape.layer(n, n)[1:-3], shape.words(n)
+        out = torch.zeros(n, shape.O), torch.zeros(shape.O, dtype=torch.bool), n
+        contenders[f"packed {n}"] = lambda layer=layer: operator(x, *layer, None, None, 0)
         contenders[f"words {n}"] = lambda layer=layer, words=words, out=out: operator(words, *layer, *out)
     return contenders
 

@@ -8,6 +8,7 @@ tiny and nothing is timed.
 """
 
 import functools
+import itertools
 import math
 import sys
 from dataclasses import dataclass, replace
@@ -93,22 +94,30 @@ def _seeded(seed, device="cpu"):
 
 
 def random_layer(
-    B, C, sizes, O, kernel, stride, padding, M, N, dilation=None, out_bases=0, dtype=torch.float32, device="cpu"
+    B, C, sizes, O, kernel, stride, padding, M, N, dilation=None, out_bases=0, dtype=torch.float32, device="cpu",
+    binary=False, out_binary=False, zero=False,
 ):  # fmt: skip
-    """abcnets::packed_conv's arguments for a random layer and input."""
-    g = _seeded(0)
+    """abcnets::packed_conv's arguments for a random layer and input.
+
+    Binary are the activations, those that come in and those that go out; zero: one that stays zero.
+    """
+    g, T, out_T = _seeded(0), 2**N - 1 if binary else N, 2**out_bases - 1 if out_binary else out_bases
     bits = abcnets.pack_bits(torch.rand(M, O, *kernel, C, generator=g) < 0.5, torch.uint8)
     tensors = [
         torch.randn(B, C, *sizes, generator=g).to(dtype), bits, torch.rand(M, O, generator=g) + 0.1,
-        torch.rand(N, generator=g) + 0.1, torch.randn(N, C, generator=g), torch.rand(C, generator=g) < 0.3,
-        torch.randn(O, generator=g),
+        torch.rand(N, generator=g) + 0.1, torch.randn(T, C, generator=g),
+        torch.rand(C, generator=g) < 0.3, torch.randn(O, generator=g), torch.tensor(0.7) if zero else None,
     ]  # fmt: skip
     out = [None, None]
     if out_bases:
         spread = math.sqrt(C * math.prod(kernel) * M * N) / 2
-        out = [torch.randn(out_bases, O, generator=g) * spread, torch.rand(O, generator=g) < 0.3]
+        out = [torch.randn(out_T, O, generator=g) * spread, torch.rand(O, generator=g) < 0.3]
+    if binary:
+        tensors[4] = tensors[4].sort(0).values
+    if out_binary:
+        out[0] = out[0].sort(0).values
     tensors, out = ([None if t is None else t.to(device) for t in ts] for ts in (tensors, out))
-    return (*tensors, C, list(stride), list(padding), list(dilation or [1] * len(sizes)), 1, *out)
+    return (*tensors, C, list(stride), list(padding), list(dilation or [1] * len(sizes)), 1, *out, out_bases or 0)
 
 
 # --------------------------------------------------------------------------- the reference
@@ -130,15 +139,27 @@ def error_of(y, expected) -> float:
     return ((y - expected).nan_to_num().norm() / expected.nan_to_num().norm()).item()
 
 
+def bits_of(x, thresholds, flips, bases) -> torch.Tensor:
+    """What x (B, C, *S) is packed to, as booleans (N, B, *S, C): comparisons, or the bits of how many are true."""
+    reached = x.movedim(1, -1)[None] >= thresholds.view(len(thresholds), *[1] * (x.ndim - 1), -1)
+    if len(thresholds) != bases:
+        count = reached.sum(0)
+        reached = torch.stack([count >> k & 1 == 1 for k in reversed(range(bases))])
+    return reached != flips
+
+
 def wrong_bits(words, arguments) -> int:
     """How many output bits differ where y is not within rounding of its threshold."""
-    y = reference((*arguments[:-2], None, None)).movedim(1, -1)[None]
-    thresholds, flips = (t.cpu() for t in arguments[-2:])
-    thresholds = thresholds.view(len(thresholds), *[1] * (y.ndim - 2), -1)
+    y, (thresholds, flips) = reference(without_bits_out(arguments)), (t.cpu() for t in arguments[-3:-1])
     got = abcnets.unpack_bits(words.cpu().movedim(-1, 0), 64 * words.shape[-2])
-    got, spare = got[..., : y.shape[-1]], got[..., y.shape[-1] :]
-    near = (y - thresholds).abs() < 1e-4 * y.abs().max()
-    return int(((got != ((y >= thresholds) != flips)) & ~near).sum() + spare.sum())
+    got, spare = got[..., : y.shape[1]], got[..., y.shape[1] :]
+    rounding = 1e-4 * y.abs().max()
+    below, above = (bits_of(y + error, thresholds, flips, arguments[-1]) for error in (-rounding, rounding))
+    return int(((got != below) & (got != above)).sum() + spare.sum())
+
+
+def without_bits_out(arguments) -> tuple:
+    return *arguments[:-3], None, None, 0
 
 
 # --------------------------------------------------------------------------- what is wrong
@@ -146,16 +167,24 @@ def wrong_bits(words, arguments) -> int:
 # Sizes that fill no tile, channels that fill no word or spill into one more, every kind of border.
 SMALL = (
     dict(B=2, C=33, sizes=(4, 5), O=5, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), M=2, N=1),
-    dict(B=1, C=70, sizes=(5, 4), O=40, kernel=(3, 2), stride=(2, 1), padding=(1, 0, 0, 1), M=1, N=2, dilation=(1, 2)),
-)
+    dict(
+        B=1, C=70, sizes=(5, 4), O=40, kernel=(3, 2), stride=(2, 1), padding=(1, 0, 0, 1), M=1, N=2, dilation=(1, 2),
+        binary=True, zero=True,
+    ),
+)  # fmt: skip
 LARGE = (
     dict(B=2, C=33, sizes=(7, 5), O=35, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), M=2, N=3),
-    dict(B=3, C=64, sizes=(9, 6), O=64, kernel=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1), M=3, N=1),
+    dict(B=3, C=64, sizes=(9, 6), O=64, kernel=(3, 3), stride=(2, 2), padding=(1, 1, 1, 1), M=3, N=1, zero=True),
     dict(B=1, C=130, sizes=(5, 8), O=200, kernel=(1, 1), stride=(2, 1), padding=(0, 0, 0, 0), M=1, N=2),
     dict(B=2, C=96, sizes=(11, 9), O=70, kernel=(3, 2), stride=(1, 2), padding=(2, 0, 1, 3), M=2, N=2, dilation=(2, 3)),
+    dict(
+        B=2, C=70, sizes=(9, 11), O=40, kernel=(3, 2), stride=(2, 1), padding=(2, 0, 1, 3), M=2, N=2, dilation=(2, 3),
+        binary=True, zero=True,
+    ),
+    dict(B=3, C=65, sizes=(5, 4), O=20, kernel=(2, 2), stride=(1, 1), padding=(0, 1, 1, 0), M=1, N=3, binary=True),
     dict(B=5, C=256, sizes=(14, 14), O=256, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), M=1, N=1),
     dict(B=7, C=512, sizes=(7, 7), O=512, kernel=(3, 3), stride=(1, 1), padding=(1, 1, 1, 1), M=3, N=3),
-)
+)  # fmt: skip
 CASES = SMALL if SIMULATED else LARGE
 
 
@@ -177,14 +206,15 @@ def problem_in_floats(operator, device="cpu", cases=CASES, nan=True, dtype=torch
             return f"{y.dtype}, error {error:.1e} for {case}"
 
 
-def problem_in_bits(operator, device="cpu", cases=CASES) -> str | None:
-    for case in cases:
-        arguments = random_layer(**case, out_bases=2, device=device)
+def problem_in_bits(operator, device="cpu", cases=CASES, codes=(False, True)) -> str | None:
+    """In the codes that may go out: thermometer (False) and binary (True)."""
+    for case, binary in itertools.product(cases, codes):
+        arguments = random_layer(**case, out_bases=2, out_binary=binary, device=device)
         words = operator(*arguments)
         if words is None:
             return f"no tile fits for {case}"
         if wrong := wrong_bits(words, arguments):
-            return f"{wrong} wrong bits for {case}"
+            return f"{wrong} wrong bits for {case}" + " in the binary code" * binary
 
 
 def problem_in_other_dimensions(operator, device="cpu") -> str | None:
@@ -219,7 +249,8 @@ def problem_in_graph(operator) -> str | None:
 def problem_in_pool(packed_max_pool, device="cpu") -> str | None:
     words = torch.randint(-(2**63), 2**63 - 1, (2, 9, 7, 2, 3), generator=_seeded(0)).to(device)
     flips = (torch.rand(128, generator=_seeded(1)) < 0.5).to(device)
-    for sizes in (([3, 3], [2, 2], [1, 1], [1, 1], False), ([2, 2], [2, 2], [0, 0], [1, 1], True)):
+    windows = ([3, 3], [2, 2], [1, 1], [1, 1], False), ([2, 2], [2, 2], [0, 0], [1, 1], True)
+    for sizes in ((*window, binary) for window in windows for binary in (False, True)):
         expected = abcnets.packed_max_pool(words, flips, 128, *sizes)
         if not torch.equal(packed_max_pool(words, flips, 128, *sizes), expected):
             return f"wrong words for {sizes}"
@@ -227,13 +258,13 @@ def problem_in_pool(packed_max_pool, device="cpu") -> str | None:
 
 def problem_in_pack(pack) -> str | None:
     """CUDA's rung 1, (words, poison) of both memory orders."""
-    for case in CASES[:4]:
-        floats, _, _, _, thresholds, flips, *_ = random_layer(**case, device=GPU)
+    for case in CASES[:5]:
+        floats, _, _, betas, thresholds, flips, *_ = random_layer(**case, device=GPU)
         floats[0, 1, 2, 3] = math.nan
-        bits = (floats.movedim(1, -1)[None] >= thresholds[:, None, None, None]) != flips
+        bits = bits_of(floats, thresholds, flips, len(betas))
         expected = abcnets.pack_bits(bits, torch.int64).movedim(0, -1)
         for x in (floats, floats.to(memory_format=torch.channels_last)):
-            words, poison = pack(x, thresholds, flips)
+            words, poison = pack(x, thresholds, flips, len(betas))
             if not torch.equal(words, expected) or not torch.equal(poison.isnan(), x.isnan().any(1)):
                 return f"wrong words for {case}"
 
@@ -259,18 +290,18 @@ def layer_of(arguments):
     """The operator's arguments as what the CUDA rungs take."""
     from .cuda.layer import Layer
 
-    _, bits, alphas, betas, _, _, bias, channels, stride, padding, dilation = arguments[:11]
-    return Layer(bits, alphas, betas, bias, channels, stride, padding, dilation)
+    _, bits, alphas, betas, _, _, bias, zero, channels, stride, padding, dilation = arguments[:12]
+    return Layer(bits, alphas, betas, bias, zero, channels, stride, padding, dilation)
 
 
 def as_operator(conv):
-    """A rung, conv(layer, words, poison) to floats or conv(layer, words, poison, thresholds, flips) to bits, as the
-    operator abcnets::packed_conv for float32 images."""
+    """A rung, conv(layer, words, poison) to floats or conv(layer, words, poison, thresholds, flips) to bits in the
+    thermometer code, as the operator abcnets::packed_conv for float32 images."""
     from .cuda import rung1_pack, rung8_fused
 
     def operator(*arguments):
-        words, poison = rung1_pack.pack(arguments[0], *arguments[4:6])
-        outputs = () if arguments[-1] is None else rung8_fused.pad_outputs(*arguments[-2:])
+        words, poison = rung1_pack.pack(arguments[0], *arguments[4:6], len(arguments[3]))
+        outputs = rung8_fused.pad_outputs(*arguments[-3:-1]) if arguments[-1] else ()
         return conv(layer_of(arguments), words, poison, *outputs)
 
     return operator
@@ -283,7 +314,7 @@ def cuda_layer(shape: Shape, bases: int) -> tuple:
     arguments = shape.layer(bases, bases, out_bases=bases, device=GPU)
     layer = layer_of(arguments)
     poison = layer.place(shape.size, shape.size).no_poison(shape.B)
-    return arguments, layer, poison, rung8_fused.pad_outputs(*arguments[-2:])
+    return arguments, layer, poison, rung8_fused.pad_outputs(*arguments[-3:-1])
 
 
 # --------------------------------------------------------------------------- what a kernel file's main runs
@@ -323,7 +354,7 @@ def demonstrate(name: str, check, calls, device="cpu") -> None:
 
 
 def cpu_rung(name: str, packed_conv, bases=(1, 2, 3), nan=True) -> None:
-    """An implementation of abcnets::packed_conv on the CPU, floats in and out."""
+    """An implementation of abcnets::packed_conv on the CPU; timed from floats to floats."""
 
     def calls():
         x, found = RUNG_SHAPE.images(), {}
@@ -333,7 +364,7 @@ def cpu_rung(name: str, packed_conv, bases=(1, 2, 3), nan=True) -> None:
             found[f"{RUNG_SHAPE}, M = N = {n}"] = call, [x], RUNG_SHAPE.macs * n * n, 0
         return found
 
-    demonstrate(name, lambda: problem_in_floats(packed_conv, nan=nan), calls)
+    demonstrate(name, lambda: problem_in_floats(packed_conv, nan=nan) or problem_in_bits(packed_conv), calls)
 
 
 def cuda_rung(name: str, conv, bits=False) -> None:
@@ -349,7 +380,7 @@ def cuda_rung(name: str, conv, bits=False) -> None:
             found[f"{shape}, M = N = {n}"] = call, words, shape.macs * n * n, 0
         return found
 
-    problem = problem_in_bits if bits else problem_in_floats
+    problem = functools.partial(problem_in_bits, codes=(False,)) if bits else problem_in_floats
     demonstrate(name, lambda: problem(as_operator(conv), GPU), calls, "cuda")
 
 
@@ -362,9 +393,10 @@ def pool_rung(name: str, engine, device="cpu") -> None:
         shape, flips = Shape(64, 64, 3, 112, 1, stride=2, B=8), torch.arange(64, device=there) % 2 == 0
         images, words = zip(*((shape.images(i, there), shape.words(2, i, there)) for i in range(4)))
         sizes = [3, 3], [2, 2], [1, 1], [1, 1], False
-        return {
-            f"float32, {shape}": (lambda x: functional.max_pool2d(x, 3, 2, 1), images, 0, 0),
-            f"two bases of bits, {shape}": (lambda x: engine.packed_max_pool(x, flips, 64, *sizes), words, 0, 0),
-        }
+        found = {f"float32, {shape}": (lambda x: functional.max_pool2d(x, 3, 2, 1), images, 0, 0)}
+        for binary, code in enumerate(("thermometer", "binary")):
+            call = lambda x, binary=bool(binary): engine.packed_max_pool(x, flips, 64, *sizes, binary)  # noqa: E731
+            found[f"two bases of bits, {code}, {shape}"] = call, words, 0, 0
+        return found
 
     demonstrate(name, lambda: problem_in_pool(engine.packed_max_pool, there), calls, device)

@@ -9,9 +9,23 @@ a number that depends on the weights and on WHICH taps are padded, not on the im
 taps form a border class; there are at most 9 of them for a 3 x 3 kernel with padding 1. So borders cost no masks: one
 small table of constants per class and output channel, to which the bias is added for free.
 
-Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, M weight bases, O output
-channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones), so that 1-D, 2-D
-and 3-D are one case.
+A layer whose zero stays zero convolves A - zero, inside the image alone. It is linear, so that is a constant too:
+
+    constant[class, o] -= zero sum_m alpha_m[o] (sum over the class's inside taps, and the group's channels, of B_m[o])
+
+Codes. A base is one threshold's comparison p_t = [x >= t_t] (thermometer: as many thresholds as bases), or, with
+2^N - 1 ascending thresholds, a bit of how many comparisons come true (binary code, highest bit first). Adding one turns
+round bit k whenever the count passes a multiple of 2^k, so that bit is the XOR of every 2^k-th comparison. The odd
+multiples of 2^k are its own, and the even ones are the bit before; so base n is the running XOR of what
+`own_thresholds` names, and each comparison is made once:
+
+    N = 2:   hi = p_2,   lo = hi ^ p_1 ^ p_3           N = 3:   p_4,   ^ p_2 ^ p_6,   ^ p_1 ^ p_3 ^ p_5 ^ p_7
+
+In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them.
+
+Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, T their thresholds, M weight
+bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones),
+so that 1-D, 2-D and 3-D are one case.
 
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
@@ -223,6 +237,19 @@ def channel_masks(O: int, channels: int, groups: int) -> np.ndarray:
     return np.packbits(mask_OC, axis=-1, bitorder="little").view(np.uint64)
 
 
+def own_thresholds(n: int, N: int, T: int) -> range:
+    """The thresholds, counted from 0, that base n of N is the XOR of: all of them, or in the binary code those besides
+    the ones of base n - 1.
+    """
+    return range(n, n + 1) if T == N else range((1 << (N - 1 - n)) - 1, T, 1 << (N - n))
+
+
+def check_thresholds(N: int, T: int) -> None:
+    """Raise ValueError unless T thresholds are those of N bases in some code."""
+    if T not in (N, 2**N - 1):
+        raise ValueError(f"packed_conv: {N} bases have {N} thresholds or, in the binary code, {2**N - 1}; got {T}")
+
+
 def flip_words(flips_C: np.ndarray) -> np.ndarray:
     """bool (C,) -> uint64 (P,), the words that turn round the channels whose comparison is turned round."""
     bits = np.zeros(words_of(len(flips_C)) * 64, np.uint8)
@@ -230,23 +257,24 @@ def flip_words(flips_C: np.ndarray) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
-def threshold_table(thresholds_NC: np.ndarray, multiple: int) -> np.ndarray:
-    """float32 (N, C) -> (N, C rounded up to `multiple`); the added thresholds are never reached."""
-    N, C = thresholds_NC.shape
-    table = np.full((N, -(-C // multiple) * multiple), np.inf, np.float32)
-    table[:, :C] = thresholds_NC
+def threshold_table(thresholds_TC: np.ndarray, multiple: int) -> np.ndarray:
+    """float32 (T, C) -> (T, C rounded up to `multiple`); the added thresholds are never reached."""
+    T, C = thresholds_TC.shape
+    table = np.full((T, -(-C // multiple) * multiple), np.inf, np.float32)
+    table[:, :C] = thresholds_TC
     return table
 
 
-def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, outside, channels_per_group) -> np.ndarray:
+def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, zero, outside, channels_per_group) -> np.ndarray:
     """What each border class adds to the sum of popcounts: float32 (classes, O).
 
     The kernels count E = popcount(a ^ w) - floor(K / 2) over all taps, padded ones too, so that the sum of products is
     (K & 1) - 2 E less what the padded taps put in. `scales` brings -2 E; the rest is here, with the bias.
     """
     odd = channels_per_group * words_MOTP.shape[2] & 1
-    too_much_MOG = (channels_per_group - 2 * ones_of(words_MOTP)) @ outside.T.astype(np.int64)
-    return class_constants(odd - too_much_MOG, alphas_MO, betas_N, bias_O)
+    sums_MOT = 2 * ones_of(words_MOTP) - channels_per_group
+    products_MOG = odd + sums_MOT @ outside.T.astype(np.int64)  # padded taps, bits 0, were counted as -B
+    return class_constants(products_MOG, sums_MOT, alphas_MO, betas_N, bias_O, zero, ~outside)
 
 
 def ones_of(words_MOTP) -> np.ndarray:
@@ -254,10 +282,15 @@ def ones_of(words_MOTP) -> np.ndarray:
     return np.bitwise_count(words_MOTP).sum(-1, dtype=np.int64)
 
 
-def class_constants(products_MOG, alphas_MO, betas_N, bias_O) -> np.ndarray:
-    """bias + (sum_n beta_n) sum_m alpha_m products, float32 (classes, O)."""
-    constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), products_MOG)
-    constants_GO *= betas_N.astype(np.float64).sum()
+def class_constants(products_MOG, sums_MOT, alphas_MO, betas_N, bias_O, zero, inside_GT) -> np.ndarray:
+    """bias + sum_m alpha_m ((sum_n beta_n) products - zero sums of the inside taps), float32 (classes, O).
+
+    sums_MOT are those of the weight base over each tap's channels; bias and zero may be None.
+    """
+    values_MOG = betas_N.astype(np.float64).sum() * products_MOG
+    if zero is not None:
+        values_MOG = values_MOG - np.float64(zero) * (sums_MOT @ inside_GT.T.astype(np.int64))
+    constants_GO = np.einsum("mo,mog->go", alphas_MO.astype(np.float64), values_MOG)
     return (constants_GO + (0 if bias_O is None else bias_O)).astype(np.float32)
 
 

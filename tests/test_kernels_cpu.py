@@ -1,6 +1,7 @@
 """The CPU engine against the plain torch implementation of the same operators."""
 
 import gc
+import math
 import subprocess
 import sys
 import threading
@@ -44,15 +45,11 @@ class Case:
     padding: list
     dilation: list
     groups: int
-    out: tuple = field(default=(None, None))
+    out: tuple = field(default=(None, None, 0))
 
     @property
     def arguments(self):
         return *self.tensors, self.channels, self.stride, self.padding, self.dilation, self.groups, *self.out
-
-    @property
-    def bases(self):
-        return len(self.tensors[2])
 
     def run(self, x=None):
         return cpu_engine.packed_conv(self.x if x is None else x, *self.arguments)
@@ -63,12 +60,20 @@ class Case:
         return abcnets.packed_conv(x.double() if x.is_floating_point() else x, *self.arguments)
 
 
-def make_case(seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilation, bias=True) -> Case:
+def thresholds_of(N, C, generator, binary=False):
+    T = 2**N - 1 if binary else N
+    thresholds = torch.randn(T, C, generator=generator)
+    thresholds[torch.rand(T, C, generator=generator) < 0.02] = float("-inf")
+    thresholds[torch.rand(T, C, generator=generator) < 0.02] = float("inf")
+    return thresholds.sort(0).values if binary else thresholds
+
+
+def make_case(
+    seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilation, bias=True, binary=False, zero=False
+) -> Case:
     generator = torch.Generator().manual_seed(seed)
     flags = torch.rand(M, O, *kernel, C // groups, generator=generator) > 0.5
-    thresholds = torch.randn(N, C, generator=generator)
-    thresholds[torch.rand(N, C, generator=generator) < 0.02] = float("-inf")
-    thresholds[torch.rand(N, C, generator=generator) < 0.02] = float("inf")
+    thresholds = thresholds_of(N, C, generator, binary)
     x = torch.randn(B, C, *size, generator=generator)
     on_threshold = thresholds[0].reshape(-1, *[1] * len(size)).expand_as(x)
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, on_threshold, x)  # infinities among them
@@ -79,6 +84,7 @@ def make_case(seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilati
         thresholds,
         torch.rand(C, generator=generator) < 0.3,
         torch.randn(O, generator=generator) if bias else None,
+        torch.randn((), generator=generator) if zero else None,
     )
     return Case(x, tensors, C, list(stride), list(padding), list(dilation), groups)
 
@@ -93,7 +99,7 @@ def small_case(N=2, M=2, B=2, O=40, C=70, size=(9, 7), groups=1, **changes) -> C
 
 
 @st.composite
-def cases(draw, least_dimensions=0):
+def cases(draw, least_dimensions=0, binary=False, most_bases=8, most_channels=300):
     dimensions = draw(st.integers(least_dimensions, 3))
     largest = (0, 40, 12, 6)[dimensions]
 
@@ -108,12 +114,13 @@ def cases(draw, least_dimensions=0):
         for r, low, high in zip(reach, padding[::2], padding[1::2])
     ]
     groups = draw(st.sampled_from([1, 1, 1, 2, 3, 7])) if dimensions else 1
-    per_group = draw(st.one_of(st.integers(1, 300 // groups), st.sampled_from([1, 64 // groups or 1, 128 // groups])))
+    filling_words = st.sampled_from([1, 64 // groups or 1, 128 // groups])
+    per_group = draw(st.one_of(st.integers(1, most_channels // groups), filling_words))
     return make_case(
         seed=draw(st.integers(0, 2**31)),
         B=draw(st.integers(1, 5)),
-        M=draw(st.integers(1, 8)),
-        N=draw(st.integers(1, 8)),
+        M=draw(st.integers(1, most_bases)),
+        N=draw(st.integers(1, most_bases)),
         O=groups * draw(st.integers(1, 80 // groups)),
         C=groups * per_group,
         groups=groups,
@@ -123,6 +130,8 @@ def cases(draw, least_dimensions=0):
         padding=padding,
         dilation=dilation,
         bias=draw(st.booleans()),
+        binary=binary,
+        zero=draw(st.booleans()),
     )
 
 
@@ -142,18 +151,21 @@ def in_memory(draw, case):
     return x
 
 
-def words_of(x, thresholds, flips):
-    """What a layer with these thresholds packs x into."""
-    flags = (x.movedim(1, -1)[None] >= thresholds.view(len(thresholds), *[1] * (x.dim() - 1), -1)) != flips
-    return abcnets.pack_bits(flags, torch.int64).movedim(0, -1).contiguous()
+def words_of(x, thresholds, flips, bases=None):
+    """What a layer with these thresholds packs x into: comparisons, or the bits of how many of them are true."""
+    flags = x.movedim(1, -1)[None] >= thresholds.view(len(thresholds), *[1] * (x.dim() - 1), -1)
+    if bases not in (None, len(thresholds)):
+        flags = torch.stack([flags.sum(0) >> k & 1 == 1 for k in reversed(range(bases))])
+    return abcnets.pack_bits(flags != flips, torch.int64).movedim(0, -1).contiguous()
 
 
 def assert_right(case, x=None, result=None):
     """Equal to float64 up to the rounding of the largest sum that there could be; one wrong bit is far more."""
     result, expected = case.run(x) if result is None else result, case.expect(x)
-    bits, alphas, betas, _, _, bias = case.tensors
+    bits, alphas, betas, _, _, bias, zero = case.tensors
     products = bits[0, 0, ..., 0].numel() * case.channels / case.groups
-    largest = alphas.abs().sum(0).max() * betas.sum() * products + (0 if bias is None else bias.abs().max())
+    levels = betas.sum() + (0 if zero is None else zero.abs())
+    largest = alphas.abs().sum(0).max() * levels * products + (0 if bias is None else bias.abs().max())
     assert result.shape == expected.shape
     torch.testing.assert_close(result.double(), expected.double(), rtol=1e-5, atol=1e-6 * largest.item())
 
@@ -185,7 +197,7 @@ def test_bits_out_are_the_float_result_compared(case, out_bases, threads, seed):
     flips = torch.rand(y.shape[1], generator=generator) < 0.5
     thresholds = torch.randn(out_bases, y.shape[1], generator=generator) * y.std(correction=0)
     thresholds[0] = y.movedim(1, 0).flatten(1)[:, 0]  # exactly reached
-    case.out = (thresholds, flips)
+    case.out = (thresholds, flips, out_bases)
     assert torch.equal(case.run(), words_of(y, thresholds, flips))
 
 
@@ -197,8 +209,82 @@ def test_words_in(case, bits_out, threads):
     y = case.run()
     assert torch.equal(case.run(words), y)  # the same sums in the same order
     if bits_out:
-        case.out = (torch.zeros(2, y.shape[1]), torch.arange(y.shape[1]) % 3 == 0)
+        case.out = (torch.zeros(2, y.shape[1]), torch.arange(y.shape[1]) % 3 == 0, 2)
         assert torch.equal(case.run(words), words_of(y, *case.out))
+
+
+@examples(60)
+@given(st.data(), cases(binary=True, most_bases=4, most_channels=130), st.integers(1, 2))
+def test_binary_floats_and_words_in(data, case, threads):
+    torch.set_num_threads(threads)
+    x, bases = data.draw(in_memory(case)), len(case.tensors[2])
+    assert_right(case, x)
+    words = words_of(x, case.tensors[3], case.tensors[4], bases)
+    assert torch.equal(case.run(words), case.run(x))  # the same sums in the same order
+    if data.draw(st.booleans()):
+        x[tuple(data.draw(st.integers(0, size - 1)) for size in x.shape)] = math.nan
+        torch.testing.assert_close(case.run(x), abcnets.packed_conv(x, *case.arguments), equal_nan=True)
+
+
+@examples(60)
+@given(st.data(), cases(most_bases=3, most_channels=130), st.integers(1, 4), st.booleans(), st.integers(1, 2))
+def test_binary_bits_out(data, case, out_bases, words_in, threads):
+    torch.set_num_threads(threads)
+    y, O = case.run(), case.tensors[1].shape[1]
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    thresholds = thresholds_of(out_bases, O, generator, binary=True) * y.std(correction=0)
+    row = data.draw(st.integers(0, len(thresholds) - 1))
+    thresholds[row] = y.movedim(1, 0).flatten(1)[:, 0]  # exactly reached
+    thresholds = thresholds.sort(0).values
+    case.out = (thresholds, torch.rand(O, generator=generator) < 0.5, out_bases)
+    x = words_of(case.x, case.tensors[3], case.tensors[4]) if words_in else case.x
+    assert torch.equal(case.run(x), words_of(y, *case.out))
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("N", [1, 2, 3, 4])
+def test_binary_values_on_thresholds_and_beyond(N, order):
+    case = small_case(N=N, binary=True, zero=True, C=33, size=(5, 7))
+    thresholds = case.tensors[3]
+    values = torch.cat([thresholds, thresholds.new_tensor([[math.inf], [-math.inf], [-0.0]]).expand(3, 33)])
+    index = torch.randint(len(values), case.x.shape, generator=torch.Generator().manual_seed(N))
+    x = values[index, torch.arange(33)[:, None, None]].contiguous(memory_format=order)
+    assert_right(case, x)
+    words = words_of(x, *case.tensors[3:5], N)
+    assert torch.equal(words, abcnets._pack_words(torch.stack(abcnets._encoded(
+        [(x >= t[:, None, None]).movedim(1, -1) ^ case.tensors[4] for t in thresholds], N))))  # fmt: skip
+    assert torch.equal(case.run(words), case.run(x))
+
+
+def test_the_level_of_zero_is_taken_inside_the_image_alone():
+    """Zeros in, whose level is taken away, give the bias everywhere, whatever the padding."""
+    for groups in (1, 5):
+        case = small_case(C=70, O=40, groups=groups, N=3, binary=True, zero=True, padding=(2, 1, 0, 3), stride=(2, 1))
+        bits, alphas, betas, thresholds, flips, bias, _ = case.tensors
+        thresholds[:] = torch.tensor([-2.0, -1, 0, 1, 2, 3, 4])[:, None]  # 0 reaches three of seven: bits 0 1 1
+        level = betas @ torch.tensor([-1.0, 1, 1])
+        case.tensors = bits, alphas, betas, thresholds, torch.zeros_like(flips), bias, level
+        case.x = torch.zeros_like(case.x)
+        y = case.run()
+        torch.testing.assert_close(y, bias[:, None, None].expand_as(y), rtol=0, atol=1e-3)
+        assert_right(case, result=cpu_scalar.packed_conv(case.x, *case.arguments))
+
+
+def test_thresholds_of_no_code():
+    case = small_case(N=3)
+    bits, alphas, betas, _, flips, bias, zero = case.tensors
+    for T in (1, 2, 4, 6, 8):
+        case.tensors = bits, alphas, betas, torch.zeros(T, case.channels), flips, bias, zero
+        with pytest.raises(ValueError, match=f"3 bases have 3 thresholds or, in the binary code, 7; got {T}"):
+            case.run()
+    case = small_case(N=3)
+    case.out = torch.zeros(4, 40), torch.zeros(40, dtype=torch.bool), 2
+    with pytest.raises(ValueError, match="2 bases have 2 thresholds or, in the binary code, 3; got 4"):
+        case.run()
+    case.out = None, None, 0
+    case.tensors = *case.tensors[:6], torch.zeros(1)
+    with pytest.raises(ValueError, match="zero"):
+        case.run()
 
 
 @examples(12)
@@ -206,10 +292,11 @@ def test_words_in(case, bits_out, threads):
 def test_scalar_rung(case):
     assert_right(case, result=cpu_scalar.packed_conv(case.x, *case.arguments))
     words = words_of(case.x, case.tensors[3], case.tensors[4])
-    case.out = (torch.zeros(2, case.tensors[1].shape[1]), torch.arange(case.tensors[1].shape[1]) % 3 == 0)
+    O = case.tensors[1].shape[1]
+    case.out = (torch.full((2, O), 0.123), torch.arange(O) % 3 == 0, 2)  # not 0, the sum of a window of padding
     result, vector = cpu_scalar.packed_conv(words, *case.arguments), case.run(words)
     assert result.shape == vector.shape
-    differing = np.bitwise_count((result ^ vector).numpy()).sum()  # sums that rounding put beside 0
+    differing = np.bitwise_count((result ^ vector).numpy()).sum()  # sums that rounding put on the other side
     assert differing <= 2
 
 
@@ -217,7 +304,7 @@ def test_scalar_rung(case):
 def test_groups_and_depthwise(groups):
     case = small_case(C=72, O=144, groups=groups)
     assert_right(case)
-    case.out = (torch.zeros(1, 144), torch.zeros(144, dtype=torch.bool))
+    case.out = (torch.zeros(1, 144), torch.zeros(144, dtype=torch.bool), 1)
     assert torch.equal(case.run(), words_of(small_case(C=72, O=144, groups=groups).run(), *case.out))
 
 
@@ -230,15 +317,18 @@ def test_other_floats(dtype):
     torch.testing.assert_close(result, abcnets.packed_conv(x, *case.arguments))
 
 
-def test_more_bases_than_the_tiles_know():
-    case = small_case(N=11)
+@pytest.mark.parametrize("N, binary", [(11, False), (5, True)])
+def test_more_bases_than_the_tiles_know(N, binary):
+    case = small_case(N=N, binary=binary)
     assert_right(case)
+    words = words_of(case.x, case.tensors[3], case.tensors[4], N)
+    torch.testing.assert_close(case.run(words), case.run(), atol=1e-3, rtol=0)
 
 
 def test_float_activations():
     case = small_case(N=1)
-    bits, alphas, _, _, flips, bias = case.tensors
-    case.tensors = (bits, alphas, torch.empty(0), torch.empty(0, case.channels), flips, bias)
+    bits, alphas, _, _, flips, bias, zero = case.tensors
+    case.tensors = (bits, alphas, torch.empty(0), torch.empty(0, case.channels), flips, bias, zero)
     case.x = torch.randn_like(case.x)
     assert torch.equal(case.run(), abcnets.packed_conv(case.x, *case.arguments))
 
@@ -246,8 +336,10 @@ def test_float_activations():
 def test_empty_batch():
     case = small_case(B=0)
     assert case.run().shape == (0, 40, 9, 7)
-    case.out = (torch.zeros(3, 40), torch.zeros(40, dtype=torch.bool))
+    case.out = (torch.zeros(3, 40), torch.zeros(40, dtype=torch.bool), 3)
     assert case.run().shape == (0, 9, 7, 1, 3)
+    case.out = (torch.zeros(3, 40), torch.zeros(40, dtype=torch.bool), 2)
+    assert case.run().shape == (0, 9, 7, 1, 2)
 
 
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
@@ -259,7 +351,7 @@ def test_nan(order, size):
     result, expected = case.run(x), abcnets.packed_conv(x, *case.arguments)
     assert result.isnan().any()
     torch.testing.assert_close(result, expected, equal_nan=True)
-    case.out = (torch.zeros(1, 40), torch.zeros(40, dtype=torch.bool))
+    case.out = (torch.zeros(1, 40), torch.zeros(40, dtype=torch.bool), 1)
     with pytest.raises(ValueError, match="NaN"):
         case.run(x)
     assert_right(small_case(size=size))  # and nothing lingers
@@ -285,8 +377,8 @@ def test_wrong_shapes():
         case.run(case.x[:, 1:])
     with pytest.raises(ValueError, match="words"):
         case.run(torch.zeros(2, 9, 7, 1, 2, dtype=torch.int64))
-    bits, alphas, betas, thresholds, flips, bias = case.tensors
-    case.tensors = (bits, alphas, betas, thresholds[:1], flips, bias)
+    bits, alphas, betas, thresholds, *rest = case.tensors
+    case.tensors = (bits, alphas, betas, thresholds[:1], *rest)
     with pytest.raises(ValueError, match="thresholds"):
         case.run()
 
@@ -343,7 +435,7 @@ def test_caches_are_bounded_and_weak():
     case = small_case()
     for width in range(3, 3 + 2 * cpu_engine.PLANS_PER_LAYER):
         case.run(case.x[:, :, :, :3].repeat(1, 1, 1, 20)[..., :width])
-    layer = cpu_engine._layers.get((*case.tensors, *case.out), case.channels, case.groups)
+    layer = cpu_engine._layers.get((*case.tensors, None, None), case.channels, case.groups, 0)
     assert len(layer.plans) == cpu_engine.PLANS_PER_LAYER
     count, layer = len(cpu_engine._layers), weakref.ref(layer)
     gc.disable()  # nothing waits for the cyclic collector
@@ -423,18 +515,23 @@ def test_max_pool(data, dimensions, channels, bases, ceil_mode, threads):
     x = torch.randn(2, channels, *size)
     thresholds, flips = torch.randn(bases, channels), torch.rand(channels) < 0.5
     words = words_of(x, thresholds, flips)
-    arguments = (flips, channels, kernel, stride, padding, [1] * dimensions, ceil_mode)
+    arguments = (flips, channels, kernel, stride, padding, [1] * dimensions, ceil_mode, False)
     pooled = (torch.max_pool1d, torch.max_pool2d, torch.max_pool3d)[dimensions - 1](
         x, kernel, stride, padding, 1, ceil_mode
     )
     result = cpu_engine.packed_max_pool(words, *arguments)
     assert torch.equal(result, words_of(pooled, thresholds, flips))
     assert torch.equal(result, abcnets.packed_max_pool(words, *arguments))
+    thresholds, arguments = torch.randn(2**bases - 1, channels), (*arguments[:-1], True)
+    words = words_of(x, thresholds, flips, bases)
+    result = cpu_engine.packed_max_pool(words, *arguments)
+    assert torch.equal(result, words_of(pooled, thresholds, flips, bases))
+    assert torch.equal(result, abcnets.packed_max_pool(words, *arguments))
 
 
 def test_max_pool_of_nothing():
     words, flips = torch.zeros(0, 6, 6, 1, 2, dtype=torch.int64), torch.zeros(5, dtype=torch.bool)
-    arguments = (words, flips, 5, [2, 2], [2, 2], [0, 0], [1, 1], False)
+    arguments = (words, flips, 5, [2, 2], [2, 2], [0, 0], [1, 1], False, True)
     assert cpu_engine.packed_max_pool(*arguments).shape == (0, 3, 3, 1, 2)
 
 
@@ -475,7 +572,7 @@ def test_a_pooled_image_has_the_size_that_torch_says(data, dimensions, ceil_mode
     output = layout.pool_output(size, *sizes)
     assert output == pool(torch.zeros(1, 1, *size), *sizes).shape[2:]
     words = torch.zeros(1, *size, 1, 1, dtype=torch.int64, device="meta")
-    assert torch.ops.abcnets.packed_max_pool(words, words, 1, *sizes).shape == (1, *output, 1, 1)
+    assert torch.ops.abcnets.packed_max_pool(words, words, 1, *sizes, False).shape == (1, *output, 1, 1)
 
 
 def test_word_ranges_follow_groups():

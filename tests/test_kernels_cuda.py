@@ -37,7 +37,7 @@ if SIMULATED:
     from numba.cuda.simulator import kernel as simulator
 
     from kernels import registry
-    from kernels.check import error_of, layer_of, random_layer, reference, wrong_bits
+    from kernels.check import bits_of, error_of, layer_of, random_layer, reference, without_bits_out, wrong_bits
     from kernels.cuda import engine as cuda_engine
     from kernels.cuda import kept as cuda_kept
     from kernels.cuda import ladder as cuda_ladder
@@ -93,6 +93,7 @@ if SIMULATED:
             M=2,
             N=1,
             dilation=(1, 2),
+            zero=True,
         ),
         "64 channels, 1 x 1": dict(
             B=2, C=64, sizes=(2, 3), O=3, kernel=(1, 1), stride=(1, 1), padding=(0, 0, 0, 0), M=3, N=1
@@ -106,15 +107,16 @@ if SIMULATED:
         monkeypatch.setattr(cuda_engine, "_matrix_rung", "mma")
 
     def packed(arguments):
-        return cuda_pack.pack(arguments[0], arguments[4], arguments[5])
+        return cuda_pack.pack(arguments[0], arguments[4], arguments[5], len(arguments[3]))
 
     @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
-    def test_pack(order):
-        x, _, _, _, thresholds, flips = random_layer(**SHAPES["33 channels"])[:6]
-        x[1, 30, 2, 1], x[0, 0, 0, 0] = math.nan, math.inf
-        thresholds[0, 3], thresholds[1, 4] = -math.inf, math.inf
-        words, poison = cuda_pack.pack(x.contiguous(memory_format=order), thresholds, flips)
-        bits = (x.movedim(1, -1)[None] >= thresholds[:, None, None, None]) != flips
+    @pytest.mark.parametrize("binary", [False, True], ids=["thermometer", "binary"])
+    def test_pack(order, binary):
+        x, _, _, _, thresholds, flips = random_layer(**(SHAPES["33 channels"] | dict(N=3, binary=binary)))[:6]
+        x[1, 30, 2, 1], x[0, 0, 0, 0], x[0, 5, 1, 1] = math.nan, math.inf, thresholds[1, 5]
+        thresholds[0, 3], thresholds[-1, 4] = -math.inf, math.inf
+        words, poison = cuda_pack.pack(x.contiguous(memory_format=order), thresholds, flips, 3)
+        bits = bits_of(x, thresholds, flips, 3)
         assert torch.equal(words, abcnets.pack_bits(bits, torch.int64).movedim(0, -1))
         assert torch.equal(poison.isnan(), x.isnan().any(1))
         assert not poison.nan_to_num().any()
@@ -147,9 +149,43 @@ if SIMULATED:
     @pytest.mark.parametrize("conv", [cuda_fused.conv, cuda_ladder.wgmma_fused], ids=["mma", "wgmma"])
     def test_bits_out(conv):
         arguments = random_layer(**SHAPES["33 channels"], out_bases=3)
-        arguments[-2][0, 1], arguments[-2][1, 2] = -math.inf, math.inf
-        words = conv(layer_of(arguments), *packed(arguments), *cuda_fused.pad_outputs(*arguments[-2:]))
+        arguments[-3][0, 1], arguments[-3][1, 2] = -math.inf, math.inf
+        words = conv(layer_of(arguments), *packed(arguments), *cuda_fused.pad_outputs(*arguments[-3:-1]))
         assert wrong_bits(words, arguments) == 0
+
+    BINARY = dict(binary=True, zero=True)
+
+    @pytest.mark.parametrize("instruction", ["mma", "wgmma", "none"])
+    def test_operator_in_the_binary_code(instruction, monkeypatch):
+        monkeypatch.setattr(cuda_engine, "_matrix_rung", instruction)
+        monkeypatch.setattr(cuda_engine, "_has_mma", lambda device: instruction != "none")
+        shape = SHAPES["33 channels"] | BINARY
+        arguments = random_layer(**shape)
+        words, _ = packed(arguments)
+        for x in (arguments[0], words):
+            assert error_of(cuda_engine.packed_conv(x, *arguments[1:]), reference(arguments)) < 3e-6
+        arguments = random_layer(**shape, out_bases=2, out_binary=True)
+        arguments[-3][0, 1], arguments[-3][2, 2] = -math.inf, math.inf
+        assert wrong_bits(cuda_engine.packed_conv(words, *arguments[1:]), arguments) == 0
+
+    @pytest.mark.parametrize("out_binary", [False, True])
+    def test_operator_from_binary_floats_to_bits(out_binary):
+        shape = SHAPES["64 channels, 1 x 1"] | BINARY | dict(N=3, M=1)
+        arguments = random_layer(**shape, out_bases=3, out_binary=out_binary)
+        assert wrong_bits(cuda_engine.packed_conv(*arguments), arguments) == 0
+        arguments[0][0, 5, 0, 0] = math.nan
+        with pytest.raises(ValueError, match="NaN"):
+            cuda_engine.packed_conv(*arguments)
+
+    def test_operator_refuses_thresholds_of_no_code():
+        arguments = list(random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=2))
+        arguments[-1] = 1
+        with pytest.raises(ValueError, match="1 bases have 1 thresholds or, in the binary code, 1; got 2"):
+            cuda_engine.packed_conv(*arguments)
+        arguments = list(random_layer(**SHAPES["64 channels, 1 x 1"]))
+        arguments[4] = arguments[4].expand(4, -1).contiguous()
+        with pytest.raises(ValueError, match="1 bases have 1 thresholds or, in the binary code, 1; got 4"):
+            cuda_engine.packed_conv(*arguments)
 
     @pytest.mark.parametrize(
         "shape",
@@ -174,8 +210,8 @@ if SIMULATED:
         assert wrong_bits(cuda_engine.packed_conv(words, *arguments[1:]), arguments) == 0
         monkeypatch.setattr(cuda_engine, "_has_mma", lambda device: False)
         assert wrong_bits(cuda_engine.packed_conv(words, *arguments[1:]), arguments) == 0
-        y = cuda_engine.packed_conv(words, *arguments[1:-2], None, None)
-        assert error_of(y, reference((*arguments[:-2], None, None))) < 3e-6
+        arguments = without_bits_out(arguments)
+        assert error_of(cuda_engine.packed_conv(words, *arguments[1:]), reference(arguments)) < 3e-6
 
     def test_operator_takes_one_threshold_for_all_channels():
         arguments = list(random_layer(**SHAPES["33 channels"]))
@@ -266,10 +302,12 @@ if SIMULATED:
         "floats to bits": dict(out_bases=2),
         "words": dict(out_bases=None, words=True),
         "words to bits": dict(out_bases=2, words=True),
+        "binary words to bits": dict(out_bases=2, words=True, binary=True),
     }
 
-    def a_call(out_bases, words=False):
-        arguments = random_layer(**SHAPES["64 channels, 1 x 1"], out_bases=out_bases)
+    def a_call(out_bases, words=False, binary=False):
+        shape = SHAPES["64 channels, 1 x 1"] | dict(N=2, binary=binary, zero=binary)
+        arguments = random_layer(**shape, out_bases=out_bases, out_binary=binary)
         return [packed(arguments)[0] if words else arguments[0], *arguments[1:]]
 
     @pytest.mark.parametrize("tensor_core", [True, False], ids=["mma", "bases"])
@@ -289,7 +327,7 @@ if SIMULATED:
     def test_pooled_flips_may_be_read_on_any_stream(gpu):
         words, flips = torch.randint(-(2**63), 2**63 - 1, (1, 4, 4, 1, 1)), torch.rand(64) < 0.5
         for _ in range(2):
-            cuda_engine.packed_max_pool(words, flips, 64, (2, 2), (2, 2), (0, 0), (1, 1), False)
+            cuda_engine.packed_max_pool(words, flips, 64, (2, 2), (2, 2), (0, 0), (1, 1), False, False)
             made_on, gpu.stream = gpu.stream, Stream()
         (table,) = kept_of(gpu, (words, flips))
         assert len([stream for tensor, stream in gpu.recorded if tensor == table]) == 2 and made_on.waited == 0
@@ -315,11 +353,12 @@ if SIMULATED:
         assert not any(reference() is not None for reference in read)
 
     @pytest.mark.parametrize("sizes", [((3, 3), (2, 2), (1, 1), (1, 1), False), ((2, 2), (2, 2), (0, 0), (1, 1), True)])
-    def test_max_pool(sizes):
-        words = torch.randint(-(2**63), 2**63 - 1, (2, 5, 3, 2, 1))
+    @pytest.mark.parametrize("binary", [False, True])
+    def test_max_pool(sizes, binary):
+        words = torch.randint(-(2**63), 2**63 - 1, (2, 5, 3, 2, 2))
         flips = torch.rand(128) < 0.5
-        expected = abcnets.packed_max_pool(words, flips, 128, *sizes)
-        assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes), expected)
+        expected = abcnets.packed_max_pool(words, flips, 128, *sizes, binary)
+        assert torch.equal(cuda_engine.packed_max_pool(words, flips, 128, *sizes, binary), expected)
 
 else:
     from kernels.cuda import pool as cuda_pool
@@ -423,7 +462,9 @@ else:
     @pytest.mark.parametrize("capability", [AMPERE, HOPPER], ids=["sm_80", "sm_90a"])
     def test_lower_rungs_compile(capability, tmp_path):
         kernels = {
-            "VOTE": cuda_pack.pack_channels_last_kernel(2),
+            "VOTE": cuda_pack.pack_channels_last_kernel(2, 2),
+            "FSETP": cuda_pack.pack_kernel(3, 7),
+            "LOP3": cuda_pool.binary_pool_kernel(2),
             "POPC": cuda_popcount.conv_kernel(),
             "LDS": cuda_shared.conv_kernel(),
             "BAR": cuda_bases.conv_kernel(3, 3),

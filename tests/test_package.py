@@ -74,7 +74,7 @@ from mine import abcnets
 layer = abcnets.ABCLinear(5, 2, weight_bases=1, activation_bases=1, active=True)
 packed, x = abcnets.pack(layer), torch.randn(2, 5)
 thresholds, flips = packed.thresholds[:, None].repeat(1, 5), torch.zeros(5, dtype=torch.bool)
-tensors = packed.bits, packed.alphas.requires_grad_(), packed.betas, thresholds, flips, packed.bias, None
+tensors = packed.bits, packed.alphas.requires_grad_(), packed.betas, thresholds, flips, packed.bias, packed.zero
 assert packed.runs_bits("cuda"), abcnets.engines()
 cuda = sys.modules["abcnets_kernels.cuda.engine"]
 for images in (x.requires_grad_(), x.double()):  # the kernels, and what the package hands back to its abcnets

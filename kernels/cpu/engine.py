@@ -7,7 +7,8 @@ This file is what happens around a kernel: who may use it, what is prepared once
     Workspace   what one running call owns: a Job record, padded words, scratch. Calls that run at the same time
                 each take one from the plan's list, so threads never share one.
 
-Float64 input, more than eight activation bases, float activations (no bases) and NaN go to the plain implementation.
+Float64 input, more than eight activation bases (four in the binary code, which then has fifteen thresholds), float
+activations (no bases) and NaN go to the plain implementation.
 """
 
 import ctypes
@@ -28,6 +29,7 @@ logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels 
 
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
+MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after the other
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
@@ -49,12 +51,12 @@ def try_it() -> None:
     if not hasattr(np, "bitwise_count"):
         raise ImportError(f"NumPy {np.__version__} is too old: 2.0 or newer is needed")
     words = torch.tensor([5, 3, 8, 0]).view(1, 4, 1, 1)
-    pooled = packed_max_pool(words, torch.zeros(4, dtype=torch.bool), 4, [2], [2], [0], [1], False)
+    pooled = packed_max_pool(words, torch.zeros(4, dtype=torch.bool), 4, [2], [2], [0], [1], False, False)
     if pooled.flatten().tolist() != [7, 8]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {pooled.flatten().tolist()} instead of [7, 8]")
     one, zero = torch.ones(1, 1, dtype=torch.float32), torch.zeros(1, 1, dtype=torch.float32)
     weight, flips = torch.ones(1, 1, 1, 1, 1, dtype=torch.uint8), torch.zeros(1, dtype=torch.bool)
-    layer = weight, 2 * one, one[0], zero, flips, one[0], 1, [1, 1], [0] * 4, [1, 1], 1
+    layer = weight, 2 * one, one[0], zero, flips, one[0], None, 1, [1, 1], [0] * 4, [1, 1], 1
     outputs = packed_conv(torch.tensor([-1, 0, 3]).float().view(1, 1, 1, 3), *layer).flatten().tolist()
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
@@ -65,15 +67,15 @@ def try_it() -> None:
 
 
 def packed_conv(
-    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
-    out_thresholds=None, out_flips=None,
+    x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups,
+    out_thresholds=None, out_flips=None, out_bases=0,
 ):  # fmt: skip
     """abcnets::packed_conv, as abcnets.py documents it."""
-    tensors = (bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips)
+    tensors = (bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips)
     if not stride and x.ndim != (3 if x.dtype is torch.int64 else 2):
         geometry = channels, stride, padding, dilation, groups
-        return layout.by_rows(packed_conv, x, *tensors[:6], *geometry, *tensors[6:])
-    layer = _layers.get(tensors, channels, groups)
+        return layout.by_rows(packed_conv, x, *tensors[:7], *geometry, *tensors[7:], out_bases)
+    layer = _layers.get(tensors, channels, groups, out_bases)
     readable, kind = layer.readable(x)
     if kind is not None:
         threads = system.thread_count()
@@ -84,7 +86,7 @@ def packed_conv(
             return output.to(x.dtype) if x.dtype in HALVES and not layer.out_bases else output
     # what the kernels do not compute, or must complain about
     return plain.packed_conv(
-        x, *tensors[:6], channels, stride, padding, dilation, groups, out_thresholds, out_flips
+        x, *tensors[:7], channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases
     )
 
 
@@ -101,26 +103,29 @@ def _numpy(tensor):
 class Layer:
     """The tables that depend on a layer's tensors alone."""
 
-    def __init__(self, tensors, channels, groups):
-        bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips = tensors
+    def __init__(self, tensors, channels, groups, out_bases):
+        bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips = tensors
         self.channels, self.groups, self.kernel = channels, groups, tuple(bits.shape[2:-1])
         self.M, self.O = bits.shape[:2]
-        self.N, self.P, self.blocks = betas.shape[0], layout.words_of(channels), layout.blocks_of(self.O)
-        self.out_bases = 0 if out_thresholds is None else out_thresholds.shape[0]
+        self.N, self.T = betas.shape[0], thresholds.shape[0]
+        self.P, self.blocks = layout.words_of(channels), layout.blocks_of(self.O)
+        self.out_bases, self.out_T = (0, 0) if out_thresholds is None else (out_bases, out_thresholds.shape[0])
         self.plans = Recent(PLANS_PER_LAYER)
         self._check_shapes(bits, *tensors[1:])
-        self.alphas, self.betas, self.bias = _numpy(alphas), _numpy(betas), _numpy(bias)
-        numbers = [self.alphas, self.betas] + ([] if bias is None else [self.bias])
-        self.runs = 1 <= self.N <= MOST_BASES and all(np.isfinite(array).all() for array in numbers)
+        self.numbers = tuple(_numpy(tensor) for tensor in (alphas, betas, bias, zero))
+        finite = all(array is None or np.isfinite(array).all() for array in self.numbers)
+        self.runs = finite and 1 <= self.N <= MOST_BASES and self.T <= MOST_THRESHOLDS
         if self.runs:
             self._make_tables(bits, thresholds, flips, out_thresholds, out_flips)
 
     def _check_shapes(self, bits, *others) -> None:
         """Kernels read by address, so a table that is too small must be found here."""
-        C, O, N = self.channels, self.O, self.N
-        thresholds = (N,) if others[2].ndim == 1 else (N, C)
-        right = ((self.M, O), (N,), thresholds, (C,), (O,), (self.out_bases, O), (O,))
-        names = ("alphas", "betas", "thresholds", "flips", "bias", "out_thresholds", "out_flips")
+        C, O, T = self.channels, self.O, self.T
+        layout.check_thresholds(self.N, T)
+        layout.check_thresholds(self.out_bases, self.out_T)
+        thresholds = (T,) if others[2].ndim == 1 else (T, C)
+        right = ((self.M, O), (self.N,), thresholds, (C,), (O,), (), (self.out_T, O), (O,))
+        names = ("alphas", "betas", "thresholds", "flips", "bias", "zero", "out_thresholds", "out_flips")
         for name, tensor, shape in zip(names, others, right):
             if tensor is not None and tensor.shape != shape:
                 raise ValueError(f"packed_conv: {name} should have the shape {shape}, got {tuple(tensor.shape)}")
@@ -136,8 +141,8 @@ class Layer:
         self.weights = layout.tile_weights(self.words_MOTP, first, self.width)
         taps = self.words_MOTP.shape[2]
         self.masks = layout.tile_masks(masks_OP, taps, first, self.width) if self.groups > 1 else None
-        self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(self.alphas, self.betas), 2))
-        per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.N, -1), (self.N, self.channels))
+        self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2))
+        per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.T, -1), (self.T, self.channels))
         self.thresholds = layout.threshold_table(per_channel, 64)
         self.flips = layout.flip_words(np.zeros(self.channels, bool) if flips is None else _numpy(flips))
         if self.out_bases:
@@ -212,7 +217,7 @@ class Plan:
         self.tap_offsets = (geometry.taps[:, None] * pixel_bytes + word_bytes).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
         constants = layout.border_constants(
-            layer.words_MOTP, layer.alphas, layer.betas, layer.bias, outside, layer.channels // layer.groups
+            layer.words_MOTP, *layer.numbers, outside, layer.channels // layer.groups
         )
         self.constants = np.ascontiguousarray(layout.in_blocks(constants, 1).swapaxes(0, 1))
         # the last tile may reach past the image: it recomputes the last pixel, and its rows are not stored
@@ -257,7 +262,7 @@ class Workspace:
         images = plan.threads if plan.words_by_thread else plan.images
         self.words = None if plan.in_place else layout.aligned_zeros((images, image_words), np.uint64)
         self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES), np.uint8)
-        self.entry, chunk_kernel, block_kernel = _kernels(layer.N, layer.groups > 1)
+        self.entry, chunk_kernel, block_kernel = _kernels(layer.N, layer.T, layer.groups > 1)
         self.job = job = Job(
             input_kind=plan.kind,
             images=plan.images,
@@ -292,6 +297,7 @@ class Workspace:
             output_channels=layer.O,
             output_words=layout.words_of(layer.O),
             output_bases=layer.out_bases,
+            output_threshold_count=layer.out_T,
             scratch=_address(self.scratch),
             threads=plan.threads,
         )
@@ -304,17 +310,20 @@ class Workspace:
 
 
 @functools.cache
-def _kernels(N: int, masked: bool) -> tuple:
-    """Addresses of the functions that run a layer of N bases; here Numba is loaded, and compiles or reads its cache."""
+def _kernels(N: int, T: int, masked: bool) -> tuple:
+    """Addresses of the functions that run a layer of N bases and T thresholds.
+
+    Here Numba is loaded, and compiles or reads its cache.
+    """
     start = time.perf_counter()
     from . import pack, vector
 
     functions = (
         vector.run_kernel(),
-        pack.chunk_kernel(N),
+        pack.chunk_kernel(N, T),
         vector.block_kernel(N, vector.TILE_PIXELS[N], int(masked)),
     )
-    logger.info("kernels for N = %d ready after %.2f s", N, time.perf_counter() - start)
+    logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
     return tuple(function.address for function in functions)
 
 
@@ -325,7 +334,7 @@ def _address(array) -> int:
 # --------------------------------------------------------------------------- max-pooling
 
 
-def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary):
     """abcnets::packed_max_pool, as abcnets.py documents it."""
     size = words.shape[1:-2]
     output_size, sources = _pool_sources(
@@ -333,7 +342,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     )
     if sources is None or words.numel() == 0:
         return plain.packed_max_pool(
-            words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
+            words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary
         )
     from .pool import pool_kernel
 
@@ -349,6 +358,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
         output_pixels=prod(output_size),
         channel_words=P,
         bases=N,
+        binary=binary and N > 1,  # one bit's maximum is an OR
         flips=_address(flip_words),
         sources=_address(sources),
         taps=sources.shape[1],

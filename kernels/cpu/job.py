@@ -40,7 +40,7 @@ class Job(ctypes.Structure):
             "pixels",
             "bases",  # N
             "channel_words",  # P
-            "thresholds",  # float32 [N][64 P]
+            "thresholds",  # float32 [T][64 P]
             "flips",  # words [P]
             "chunks",  # first pixel of every chunk to pack
             "chunk_count",  # of one image; 0 where the input is used as it lies
@@ -49,7 +49,7 @@ class Job(ctypes.Structure):
             "words",
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
-            "chunk_kernel",  # address of pack.chunk_kernel(N)
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T)
             # convolution
             "block_kernel",  # address of vector.block_kernel(N, P, masked)
             "weights",  # words [block][M][tap, word][16]
@@ -71,7 +71,8 @@ class Job(ctypes.Structure):
             "output_channels",  # O
             "output_words",  # ceil(O / 64)
             "output_bases",  # N of the next layer
-            "output_thresholds",  # float32 [N of the next layer][block][16]
+            "output_threshold_count",  # T of the next layer
+            "output_thresholds",  # float32 [T of the next layer][block][16]
             "output_flips",  # words [output_words]
             # threads
             "threads",
@@ -101,6 +102,7 @@ class PoolJob(ctypes.Structure):
             "output_pixels",
             "channel_words",  # P
             "bases",  # N
+            "binary",  # 1: words XOR flips are the bits of numbers
             "flips",  # words [P]
             "sources",  # input pixel of each [output pixel][tap]
             "taps",

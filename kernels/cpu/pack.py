@@ -1,12 +1,12 @@
 """Thresholds and packing on the CPU: floats in, one bit a channel and base out.
 
-    bit A_n of channel c = (x >= thresholds[n][c]) != flips[c]
+    bit A_n of channel c = (x >= thresholds[n][c]) != flips[c],   or in the binary code an XOR of them (layout.py)
 
 Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
 and the sixteen answers set that channel's bit in sixteen words: two instructions a channel and base, and one that
-looks for NaN. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one
-pixel are compared with their sixteen thresholds, and the answers already are sixteen bits of the word. Each chunk of
-sixteen pixels lands in the padded image
+looks for NaN. The binary code XORs answers, masks of sixteen bits, before they set anything. Where a pixel's channels
+lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are compared with their sixteen
+thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen pixels lands in the padded image
 
     words [padded pixel][P][N]
 
@@ -19,6 +19,7 @@ import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from ..layout import own_thresholds
 from .job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
 from .primitives import (
     BITS_16,
@@ -43,18 +44,18 @@ JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
 
 
 @intrinsic(prefer_literal=True)
-def pack_planar_16(typing, x, channel_stride, channels, thresholds, base_stride, columns, bases):
+def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, columns, bases, threshold_count):
     """16 pixels x at most 64 channels -> words columns[N][16]; returns bits of the pixels that have a NaN.
 
         for c in range(channels): for n in range(N): for i in range(16):
-            columns[n][i] |= (x[c][i] >= thresholds[n][c]) << c
+            columns[n][i] |= (x[c][i] >= thresholds[n][c]) << c         (or the XOR of such comparisons)
 
     The words are built as two halves of 32 bits, so that sixteen pixels fill one register and not two.
     """
-    N = bases.literal_value
+    N, T = bases.literal_value, threshold_count.literal_value
 
     def emit(context, builder, signature, args):
-        x, channel_stride, channels, thresholds, base_stride, columns = args[:6]
+        x, channel_stride, channels, thresholds, row_stride, columns = args[:6]
         emitter = Emitter(builder)
         low = builder.select(builder.icmp_signed("<", channels, emitter.const(32)), channels, emitter.const(32))
         high = emitter.sub(channels, low)
@@ -63,10 +64,13 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, base_stride,
             words_N, (bit, nan, x, thresholds) = list(carried[:N]), carried[N:]
             value = emitter.load(FLOATS_16, x, 4)
             emitter.prefetch(emitter.offset(x, 64, 1))
+            reached = None
             for n in range(N):
-                at = emitter.offset(thresholds, n, base_stride)
-                threshold = emitter.splat(emitter.load(F32, at, 4), FLOATS_16)
-                reached = builder.fcmp_ordered(">=", value, threshold)
+                for t in own_thresholds(n, N, T):
+                    at = emitter.offset(thresholds, t, row_stride)
+                    threshold = emitter.splat(emitter.load(F32, at, 4), FLOATS_16)
+                    above = builder.fcmp_ordered(">=", value, threshold)
+                    reached = above if reached is None or T == N else emitter.xor(reached, above)
                 words_N[n] = emitter.select(reached, emitter.or_(words_N[n], bit), words_N[n])
             nan = emitter.or_(nan, builder.fcmp_unordered("uno", value, value))
             next_channel = [emitter.add(x, channel_stride), emitter.offset(thresholds, 4, 1)]
@@ -82,11 +86,11 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, base_stride,
             emitter.store(emitter.or_(emitter.zext(low_N[n], wide), shifted), emitter.offset(columns, n, 8 * CHUNK), 8)
         return emitter.zext(emitter.bitcast(nan, I16), I64)
 
-    return types.int64(*[types.int64] * 6, bases), emit
+    return types.int64(*[types.int64] * 6, bases, threshold_count), emit
 
 
 @functools.cache
-def chunk_kernel(N, stamp=STAMP):
+def chunk_kernel(N, T, stamp=STAMP):
     """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
@@ -97,7 +101,7 @@ def chunk_kernel(N, stamp=STAMP):
             copy_words(job, image, first, words)
             return 0
         if job.input_kind == INTERLEAVED:
-            return pack_interleaved(job, image, first, words)
+            return pack_interleaved(job, image, first, words, T)
         P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
         plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
         nan = 0
@@ -107,7 +111,7 @@ def chunk_kernel(N, stamp=STAMP):
             if count < CHUNK:  # too small to be read sixteen at a time
                 copy_plane(x, job.channel_stride, channels, count, plane)
                 x, stride = plane, 4 * CHUNK
-            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N)
+            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N, T)
             flip = load_word(job.flips + 8 * word)
             send_words(columns, flip, words + 8 * word * N, job.landing + 8 * first, count, N)
         return nan
@@ -134,7 +138,7 @@ def copy_plane(x, channel_stride, channels, pixels, plane):
 
 
 @njit
-def pack_interleaved(job, image, first, words):
+def pack_interleaved(job, image, first, words, T):
     N, P, pixel_stride = job.bases, job.channel_words, job.pixel_stride
     table, flips, landing = job.thresholds, job.flips, job.landing
     x = job.input + image * job.image_stride + first * pixel_stride
@@ -144,10 +148,18 @@ def pack_interleaved(job, image, first, words):
         for word in range(P):
             channels = job.channels - 64 * word
             nan |= any_nan_64(x + 256 * word, channels)
-            flip = load_word(flips + 8 * word)
+            bits = flip = load_word(flips + 8 * word)
+            step = 1 << N
             for n in range(N):
-                bits = word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
-                store_word(target + 8 * (word * N + n), bits ^ flip)
+                if T == N:
+                    bits = flip ^ word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
+                else:  # the binary code: layout.own_thresholds
+                    t = step // 2 - 1
+                    while t < T:
+                        bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
+                        t += step
+                    step //= 2
+                store_word(target + 8 * (word * N + n), bits)
         x += pixel_stride
     return nan
 
@@ -171,16 +183,19 @@ def main() -> None:
     from .engine import packed_conv
 
     one = dict(kernel=(1, 1), stride=(1, 1), padding=(0,) * 4)
-    cases = [dict(B=2, C=C, sizes=(6, 6), O=1, M=1, N=N, **one) for C in (1, 31, 33, 64, 200) for N in (1, 2, 3)]
+    cases = [
+        dict(B=2, C=C, sizes=(6, 6), O=1, M=1, N=N, binary=binary, **one)
+        for C in (1, 31, 33, 64, 200) for N in (1, 2, 3, 4) for binary in (False, True)
+    ]  # fmt: skip
 
     def calls():
         shape, found = Shape(64, 1, 1, 56, 0, B=8), {}
         for order in (torch.contiguous_format, torch.channels_last):
             x = shape.images().to(memory_format=order)
-            for n in (1, 2, 3, 5):  # one weight base: as little convolution as there can be
-                layer = shape.layer(1, n)[1:]
+            for n, binary in ((1, False), (2, False), (3, False), (5, False), (2, True), (3, True)):
+                layer = shape.layer(1, n, binary=binary)[1:]  # one weight base: as little convolution as there can be
                 call = lambda x, layer=layer: packed_conv(x, *layer)  # noqa: E731
-                found[f"{order}, N = {n}"] = call, [x], 0, x.nbytes
+                found[f"{order}, N = {n}" + ", binary" * binary] = call, [x], 0, x.nbytes
         return found
 
     demonstrate("pack", lambda: problem_in_floats(packed_conv, cases=cases), calls)

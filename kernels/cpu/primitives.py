@@ -31,8 +31,9 @@ INTS_16 = ir.VectorType(I32, 16)
 BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
-# Kernels therefore close over this number: an edit of these two files gives them a new cache entry.
-STAMP = crc32(b"".join(Path(__file__).with_name(name).read_bytes() for name in ("primitives.py", "job.py")))
+# Kernels therefore close over this number: an edit of these files gives them a new cache entry.
+_FILES = Path(__file__), Path(__file__).with_name("job.py"), Path(__file__).parents[1] / "layout.py"
+STAMP = crc32(b"".join(file.read_bytes() for file in _FILES))
 
 
 def c_function(signature):

@@ -20,8 +20,8 @@ from .primitives import popcount
 
 
 def packed_conv(
-    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
-    out_thresholds=None, out_flips=None,
+    x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups,
+    out_thresholds=None, out_flips=None, out_bases=0,
 ):  # fmt: skip
     """abcnets::packed_conv for float32 or words, prepared anew at every call."""
     from_words = x.dtype == torch.int64
@@ -40,7 +40,7 @@ def packed_conv(
     weights_MOTP = layout.weight_words(bits.numpy(), groups, channels)
     masks_OP = layout.channel_masks(O, channels, groups)
     outside, class_of_pixel = geometry.border_classes
-    numbers = alphas.numpy(), betas.numpy(), None if bias is None else bias.numpy()
+    numbers = alphas.numpy(), betas.numpy(), *(None if t is None else t.numpy() for t in (bias, zero))
     constants_GO = layout.border_constants(weights_MOTP, *numbers, outside, channels // groups)
     scales_MNO = layout.scales(*numbers[:2])
     start = -(channels // groups * len(geometry.taps) // 2)
@@ -53,21 +53,29 @@ def packed_conv(
     spatial = geometry.output[3 - len(size) :] if size else ()
     if out_thresholds is None:
         return torch.from_numpy(y_BOX).reshape(B, O, *spatial)
-    out_BXPN = np.zeros((B, y_BOX.shape[2], layout.words_of(O), len(out_thresholds)), np.uint64)
+    out_BXPN = np.zeros((B, y_BOX.shape[2], layout.words_of(O), out_bases), np.uint64)
     pack(y_BOX, out_thresholds.numpy(), out_flips.numpy(), np.arange(y_BOX.shape[2]), out_BXPN)
     return torch.from_numpy(out_BXPN.view(np.int64)).reshape(B, *spatial, *out_BXPN.shape[2:])
 
 
 @njit(cache=True)
-def pack(x_BCX, thresholds_NC, flips_C, landing_X, words_BXPN):
-    """Set the bits of words that are zero."""
+def pack(x_BCX, thresholds_TC, flips_C, landing_X, words_BXPN):
+    """Set the bits of words that are zero. In the binary code base n goes on from n - 1 (layout.own_thresholds)."""
     B, C, X = x_BCX.shape
+    N, T = words_BXPN.shape[3], len(thresholds_TC)
     for b in range(B):
         for c in range(C):
             bit = np.uint64(1) << np.uint64(c % 64)
             for x in range(X):
-                for n in range(len(thresholds_NC)):
-                    if (x_BCX[b, c, x] >= thresholds_NC[n, c]) != flips_C[c]:
+                reached, step = flips_C[c], 1 << N
+                for n in range(N):
+                    if T == N:
+                        reached = (x_BCX[b, c, x] >= thresholds_TC[n, c]) != flips_C[c]
+                    else:
+                        for t in range(step // 2 - 1, T, step):
+                            reached ^= x_BCX[b, c, x] >= thresholds_TC[t, c]
+                        step //= 2
+                    if reached:
                         words_BXPN[b, landing_X[x], c // 64, n] |= bit
 
 

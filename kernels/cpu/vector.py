@@ -194,6 +194,25 @@ def store_bits(job, image, block, first, last, rows):
             store_bits_16(output + 8 * n, bits ^ flips)
 
 
+@njit
+def store_binary_bits(job, image, block, first, last, rows):
+    """The same in the binary code: base n goes on from base n - 1 with its own thresholds (layout.own_thresholds)."""
+    word, part = block // 4, block % 4
+    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
+    N, T = job.output_bases, job.output_threshold_count
+    for pixel in range(first, last):
+        output = job.output + 2 * part + 8 * N * ((image * job.output_pixels + pixel) * job.output_words + word)
+        bits, step = flips, 1 << N
+        for n in range(N):
+            t = step // 2 - 1
+            while t < T:
+                thresholds = job.output_thresholds + 64 * (t * job.blocks + block)
+                bits ^= bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
+                t += step
+            store_bits_16(output + 8 * n, bits)
+            step //= 2
+
+
 # --------------------------------------------------------------------------- one thread's share
 
 
@@ -230,8 +249,10 @@ def convolve_share(job, thread, begin, end):
             store_planes(job, image, block, first, last, rows)
         elif kind == INTERLEAVED:
             store_interleaved(job, image, block, first, last, rows)
-        else:
+        elif job.output_threshold_count == job.output_bases:
             store_bits(job, image, block, first, last, rows)
+        else:
+            store_binary_bits(job, image, block, first, last, rows)
         first = last
         if first == output_pixels:
             first, block = 0, block + 1

@@ -5,6 +5,8 @@ A call packs (rung 1) unless bits come in, and convolves on the best rung that a
     bits out     rung 8 on the tensor core            else rung 5, then rung 1 on its result
     floats out   rung 6 on the tensor core            else rung 5
 
+Bits out in the binary code are floats out and then rung 1: rung 8 compares with one threshold a base.
+
 Rung 5 runs on GPUs without a binary tensor core (before Ampere, after Hopper) and for layers too large for shared
 memory. Groups, three dimensions, float64, float activations and more than 16 bases go to the plain torch
 implementation. Rung 7 is chosen by `prefer("wgmma")`; it becomes the default when it has measured faster.
@@ -22,7 +24,7 @@ from contextlib import nullcontext
 import torch
 
 from ..cache import Beside
-from ..layout import by_rows, pool_output
+from ..layout import by_rows, check_thresholds, pool_output
 from . import rung1_pack, rung5_bases, rung6_tensorcore, rung7_wgmma, rung8_fused
 from .kept import Kept, capturing, hold_for_graph, refuse_while_capturing
 from .launch import Kernel, int32
@@ -61,13 +63,13 @@ def prefer(instruction: str) -> None:
 
 
 def packed_conv(
-    x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
-    out_thresholds, out_flips,
+    x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups,
+    out_thresholds, out_flips, out_bases,
 ):  # fmt: skip
     """abcnets::packed_conv; the arguments are described at abcnets.packed_conv."""
     arguments = (
-        x, bits, alphas, betas, thresholds, flips, bias, channels, stride, padding, dilation, groups,
-        out_thresholds, out_flips,
+        x, bits, alphas, betas, thresholds, flips, bias, zero, channels, stride, padding, dilation, groups,
+        out_thresholds, out_flips, out_bases,
     )  # fmt: skip
     N, dims = len(betas), bits.ndim - 3
     if dims == 0 and x.ndim != (3 if x.dtype == torch.int64 else 2):
@@ -76,7 +78,8 @@ def packed_conv(
     if not applies or x.numel() == 0:
         return plain.packed_conv(*arguments)
     with _on(x.device):
-        layer = _layers.get(arguments[1:7] + arguments[12:], channels, tuple(stride), tuple(padding), tuple(dilation))
+        tensors, geometry = (*arguments[1:8], out_thresholds, out_flips), map(tuple, (stride, padding, dilation))
+        layer = _layers.get(tensors, out_bases, channels, *geometry)
         if layer is None:
             return plain.packed_conv(*arguments)
         if x.dtype == torch.int64:
@@ -88,7 +91,7 @@ def packed_conv(
         else:
             x_BCHW = x.float()
             x_BCHW = x_BCHW if dims == 2 else x_BCHW.reshape(*x.shape[:2], *(1,) * (2 - dims), *x.shape[2:])
-            words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, *layer.inputs)
+            words_BHWPN, poison_BHW = rung1_pack.pack(x_BCHW, *layer.inputs, N)
             if capturing():
                 hold_for_graph(bits, layer, layer.place(*words_BHWPN.shape[1:3]))
             elif out_thresholds is not None and bool(poison_BHW.isnan().any()):
@@ -97,7 +100,7 @@ def packed_conv(
             y = _convolve(layer, words_BHWPN, poison_BHW)
             y = y.view(*y.shape[:2], *y.shape[4 - dims :])
             return y if x.dtype == torch.int64 else y.to(x.dtype)
-        out = _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips)
+        out = _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips, out_bases)
         return out.view(len(out), *out.shape[3 - dims :])
 
 
@@ -110,21 +113,23 @@ def _convolve(layer, words_BHWPN, poison_BHW):
     return rung5_bases.conv(layer, words_BHWPN, poison_BHW) if y is None else y
 
 
-def _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips):
+def _convolve_to_bits(layer, words_BHWPN, poison_BHW, out_thresholds, out_flips, out_bases):
     out, outputs = None, layer.outputs
+    if len(out_thresholds) != out_bases:  # the binary code, which rung 8's epilogue doesn't know
+        return rung1_pack.pack(_convolve(layer, words_BHWPN, poison_BHW), *outputs, out_bases)[0]
     if _has_wgmma(layer.device):
         out = rung7_wgmma.conv(layer, words_BHWPN, poison_BHW, None, rung8_fused.bits_output, *outputs)
     if out is None and _has_mma(layer.device):
         out = rung8_fused.conv(layer, words_BHWPN, poison_BHW, *outputs)
     if out is None:
         y = rung5_bases.conv(layer, words_BHWPN, poison_BHW)
-        out, _ = rung1_pack.pack(y, out_thresholds.float(), out_flips)
+        out, _ = rung1_pack.pack(y, out_thresholds.float(), out_flips, out_bases)
     return out
 
 
-def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode):
+def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary):
     """abcnets::packed_max_pool; the arguments are described at abcnets.packed_max_pool."""
-    arguments = words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode
+    arguments = words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary
     dims = len(kernel_size)
     size = pool_output(words.shape[1:-2], kernel_size, stride, padding, dilation, ceil_mode)
     out = words.new_empty((len(words), *size, *words.shape[-2:]))
@@ -138,25 +143,30 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
         ones = (1,) * (2 - dims)
         images = [t.view(len(t), *ones, *t.shape[1:]) for t in (out, words.contiguous())]
         pairs = [(*ones, *kernel_size), (*ones, *stride), (*(0,) * len(ones), *padding), (*ones, *dilation)]
-        max_pool(*images, flips_P, *pairs)
+        max_pool(*images, flips_P, *pairs, binary)
     return out
 
 
 # ------------------------------------------------------------------ what is kept, and what the machine can do
 
 
-def _lay_out(tensors, channels, *geometry):
+def _lay_out(tensors, out_bases, channels, *geometry):
     """A Layer with its thresholds; None where a constant is NaN, which only floats can follow."""
-    bits, alphas, betas, thresholds, flips, bias, out_thresholds, out_flips = tensors
+    bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips = tensors
     refuse_while_capturing()
-    if any(bool(t.isnan().any()) for t in (alphas, betas, bias) if t is not None):
+    check_thresholds(len(betas), len(thresholds))
+    if any(bool(t.isnan().any()) for t in (alphas, betas, bias, zero) if t is not None):
         return None
-    layer = Layer(bits, alphas, betas, bias, channels, *geometry)
-    thresholds_NC = thresholds.view(len(betas), -1).expand(-1, channels)
+    layer = Layer(bits, alphas, betas, bias, zero, channels, *geometry)
+    thresholds_TC = thresholds.view(len(thresholds), -1).expand(-1, channels)
     flips = thresholds.new_zeros(channels) if flips is None else flips
-    layer.inputs = layer.copy(thresholds_NC), layer.copy(flips, torch.bool)
+    layer.inputs = layer.copy(thresholds_TC), layer.copy(flips, torch.bool)
     if out_thresholds is not None:
-        layer.outputs = tuple(map(layer.kept.add, rung8_fused.pad_outputs(out_thresholds, out_flips)))
+        check_thresholds(out_bases, len(out_thresholds))
+        if len(out_thresholds) == out_bases:
+            layer.outputs = tuple(map(layer.kept.add, rung8_fused.pad_outputs(out_thresholds, out_flips)))
+        else:
+            layer.outputs = layer.copy(out_thresholds), layer.copy(out_flips, torch.bool)
     return layer
 
 

@@ -107,7 +107,7 @@ def problems(crashes: dict, say=print) -> dict:
         "pack": lambda: check.problem_in_pack(rung1_pack.pack),
         "float": lambda: check.problem_in_float_conv(rung2_float.conv),
         **{name: functools.partial(check.problem_in_floats, operators[name], GPU) for name in RUNGS},
-        **{name: functools.partial(check.problem_in_bits, operators[name], GPU) for name in FUSED},
+        **{name: functools.partial(check.problem_in_bits, operators[name], GPU, codes=(False,)) for name in FUSED},
         "operator": lambda: check.problem_in_other_dimensions(engine.packed_conv, GPU),
         "max pool": lambda: check.problem_in_pool(engine.packed_max_pool, GPU),
     }
@@ -241,14 +241,15 @@ class Ladder:
                 self.time(section, contender, shape, call, inputs, moved, count, products=products)
 
         thresholds, flips = arguments[4:6]
-        run("pack", lambda x: rung1_pack.pack(x, thresholds, flips), images, 4 * values + words_bytes, products=0)
+        moved = 4 * values + words_bytes
+        run("pack", lambda x: rung1_pack.pack(x, thresholds, flips, count), images, moved, products=0)
         for name in rungs:
             moved = words_bytes + weights_bytes + 4 * pixels * shape.O
             run(name, lambda x, conv=RUNGS[name]: conv(layer, x, poison), words, moved)
         for name, conv in FUSED.items():
             moved = words_bytes + weights_bytes + 8 * pixels * -(-shape.O // 64) * count
             run(name, lambda x, conv=conv: conv(layer, x, poison, *outputs), words, moved)
-        rest = *arguments[1:-2], None, None
+        rest = check.without_bits_out(arguments)[1:]
         moved = 4 * values + weights_bytes + 4 * pixels * shape.O
         run("operator", lambda x: engine.packed_conv(x, *rest), images, moved)
 

@@ -15,6 +15,7 @@ With V the number of a pixel's taps that lie inside the image, C channels, and s
     y = sum_mn 4 alpha_m beta_n (popc(a_n & w_m) - k)  -  (sum_m alpha_m) S  +  constant[border class]
     S = sum_n beta_n (2 popc(a_n) - C V)                        once a pixel, whatever the output channel
     constant = bias + (sum_n beta_n) sum_m alpha_m (4 k - 2 popc(w_m))      once a border class and output channel
+               - zero sum_m alpha_m (2 popc(w_m) - C V)                     where the layer's zero stays zero
 
 k = C T / 4, about what is counted, cancels again: it spares float32 the difference of two large numbers.
 
@@ -45,7 +46,7 @@ class Layer:
     Args: as those of abcnets::packed_conv, for 0, 1 or 2 spatial dimensions.
     """
 
-    def __init__(self, bits, alphas, betas, bias, channels, stride, padding, dilation):
+    def __init__(self, bits, alphas, betas, bias, zero, channels, stride, padding, dilation):
         self.dims = bits.ndim - 3
         if self.dims > 2:
             raise ValueError("the CUDA kernels know up to two spatial dimensions")
@@ -62,6 +63,7 @@ class Layer:
         self.alphas_MO, self.betas_N = self.copy(alphas), self.copy(betas)
         none = torch.zeros(self.O, dtype=torch.float32, device=self.device)
         self.bias_O = self.copy(none if bias is None else bias)
+        self.zero = None if zero is None else self.copy(zero)
         self._words_MOTP = weight_words(bits.cpu().numpy(), 1, self.C)
         self.center_xor = self.C * self.KH * self.KW // 2
         self.center_and = self.C * self.KH * self.KW // 4
@@ -75,8 +77,9 @@ class Layer:
 
     @cached_property
     def _on_host(self) -> tuple:
-        """alphas, betas and bias in NumPy."""
-        return tuple(t.cpu().numpy() for t in (self.alphas_MO, self.betas_N, self.bias_O))
+        """alphas, betas, bias and the zero level in NumPy."""
+        numbers = self.alphas_MO, self.betas_N, self.bias_O, self.zero
+        return tuple(None if t is None else t.cpu().numpy() for t in numbers)
 
     @cached_property
     def weights_MOTP(self) -> torch.Tensor:
@@ -183,11 +186,21 @@ class Place:
 
     @cached_property
     def constants_and(self) -> torch.Tensor:
-        """float32 (classes, O'), bias included: the last line of the algebra above."""
-        layer, inside_GT = self.layer, ~self.geometry.border_classes[0]
-        products_MOG = 4 * layer.center_and - 2 * ones_of(layer._words_MOTP) @ inside_GT.T.astype(np.int64)
-        constants = class_constants(products_MOG, *layer._on_host)
-        return layer._upload(np.pad(constants, ((0, 0), (0, layer.padded_O - layer.O))))
+        """float32 (classes, O'), bias included: the constant of the algebra above."""
+        layer, inside_TG = self.layer, ~self.geometry.border_classes[0].T
+        products_MOG = 4 * layer.center_and - 2 * ones_of(layer._words_MOTP) @ inside_TG.astype(np.int64)
+        return layer._upload(np.pad(self._constants(products_MOG), ((0, 0), (0, layer.padded_O - layer.O))))
+
+    @cached_property
+    def constants_inside(self) -> torch.Tensor:
+        """float32 (classes, O): bias and level of zero, for kernels that count over the taps inside the image alone."""
+        layer, classes = self.layer, len(self.geometry.border_classes[0])
+        return layer._upload(self._constants(np.zeros((layer.M, layer.O, classes))))
+
+    def _constants(self, products_MOG) -> np.ndarray:
+        layer = self.layer
+        sums_MOT, inside_GT = 2 * ones_of(layer._words_MOTP) - layer.C, ~self.geometry.border_classes[0]
+        return class_constants(products_MOG, sums_MOT, *layer._on_host, inside_GT)
 
     def no_poison(self, batch: int) -> torch.Tensor:
         """float32 (B, H, W) zeros: what goes with words that come without poison (see rung1_pack.py)."""

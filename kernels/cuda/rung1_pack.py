@@ -2,6 +2,9 @@
 
     bit c % 64 of word c // 64 is 1 where (x[b, c, h, w] >= thresholds[n, c]) != flips[c]
 
+or, in the binary code, where an XOR of such comparisons is (layout.py): base n goes on from base n - 1, so that each
+threshold is compared once.
+
     x_BCHW          float32   as torch lays it out, or channels_last: x_BHWC
     words_BHWPN     uint64    written as uint32 halves; spare bits 0
     poison_BHW      float32   0, or NaN where a pixel has a NaN in any channel
@@ -9,8 +12,7 @@
 Two ways, one for each memory order, so that neighbouring threads always read neighbouring floats:
 
 - `pack`: a thread owns a pixel and 32 channels and shifts one comparison after the other into a register per base.
-- `pack_channels_last`: a warp owns a pixel, a thread a channel; a comparison of 32 threads is one word at once:
-  `ballot`.
+- `pack_channels_last`: a warp owns a pixel, a thread a channel; the bits of 32 threads are one word at once: `ballot`.
 
 NaN. Bits can't say it, and asking the host would cost a synchronization a layer. So it travels as `poison`: the
 convolutions add the poison of all pixels under a window to its output, which is what the float simulation gives.
@@ -25,7 +27,7 @@ import functools
 import torch
 from numba import cuda
 
-from ..layout import words_of
+from ..layout import check_thresholds, words_of
 from .launch import Kernel, float32, int32, pointer, uint8, uint32
 from .primitives import ballot, split
 
@@ -37,7 +39,7 @@ _SIGNATURE = (
 
 
 @functools.cache
-def pack_kernel(N) -> Kernel:
+def pack_kernel(N, T) -> Kernel:
     def pack(words, poison, x, thresholds, flips, pixels, C, image, P):
         pixel = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
         half = cuda.blockIdx.y
@@ -53,8 +55,14 @@ def pack_kernel(N) -> Kernel:
             if c < C:
                 value = x[at + k * image]
                 flip = flips[c] != 0
+                bit = flip
                 for n in range(N):
-                    if (value >= thresholds[n * C + c]) != flip:
+                    if T == N:
+                        bit = (value >= thresholds[n * C + c]) != flip
+                    else:
+                        for t in range((1 << (N - 1 - n)) - 1, T, 1 << (N - n)):  # layout.own_thresholds
+                            bit = bit != (value >= thresholds[t * C + c])
+                    if bit:
                         bits[n] = uint32(bits[n] | uint32(1 << k))
                 if value != value:
                     poison[pixel] = value
@@ -65,7 +73,7 @@ def pack_kernel(N) -> Kernel:
 
 
 @functools.cache
-def pack_channels_last_kernel(N) -> Kernel:
+def pack_channels_last_kernel(N, T) -> Kernel:
     def pack_channels_last(words, poison, x, thresholds, flips, pixels, C, image, P):
         lane = cuda.threadIdx.x % 32
         pixel = (cuda.blockIdx.x * THREADS + cuda.threadIdx.x) // 32
@@ -78,10 +86,14 @@ def pack_channels_last_kernel(N) -> Kernel:
             if c < C:
                 value = x[pixel * C + c]
                 flip = flips[c] != 0
+            bit = flip
             for n in range(N):
-                bit = False
                 if c < C:
-                    bit = (value >= thresholds[n * C + c]) != flip
+                    if T == N:
+                        bit = (value >= thresholds[n * C + c]) != flip
+                    else:
+                        for t in range((1 << (N - 1 - n)) - 1, T, 1 << (N - n)):
+                            bit = bit != (value >= thresholds[t * C + c])
                 word = ballot(bit)
                 if lane == n % 32:
                     words[((pixel * P + half // 2) * N + n) * 2 + half % 2] = word
@@ -91,18 +103,22 @@ def pack_channels_last_kernel(N) -> Kernel:
     return Kernel(pack_channels_last, _SIGNATURE, THREADS)
 
 
-def pack(x_BCHW, thresholds_NC, flips_C) -> tuple:
-    """(words_BHWPN, poison_BHW) of a float32 tensor in either memory order."""
+def pack(x_BCHW, thresholds_TC, flips_C, bases) -> tuple:
+    """(words_BHWPN, poison_BHW) of a float32 tensor in either memory order, in the code that has T thresholds.
+
+    Raises: ValueError unless T is N = `bases` or 2^N - 1.
+    """
     B, C, H, W = x_BCHW.shape
-    N, P = len(thresholds_NC), words_of(C)
+    N, T, P = bases, len(thresholds_TC), words_of(C)
+    check_thresholds(N, T)
     words = torch.empty(B, H, W, P, N, dtype=torch.int64, device=x_BCHW.device)
     poison = torch.zeros(B, H, W, dtype=torch.float32, device=x_BCHW.device)
     pixels = B * H * W
-    constants = thresholds_NC.float().contiguous(), flips_C.contiguous().view(torch.uint8)
+    constants = thresholds_TC.float().contiguous(), flips_C.contiguous().view(torch.uint8)
     if not x_BCHW.is_contiguous() and x_BCHW.is_contiguous(memory_format=torch.channels_last):
-        kernel, grid, x = pack_channels_last_kernel(N), -(-pixels // (THREADS // 32)), x_BCHW.permute(0, 2, 3, 1)
+        kernel, grid, x = pack_channels_last_kernel(N, T), -(-pixels // (THREADS // 32)), x_BCHW.permute(0, 2, 3, 1)
     else:
-        kernel, grid, x = pack_kernel(N), (-(-pixels // THREADS), 2 * P), x_BCHW.contiguous()
+        kernel, grid, x = pack_kernel(N, T), (-(-pixels // THREADS), 2 * P), x_BCHW.contiguous()
     kernel(grid, words, poison, x, *constants, pixels, C, H * W, P)
     return words, poison
 
@@ -116,7 +132,7 @@ def main():
         thresholds, flips = torch.randn(3, shape.C, device=GPU), torch.zeros(shape.C, dtype=torch.bool, device=GPU)
         images = [shape.images(seed, GPU) for seed in range(8)]
         size = images[0].numel() * (4 + 3 / 8)
-        return {f"{shape.B} x {shape.C} x 28x28, N = 3": (lambda x: pack(x, thresholds, flips), images, 0, size)}
+        return {f"{shape.B} x {shape.C} x 28x28, N = 3": (lambda x: pack(x, thresholds, flips, 3), images, 0, size)}
 
     demonstrate("rung1_pack", lambda: problem_in_pack(pack), calls, "cuda")
 

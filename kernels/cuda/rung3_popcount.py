@@ -1,9 +1,10 @@
 """Rung 3. XOR and popcount, one thread an output, M x N convolutions one after the other. The first author's kernel.
 
-    y = bias + sum_m sum_n alpha_m beta_n (C V - 2 popcount(a_n ^ w_m))
+    y = constant + sum_m sum_n alpha_m beta_n (C V - 2 popcount(a_n ^ w_m))
 
-over the V taps that lie inside the image; spare channel bits are 0 in both words and cancel. 64 multiply-adds are one
-XOR, one popcount and one addition instead of 64 fused multiply-adds.
+over the V taps that lie inside the image; the constant is the bias, less the level of zero if that stays zero; spare
+channel bits are 0 in both words and cancel. 64 multiply-adds are one XOR, one popcount and one addition instead of 64
+fused multiply-adds.
 
     words_BHWPN     uint64    activations, as the operator takes them
     weights_MOTP    uint64    T = KH * KW taps
@@ -29,7 +30,7 @@ THREADS = 256
 @functools.cache
 def conv_kernel() -> Kernel:
     def conv_popcount(
-        y_BOHW, words_BHWPN, poison_BHW, weights_MOTP, alphas_MO, betas_N, bias_O,
+        y_BOHW, words_BHWPN, poison_BHW, weights_MOTP, alphas_MO, betas_N, constants_GO, classes,
         C, KH, KW, stride_h, stride_w, top, left, dilation_h, dilation_w,
     ):  # fmt: skip
         B, O, OH, OW = y_BOHW.shape
@@ -41,7 +42,7 @@ def conv_kernel() -> Kernel:
         rest, ow = split(i, OW)
         rest, oh = split(rest, OH)
         b, o = split(rest, O)
-        y = bias_O[o]
+        y = constants_GO[classes[oh * OW + ow], o]
         for m in range(M):
             for n in range(N):
                 total = int32(0)
@@ -65,18 +66,19 @@ def conv_kernel() -> Kernel:
 
     signature = (
         float32[:, :, :, ::1], uint64[:, :, :, :, ::1], float32[:, :, ::1], uint64[:, :, :, ::1], float32[:, ::1],
-        float32[::1], float32[::1], *[int32] * 9,
+        float32[::1], float32[:, ::1], int32[::1], *[int32] * 9,
     )  # fmt: skip
     return Kernel(conv_popcount, signature, THREADS)
 
 
 def conv(layer, words_BHWPN, poison_BHW) -> torch.Tensor:
     B, H, W, _, _ = words_BHWPN.shape
-    y = layer.place(H, W).output(B)
+    place = layer.place(H, W)
+    y = place.output(B)
     top, _, left, _ = layer.padding
     conv_kernel()(
         -(-y.numel() // THREADS), y, words_BHWPN, poison_BHW, layer.weights_MOTP, layer.alphas_MO, layer.betas_N,
-        layer.bias_O, layer.C, layer.KH, layer.KW, *layer.stride, top, left, *layer.dilation,
+        place.constants_inside, place.classes, layer.C, layer.KH, layer.KW, *layer.stride, top, left, *layer.dilation,
     )  # fmt: skip
     return y
 
