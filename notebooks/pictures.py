@@ -184,13 +184,18 @@ def heat_map(table):
     plt = _pyplot()
     from matplotlib.colors import LogNorm
 
-    errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in table if row["M"] or row["N"]}
+    errors = {
+        (row["layer"], row["M"], row["N"], row.get("code")): row["error"] for row in table if row["M"] or row["N"]
+    }  # fmt: skip
     layers, settings = (list(dict.fromkeys(keys)) for keys in ([k[0] for k in errors], [k[1:] for k in errors]))
     # Logarithmic, since errors span decades; what is 0 takes the colour of the least that is not.
     least = min((error for error in errors.values() if error > 0), default=1e-6)
     norm = LogNorm(least, max(*errors.values(), 10 * least))
     values = [[errors.get((layer, *setting), math.nan) for setting in settings] for layer in layers]
-    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(settings), 1.3 + 0.3 * len(layers)), layout="constrained")
+    names = [_named(*setting) for setting in settings]
+    wide = max(0.62, *(0.085 * len(line) for name in names for line in name.split("\n")))
+    high = 1.3 + 0.3 * len(layers) + 0.15 * max(name.count("\n") for name in names)
+    figure, axes = plt.subplots(figsize=(2.2 + wide * len(settings), high), layout="constrained")
     image = axes.imshow([[max(value, least) for value in row] for row in values], cmap="cividis_r", norm=norm,
                         aspect="auto")  # fmt: skip
     for y, row in enumerate(values):
@@ -198,7 +203,6 @@ def heat_map(table):
             if not math.isnan(value):
                 colour = "white" if norm(max(value, least)) > 0.5 else "black"
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
-    names = [", ".join("float" if count is None else str(count) for count in setting) for setting in settings]
     axes.set_xticks(range(len(settings)), names)
     axes.set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers])
     axes.set(xlabel="M, N", ylabel="layer", title="Error, one layer binarized")
@@ -206,6 +210,12 @@ def heat_map(table):
     figure.colorbar(image, label="error")
     plt.close(figure)  # it is shown where it is returned to, once
     return figure
+
+
+def _named(M: int | None, N: int | None, code: str | None) -> str:
+    """A setting below its column: "2, float", and under it the code where it is not the thermometer."""
+    counts = ", ".join("float" if count is None else str(count) for count in (M, N))
+    return counts if code in (None, "thermometer") else f"{counts}\n{code}".replace(" x ", "\nx ")
 
 
 def _pyplot():
