@@ -7,7 +7,7 @@ INSTALLED = $(VENV)/installed
 RUN = out/run
 PAPERMILL = TQDM_DISABLE=1 $(BIN)/papermill --cwd notebooks --log-output --no-request-save-on-cell-execute
 
-.PHONY: help run test lab bench results ablation writeup clean
+.PHONY: help run test lab bench results ablation codes writeup clean
 
 help:
 	@echo "make run      both notebooks on the scikit-learn digits, into $(RUN) (minutes)"
@@ -16,6 +16,7 @@ help:
 	@echo "make bench    the speed of kernels and networks, into their results/"
 	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results (hours; resumes)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
+	@echo "make codes    what each code is worth, on a third of Fashion-MNIST, three seeds (hours)"
 	@echo "make writeup  writeup/writeup.pdf"
 
 $(INSTALLED): requirements.txt
@@ -55,6 +56,13 @@ ablation: $(INSTALLED)
 	for seed in 0 1 2; do for choice in "" --per-layer --even-shifts --learn-shifts --scale-gradient "--distill 0" "--calibrate 0"; do \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 2 --activation-bases 2 \
 		--calibrate 512 --limit 6000 --epochs 3 --float-seed 0 --seed $$seed $$choice || exit 1; done; done
+
+codes: $(INSTALLED)
+	for seed in 0 1 2; do for choice in "1 1" "1 2 --code uniform" "1 2 --code binary" "2 2" "2 2 --code binary,uniform" \
+		"2 2 --code binary" "2 2 --code binary --no-zero" "3 3" "3 3 --zero" "3 3 --code binary" \
+		"2 none" "3 none" "2 none --code binary"; do set -- $$choice; M=$$1; N=$$2; shift 2; \
+		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$M --activation-bases $$N $$@ \
+		--limit 20000 --epochs 3 --float-seed 0 --seed $$seed || exit 1; done; done
 
 writeup: $(INSTALLED)
 	$(BIN)/python writeup/build.py

@@ -34,8 +34,9 @@ _REST = "everything else"
 
 
 @torch.no_grad()
-def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, filter_fn=None, progress=True, **bases):
-    """Which layers hurt most when binarized: one layer and one choice of (M, N) at a time, without labels.
+def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, filter_fn=None, code="thermometer",
+                progress=True, **bases):  # fmt: skip
+    """Which layers hurt most when binarized: one layer and one choice of bases at a time, without labels.
 
     In a copy of the model this layer alone is binarized and calibrated on one half of the images. On the other half
     the copy's output Y is compared with the float model's y: the part of the variance of y that Y does not explain,
@@ -50,19 +51,24 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
         model: a float model, in which `convert` finds layers to binarize; it is not touched. Its output is a
             tensor with the images in dimension 0, or a tuple or dict whose first entry is one.
         batches: as in `calibrate`; a thousand images are plenty.
-        choices: pairs (M, N); None in a pair leaves that side float, (None, None) the layer.
+        choices: pairs (M, N) or triples (M, N, code); None for a count leaves that side float, for both the layer.
+        code: that of the pairs.
         filter_fn, **bases: as in `convert`.
         progress: show a bar.
 
-    Returns: a table, one dict a layer and choice: layer, M, N, error, packed_bytes (of the layer's tensors in the file
-        that `save_packed` writes), binary_macs (M * N times the multiply-accumulates on one image, 0 where a side is
-        float). Other layers that `convert` could binarize have one row, as they stay, M and N None; a last row is what
-        the file holds besides, so that the packed_bytes of one row a layer add up to the whole model.
+    Returns: a table, one dict a layer and choice: layer, M, N, code (in the words of `abcnets.plan`), error,
+        packed_bytes (of the layer's tensors in the file that `save_packed` writes), binary_macs (M * N times the
+        multiply-accumulates on one image, in every code; 0 where a side is float). Other layers that `convert` could
+        binarize have one row, as they stay, M, N and code None; a last row is what the file holds besides, so that the
+        packed_bytes of one row a layer add up to the whole model.
     Raises: ValueError where no layer is to be binarized, or for fewer than two images, or no or bad choices.
     """
-    choices = list(dict.fromkeys(tuple(choice) for choice in choices))
-    if not choices or any(len(choice) != 2 for choice in choices):
-        raise ValueError(f"choices must be pairs of weight bases and activation bases (M, N), got {choices}")
+    choices = [tuple(choice) for choice in choices]
+    if not choices or any(len(choice) not in (2, 3) for choice in choices):
+        raise ValueError("choices must be pairs of weight bases and activation bases (M, N), or triples with a code, "
+                         f"got {choices}")  # fmt: skip
+    # The same settings in two spellings are measured once: one base has one code.
+    choices = list(dict.fromkeys((M, N, _code_word(M, N, *(own or [code]))) for M, N, *own in choices))
     candidates, chosen = _converted(model, lambda layer, name: True), _converted(model, filter_fn)
     if not chosen:
         raise ValueError(f"sensitivity found no layer to binarize: of the model's {sorted(candidates)}, convert takes "
@@ -72,27 +78,42 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
     wanted = _output(model, measured)
     macs = dict.fromkeys(candidates, 0) | {row["layer"]: row["macs"] for row in abcnets.summary(model, images[:1])}
 
-    def row(name, layer, M=None, N=None, error=0.0):
-        return {"layer": name, "M": M, "N": N, "error": error, "packed_bytes": _stored_bytes(layer),
+    def row(name, layer, M=None, N=None, code=None, error=0.0):
+        return {"layer": name, "M": M, "N": N, "code": code, "error": error, "packed_bytes": _stored_bytes(layer),
                 "binary_macs": macs[name] * M * N if M and N else 0}  # fmt: skip
 
     rows = Sensitivity()
     with tqdm(total=len(chosen) * len(choices), desc="sensitivity", unit="setting", leave=False,
               **({} if progress else {"disable": True})) as bar:  # fmt: skip
         for name, layer in candidates.items():
-            for M, N in choices if name in chosen else [(None, None)]:
+            for M, N, word in choices if name in chosen else [(None, None, None)]:
                 if M is None and N is None:
                     rows.append(row(name, layer))
                 else:
-                    setting = {name: {"weight_bases": M, "activation_bases": N}}
+                    setting = {name: _setting({"M": M, "N": N, "code": word})}
                     copied = abcnets.convert(model, filter_fn=lambda layer, name: False, settings=setting, **bases)
                     abcnets.calibrate(copied, fitted, progress=False)
                     error = _unexplained(wanted, _output(copied, measured))
-                    rows.append(row(name, copied.get_submodule(name), M, N, error))
+                    rows.append(row(name, copied.get_submodule(name), M, N, word, error))
                 bar.update(name in chosen)
     held = sum(_stored_bytes(module) for name, module in model.named_modules() if name not in candidates)
-    rows.append({"layer": _REST, "M": None, "N": None, "error": 0.0, "packed_bytes": held, "binary_macs": 0})
+    rows.append({"layer": _REST, "M": None, "N": None, "code": None, "error": 0.0, "packed_bytes": held,
+                 "binary_macs": 0})  # fmt: skip
     return rows
+
+
+def _code_word(M: int | None, N: int | None, code) -> str | None:
+    """A code as tables have it: "binary", "binary x uniform" where weights and activations differ, None for float."""
+    return abcnets.plan(nn.Linear(1, 1, device="meta"), M, N, code=code)[0]["code"]
+
+
+def _setting(row: dict) -> dict | None:
+    """A row of the table as `convert` takes it; None for a layer that stays float."""
+    if not row["M"] and not row["N"]:
+        return None
+    words = (row.get("code") or "thermometer").split(" x ")
+    code = {} if words == ["thermometer"] else {"code": words[0] if len(words) == 1 else tuple(words)}
+    return {"weight_bases": row["M"], "activation_bases": row["N"], **code}
 
 
 def _converted(model: nn.Module, filter_fn) -> dict[str, nn.Module]:
@@ -156,8 +177,8 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
 
     The solution is that of SciPy's integer programming, exact to a millionth of a budget. The budget in bytes is that
     of the whole packed model: all tensors in the file of `save_packed`, whose header adds some hundred bytes a layer.
-    Bytes depend on M alone: without a budget of binary_macs, the time on one image, every layer gets the N of least
-    error that there is.
+    Bytes depend on M, and hardly on N and the code: without a budget of binary_macs, the time on one image, every layer
+    gets the N and the code of least error that there are.
 
         table = budget.sensitivity(model, images)
         binary = abcnets.convert(model, settings=budget.allocate(table, 100_000))
@@ -167,7 +188,8 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
         table: what `sensitivity` returned, or those of its rows that may be chosen from.
         budget_bytes, budget_macs: what the rows chosen, one a layer, may add up to.
 
-    Returns: {layer: {"weight_bases": M, "activation_bases": N}}, or {layer: None} for a layer that stays float.
+    Returns: {layer: {"weight_bases": M, "activation_bases": N}}, with the "code" of a row that has another than the
+        thermometer's, or {layer: None} for a layer that stays float.
     Raises: ValueError where nothing fits the budgets, saying the smallest that is possible, or for an empty table or
         an error that is not a number.
     """
@@ -190,11 +212,7 @@ def allocate(table, budget_bytes: int, budget_macs: int | None = None) -> dict[s
     if picks is None:
         raise ValueError(f"no choice of settings meets both budgets, {budget_bytes:,} bytes and {budget_macs:,} "
                          "binary macs, though each alone can be met")  # fmt: skip
-    chosen = {name: rows[pick] for (name, rows), pick in zip(layers.items(), picks) if name != _REST}
-    return {
-        name: {"weight_bases": row["M"], "activation_bases": row["N"]} if row["M"] or row["N"] else None
-        for name, row in chosen.items()
-    }
+    return {name: _setting(rows[pick]) for (name, rows), pick in zip(layers.items(), picks) if name != _REST}
 
 
 def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | None:
@@ -219,30 +237,44 @@ def _least_error(options: list[list[tuple]], budgets: list[int]) -> list[int] | 
     return [int(solution.x[of_layer == layer].argmax()) for layer in range(len(options))]
 
 
-def against_uniform(model: nn.Module, table, images: list[Tensor], accuracy, counts=(2, 3)):
+def against_uniform(model: nn.Module, table, images: list[Tensor], accuracy, counts=(2, 3), code="thermometer"):
     """Settings mixed to the bytes and binary macs of uniform ones, M = N = each count, against these; calibrated only.
 
     Args:
         model, table: a float model and what `sensitivity` returned for it.
         images: batches to calibrate on.
         accuracy: accuracy(model) -> percent.
+        code: that of the uniform settings, as `convert` takes it.
 
     Yields: a row a count: uniform, then accuracy, summed_error, bytes and binary_macs of either, and the settings.
+    Raises: ValueError where the table has no row of a uniform setting.
     """
-    errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in table}
+    errors = {(row["layer"], *setting.values()): row["error"] for row in table if (setting := _setting(row))}
     layers = list(dict.fromkeys(row["layer"] for row in table if row["M"]))
 
     def measured(kind, settings):
         binary = abcnets.convert(model, settings=settings)
         sizes = abcnets.summary(binary, images[0][:1]).total()
         abcnets.calibrate(binary, images)
-        error = sum(errors[(name, *bases.values())] for name, bases in settings.items() if bases)
+        error = sum(errors[(name, *setting.values())] for name, setting in settings.items() if setting)
         outcome = {"accuracy": round(accuracy(binary), 3), "summed_error": round(error, 5),
                    "bytes": sizes["packed_bytes"], "binary_macs": sizes["binary_macs"]}  # fmt: skip
         return {f"{kind}_{name}": value for name, value in outcome.items()}
 
     for count in counts:
-        uniform = measured("uniform", {name: {"weight_bases": count, "activation_bases": count} for name in layers})
+        setting = _setting({"M": count, "N": count, "code": _code_word(count, count, code)})
+        if any((name, *setting.values()) not in errors for name in layers):
+            raise ValueError(f"the table lacks M = N = {count} in the code {code!r} for some of its layers")
+        uniform = measured("uniform", dict.fromkeys(layers, setting))
         settings = allocate(table, uniform["uniform_bytes"], uniform["uniform_binary_macs"])
-        words = " ".join(f"{name}:{','.join(map(str, settings[name].values()))}" for name in layers)
+        words = " ".join(f"{name}:{_in_words(settings[name])}" for name in layers)
         yield {"uniform": count, **uniform, **measured("mixed", settings), "mixed_settings": words}
+
+
+def _in_words(setting: dict | None) -> str:
+    """2,3 or, in another code than the thermometer's, 2,3,binary or 2,3,binary,uniform; or float."""
+    if setting is None:
+        return "float"
+    code = setting.get("code", ())
+    words = (code,) if isinstance(code, str) else code
+    return ",".join(map(str, (setting["weight_bases"], setting["activation_bases"], *words)))

@@ -112,22 +112,24 @@ def run_table(options) -> None:
 def run_sensitivity(options) -> None:
     """Errors by layer and setting; and settings mixed to the bytes and binary macs of uniform ones, against these.
 
-    Everything is calibrated, nothing trained.
+    Everything is calibrated, nothing trained. Another code than the thermometer's has tables of its own.
     """
     writable(options.results)
     data = _load(options)
     model = load_float(data, options.out, options.seed, options.start)
     choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
-    table = budget.sensitivity(model, data.calibration_batches(options.images), choices)
+    code, tables = _code(options), f"-code={','.join(options.code)}" if options.code else ""
+    table = budget.sensitivity(model, data.calibration_batches(options.images), choices, code=code)
     common, where = {"dataset": data.name, "seed": options.seed}, machine(data.device, torch.get_num_threads())
     key = list(common)
-    keep_rows(options.results / "sensitivity.csv", [{**common, **row, **where} for row in table], key)
+    keep_rows(options.results / f"sensitivity{tables}.csv", [{**common, **row, **where} for row in table], key)
     whole, rows = round(accuracy(model, data), 3), []
-    for row in budget.against_uniform(model, table, data.calibration_batches(), lambda binary: accuracy(binary, data)):
+    for row in budget.against_uniform(model, table, data.calibration_batches(), lambda binary: accuracy(binary, data),
+                                      code=code):  # fmt: skip
         rows.append({**common, "uniform": row.pop("uniform"), "float": whole, **row, **where})
         print("{dataset}: M = N = {uniform} {uniform_accuracy:.2f} %, mixed {mixed_accuracy:.2f} %: {mixed_settings}"
               .format(**rows[-1]), flush=True)  # fmt: skip
-    keep_rows(options.results / "mixed.csv", rows, key)
+    keep_rows(options.results / f"mixed{tables}.csv", rows, key)
 
 
 def run_step(options) -> None:
@@ -243,8 +245,8 @@ def main(arguments: list[str] | None = None) -> None:
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
     variations.add_argument("--scale-gradient", action="store_true", help="dL/dW times the sum of the alphas")
-    variations.add_argument("--code", type=CODE, metavar="CODE",
-                            help=f"{', '.join(abcnets.CODES)}; or two, weights,activations")  # fmt: skip
+    code = {"type": CODE, "metavar": "CODE", "help": f"{', '.join(abcnets.CODES)}; or two, weights,activations"}
+    variations.add_argument("--code", **code)
     variations.add_argument("--zero", action=argparse.BooleanOptionalAction,
                             help="whether a 0 stays 0 (default: not in the thermometer code)")  # fmt: skip
     variations.add_argument("--float-seed", type=SEED, metavar="SEED", help="of the float network (default: --seed)")
@@ -272,6 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_argument("--readme", action="store_true", help="write the README's tables too")
     layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
     layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    layers.add_argument("--code", **code)
     layers.add_argument("--images", type=SEVERAL, default=1024, help="training images to measure on (default: 1024)")
     layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)

@@ -1,11 +1,13 @@
-"""A layer, and a table of sensitivities, as matplotlib figures.
+"""A layer, the idea of codes, and a table of sensitivities, as matplotlib figures.
 
     picture(model[3], R)         what a layer does; in a cell of a notebook it shows
+    numerals()                   a thermometer beside a numeral: what a code makes of the same bits
     heat_map(table)              how much each layer hurts; budget.py's tables have it as `.picture()`
 
 Needs abcnets.py and matplotlib.
 """
 
+import copy
 import math
 
 import torch
@@ -14,20 +16,25 @@ from torch import Tensor, nn
 
 import abcnets
 
-_BLUE, _PALE, _RED, _DARK, _GREY = "#0072B2", "#B8D4E8", "#D55E00", "#333333", "#BBBBBB"  # Okabe and Ito's, and greys
+_BLUE, _PALE, _RED, _GREEN = "#0072B2", "#B8D4E8", "#D55E00", "#009E73"  # Okabe and Ito's
+_DARK, _GREY = "#333333", "#BBBBBB"
 _ABC = (abcnets.ABCConv1d, abcnets.ABCConv2d, abcnets.ABCConv3d, abcnets.ABCLinear)
+_LOOK = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
+         "axes.spines.right": False, "axes.grid": False, "legend.frameon": False}  # fmt: skip
 
 
 @torch.no_grad()
 def picture(layer: nn.Module, input: Tensor | None = None):
     """What a layer does, as a matplotlib Figure: `picture(model[3], R)` in a cell of a notebook shows it.
 
-    - Its weights, each channel in standard deviations from its mean; where they are cut into bins (at -u_m, dashed) and
-      the M + 1 levels of Wq (dots: the channels' mean, bars: from the 10th to the 90th percentile of the channels).
+    - Its weights, where they are cut into bins (dashed) and the levels of Wq (dots: the channels' mean, bars: from the
+      10th to the 90th percentile of the channels). In the thermometer code each channel is shown in standard deviations
+      from its mean, cut at -u_m; in the others in its root mean square, cut midway between its levels (at -u_m where
+      these are learned).
     - A few kernels W, their bases B_1..B_M with the scales alpha_m, and their sum Wq. Kernels of one tap and linear
       layers are shown as a corner of the matrix outputs x inputs, 1-D kernels as inputs x taps, 3-D ones by slices.
-    - The staircase of its activations, Aq against R, with the thresholds 1/2 - v_n (dashed), over the histogram of the
-      input if one is given.
+    - The staircase of its activations, Aq (less Aq(0) where a zero stays zero) against R, with the thresholds 1/2 - v_n
+      (dashed), over the histogram of the input if one is given.
 
     A side that stays float is left out. A packed layer has no W, and none of the first panel.
 
@@ -42,6 +49,7 @@ def picture(layer: nn.Module, input: Tensor | None = None):
     if not packed and not isinstance(layer, _ABC):
         raise TypeError(f"picture takes one ABC layer or packed layer, got {type(layer).__name__}; "
                         "a layer of a model is model.get_submodule(name)")  # fmt: skip
+    layer = copy.deepcopy(layer).float().cpu()  # the bases of weights in half precision are those of their float copy
     vs = 0.5 - layer.thresholds if packed else layer.vs
     has_weights, has_activations = packed or layer.us is not None, vs is not None and len(vs) > 0
     if not has_weights and not has_activations:
@@ -49,9 +57,7 @@ def picture(layer: nn.Module, input: Tensor | None = None):
     plt = _pyplot()
     tiles = _tiles(layer) if has_weights else [[]]
     widths = [3.4] * (has_weights and not packed) + [0.85 * len(tiles[0]) + 0.2] * has_weights + [3.8] * has_activations
-    look = {"font.size": 9, "axes.titlesize": 10, "axes.titlelocation": "left", "axes.spines.top": False,
-            "axes.spines.right": False, "axes.grid": False, "legend.frameon": False}  # fmt: skip
-    with plt.rc_context(look):
+    with plt.rc_context(_LOOK):
         figure, axes = plt.subplots(1, len(widths), figsize=(sum(widths), 2.9), width_ratios=widths,
                                     squeeze=False, layout="constrained")  # fmt: skip
         axes = list(axes[0])
@@ -60,25 +66,18 @@ def picture(layer: nn.Module, input: Tensor | None = None):
         if has_weights:
             _draw_tiles(axes.pop(0), tiles)
         if has_activations:
-            _draw_staircase(axes.pop(0), vs.float().cpu(), layer.betas.float().cpu(), input)
+            zero = layer.zero is not None if packed else layer.zero
+            _draw_staircase(axes.pop(0), vs, layer.betas, layer.code[1], zero, input)
         plt.close(figure)  # a notebook shows what is returned, once
     return figure
 
 
 def _draw_weights(axis, layer: nn.Module) -> None:
-    W, us = layer.weight.float().cpu(), layer.us.float().cpu()
-    alphas = abcnets.fit_weight(W, us, layer.per_channel).t()
-    W = W.reshape(len(alphas), -1)  # a row a channel; where not per channel, one in all
-    # The lowest level has all bases at -1; from there up they turn to +1 in the order of their shifts.
-    steps = 2 * alphas[:, us.argsort(descending=True, stable=True)]
-    levels = torch.cat([torch.zeros(len(W), 1), steps.cumsum(1)], dim=1) - alphas.sum(1, keepdim=True)
-    std = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(W)
-    std, mean = std.clamp(min=torch.finfo(W.dtype).tiny), W.mean(1, keepdim=True)
-    z, levels = (W - mean) / std, (levels - mean) / std
+    z, levels, cuts = _standardized(layer)
     reach = min(4.0, z.abs().max().item()) or 1.0
     axis.hist(z.flatten().double().numpy(), bins=60, range=(-reach, reach), color=_PALE)
-    for u in us.tolist():
-        axis.axvline(-u, color=_DARK, linestyle="--", linewidth=1)
+    for cut in cuts.mean(0).tolist():
+        axis.axvline(cut, color=_DARK, linestyle="--", linewidth=1)
     low, high = (levels.quantile(q, dim=0).tolist() for q in (0.1, 0.9))
     height = -0.06 * axis.get_ylim()[1]
     axis.hlines([height] * len(low), low, high, color=_RED, linewidth=3, alpha=0.4)
@@ -86,19 +85,46 @@ def _draw_weights(axis, layer: nn.Module) -> None:
     axis.set_ylim(bottom=2 * height)
     axis.set_yticks([])
     axis.spines["left"].set_visible(False)
-    axis.set_title(f"{W.numel():,} weights, {len(low)} levels")
-    axis.set_xlabel("$W$, in deviations from the mean" + (" of its channel" if layer.per_channel else ""))
+    axis.set_title(f"{z.numel():,} weights, {len(low)} levels")
+    unit = "deviations from the mean" if layer.code[0] == "thermometer" else "root mean squares"
+    axis.set_xlabel(f"$W$, in {unit}" + (" of its channel" if layer.per_channel else ""))
+
+
+def _standardized(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights z (G, K), levels (G, L) and the cuts between them (G, L - 1), in the unit of each of G groups: a channel,
+    or all of them where not per channel.
+    """
+    (of_weights, _), us, alphas = layer.code, layer.us, layer.alphas().t()
+    W = layer.weight.reshape(len(alphas), -1)
+    if of_weights == "thermometer":
+        mean = W.mean(1, keepdim=True)
+        spread = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(mean)
+        alphas = alphas[:, us.argsort(descending=True, stable=True)]
+    else:
+        mean, spread = torch.zeros(len(W), 1), W.square().mean(1, keepdim=True).sqrt()
+    spread = spread.clamp(min=torch.finfo(W.dtype).tiny)
+    M = alphas.shape[1]
+    if of_weights == "binary":
+        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * M)
+    else:  # the lowest level has all bases at -1; from there up they turn to +1 in the order of their shifts
+        signs = 2.0 * torch.ones(M + 1, M).tril(-1) - 1
+    levels = (alphas @ signs.t() - mean) / spread
+    if of_weights == "thermometer" or not layer.nearest:
+        cuts = -us.sort(descending=True).values.expand(len(W), -1)
+    else:
+        levels = levels.sort(1).values
+        cuts = (levels[:, 1:] + levels[:, :-1]) / 2
+    return (W - mean) / spread, levels, cuts
 
 
 def _tiles(layer: nn.Module, count: int = 3) -> list[list[tuple[Tensor, str, str]]]:
     """Rows of (2-D image in [-1, 1], name, scale): of a few kernels W, B_1..B_M, Wq."""
     if isinstance(layer, abcnets.PackedLayer):
-        B, alphas, W = layer.unpack(), layer.alphas, None
+        W, B, alphas = None, layer.unpack(), layer.alphas
         Wq = torch.einsum("mo,mo...->o...", alphas, B)
     else:
-        W, us = layer.weight.float(), layer.us.float()
-        B, Wq = (make(W, us, layer.per_channel) for make in (abcnets.weight_bases, abcnets.quantize_weight))
-        alphas = abcnets.fit_weight(W, us, layer.per_channel).expand(-1, len(W))
+        W, B, Wq = layer.weight, layer.bases(), layer.quantized_weight()
+        alphas = layer.alphas().expand(-1, len(W))
     shown = Wq if W is None else W
     dims = [size for size in shown.shape[2:] if size > 1]
     if not dims:  # a matrix
@@ -113,7 +139,7 @@ def _tiles(layer: nn.Module, count: int = 3) -> list[list[tuple[Tensor, str, str
         x = x.reshape(len(x), -1) if not dims else x
         if x.ndim == 3:  # slices side by side, NaN between them
             x = torch.cat([F.pad(piece, (0, 1), value=math.nan) for piece in x], 1)[:, :-1]
-        return x.cpu()
+        return x
 
     tiles = []
     for row in rows:
@@ -149,7 +175,7 @@ def _draw_tiles(axis, tiles) -> None:
     axis.axis("off")
 
 
-def _draw_staircase(axis, vs: Tensor, betas: Tensor, input: Tensor | None) -> None:
+def _draw_staircase(axis, vs: Tensor, betas: Tensor, code: str, zero: bool, input: Tensor | None) -> None:
     thresholds = 0.5 - vs
     low, high = thresholds.min().item(), thresholds.max().item()
     low, high = min(low, 0.0) - 0.5, high + max(0.5, 0.6 * (high - low))
@@ -166,17 +192,80 @@ def _draw_staircase(axis, vs: Tensor, betas: Tensor, input: Tensor | None) -> No
         behind.set_zorder(-1)
         axis.patch.set_visible(False)
     R = torch.cat([torch.linspace(low, high, 400), thresholds]).sort().values
-    Aq = abcnets.quantize_activation(R, vs, betas)
+    Aq = abcnets.quantize_activation(R, vs, betas, code, zero)
     axis.plot(R.tolist(), R.tolist(), color=_GREY, linestyle="-", linewidth=1.2, label="$R$")
-    axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-", label="$A_q$")
+    axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-",
+              label="$A_q - A_q(0)$" if zero else "$A_q$")  # fmt: skip
     for t in thresholds.tolist():
         axis.axvline(t, color=_DARK, linestyle="--", linewidth=1)
     room = 0.15 * (Aq.max() - Aq.min()).abs().item() + 0.1
     axis.set_xlim(low, high)
     axis.set_ylim(Aq.min().item() - room, Aq.max().item() + room)
-    axis.set_title("activations" + (", over what reaches the layer" if input is not None else ""))
+    axis.set_title(f"activations, {len(vs) + 1} levels" + (", over the layer's input" if input is not None else ""))
     axis.set_xlabel("$R$")
-    axis.legend(loc="lower right")
+    axis.legend(loc="lower right", frameon=True, facecolor="white", framealpha=0.9, edgecolor="none")
+
+
+@torch.no_grad()
+def numerals():
+    """What a code makes of the same bits: a thermometer beside a numeral, as a matplotlib Figure.
+
+    - For 2 and 3 bases the levels of a thermometer, M + 1, and those of the binary code, 2^M, fitted to a unit Gaussian
+      (the bell behind them). The lamps at the height of a level are its bases, full where they are +1.
+    - The squared error that is left of the Gaussian, against the bits a weight, which are the popcounts that a word of
+      weights costs with each activation base.
+
+    Raises: ImportError without matplotlib.
+    """
+    plt = _pyplot()
+    codes = {"thermometer": (_BLUE, 7, -5), "uniform": (_GREEN, 7, 5), "binary": (_RED, 4, 0)}
+    points = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    with plt.rc_context(_LOOK):
+        figure, (lamps, errors) = plt.subplots(1, 2, figsize=(10.5, 3.6), width_ratios=[6.4, 3.6], layout="constrained")
+        x = 0.0
+        for M in (2, 3):
+            for code in ("thermometer", "binary"):
+                x += 0.45 * M
+                _draw_lamps(lamps, x, code, codes[code][0], *_fitted(points, code, M))
+                x += 1.5
+        lamps.set(xlim=(0, x - 0.2), ylim=(-2.6, 3.6), xticks=[], yticks=range(-2, 3), ylabel="level of a weight")
+        lamps.spines[["bottom", "left"]].set_visible(False)
+        for code, (colour, most, label) in codes.items():  # up to how many bases, and how much higher the label stands
+            counts = range(1, most + 1)
+            left = [(points - _fitted(points, code, M)[1]).square().mean().item() for M in counts]
+            errors.plot(counts, left, "o-", color=colour, markersize=4)
+            errors.annotate(code, (most, left[-1]), xytext=(6, label), textcoords="offset points", va="center",
+                            color=colour)  # fmt: skip
+        errors.set(yscale="log", xlim=(0.7, 8.7), xticks=range(1, 8), title="squared error left of a Gaussian",
+                   xlabel="bits a weight = popcounts for each activation base")  # fmt: skip
+        errors.set_yticks([0.01, 0.03, 0.1, 0.3], ["1 %", "3 %", "10 %", "30 %"])
+        errors.minorticks_off()
+        plt.close(figure)  # a notebook shows what is returned, once
+    return figure
+
+
+def _fitted(points: Tensor, code: str, M: int) -> tuple[Tensor, Tensor]:
+    """The bases (M, K), the first to turn to +1 first, and Wq (K,) of K weights."""
+    thresholds = 2**M - 1 if code == "binary" else M
+    us = abcnets.gaussian_shifts(thresholds).flip(0)
+    bases, Wq = (make(points[None], us, code=code) for make in (abcnets.weight_bases, abcnets.quantize_weight))
+    return bases[:, 0], Wq[0]
+
+
+def _draw_lamps(axis, x: float, code: str, colour: str, bases: Tensor, Wq: Tensor) -> None:
+    """A number line at x with the levels on it, and at the height of each its bases as lamps, left of the line."""
+    heights = torch.linspace(-2.6, 2.6, 200)
+    axis.fill_betweenx(heights.tolist(), x, (x + 0.8 * (-heights.square() / 2).exp()).tolist(), color=_PALE, lw=0)
+    axis.plot([x, x], [-2.6, 2.6], color=_GREY, linewidth=1)
+    levels = Wq.unique()  # ascending, as the weights are
+    rows = bases[:, torch.searchsorted(Wq, levels)].t()
+    for level, row in zip(levels.tolist(), rows.tolist()):
+        axis.plot([x - 0.3 * len(row) - 0.05, x + 0.8], [level, level], color=_GREY, linewidth=0.7, zorder=1)
+        axis.plot([x], [level], "D", color=colour, markersize=4)
+        for place, sign in enumerate(row):
+            axis.plot([x - 0.3 * (len(row) - place)], [level], "o", markersize=8, markeredgecolor=colour,
+                      markerfacecolor=colour if sign > 0 else "white")  # fmt: skip
+    axis.text(x, 2.75, f"{code}\n{len(row)} bits, {len(levels)} levels", ha="center", va="bottom")
 
 
 def heat_map(table):
@@ -184,13 +273,18 @@ def heat_map(table):
     plt = _pyplot()
     from matplotlib.colors import LogNorm
 
-    errors = {(row["layer"], row["M"], row["N"]): row["error"] for row in table if row["M"] or row["N"]}
+    errors = {
+        (row["layer"], row["M"], row["N"], row.get("code")): row["error"] for row in table if row["M"] or row["N"]
+    }  # fmt: skip
     layers, settings = (list(dict.fromkeys(keys)) for keys in ([k[0] for k in errors], [k[1:] for k in errors]))
     # Logarithmic, since errors span decades; what is 0 takes the colour of the least that is not.
     least = min((error for error in errors.values() if error > 0), default=1e-6)
     norm = LogNorm(least, max(*errors.values(), 10 * least))
     values = [[errors.get((layer, *setting), math.nan) for setting in settings] for layer in layers]
-    figure, axes = plt.subplots(figsize=(2.2 + 0.62 * len(settings), 1.3 + 0.3 * len(layers)), layout="constrained")
+    names = [_named(*setting) for setting in settings]
+    wide = max(0.62, *(0.085 * len(line) for name in names for line in name.split("\n")))
+    high = 1.3 + 0.3 * len(layers) + 0.15 * max(name.count("\n") for name in names)
+    figure, axes = plt.subplots(figsize=(2.2 + wide * len(settings), high), layout="constrained")
     image = axes.imshow([[max(value, least) for value in row] for row in values], cmap="cividis_r", norm=norm,
                         aspect="auto")  # fmt: skip
     for y, row in enumerate(values):
@@ -198,7 +292,6 @@ def heat_map(table):
             if not math.isnan(value):
                 colour = "white" if norm(max(value, least)) > 0.5 else "black"
                 axes.text(x, y, f"{value:.2g}", ha="center", va="center", fontsize=8, color=colour)
-    names = [", ".join("float" if count is None else str(count) for count in setting) for setting in settings]
     axes.set_xticks(range(len(settings)), names)
     axes.set_yticks(range(len(layers)), [layer or "(the model)" for layer in layers])
     axes.set(xlabel="M, N", ylabel="layer", title="Error, one layer binarized")
@@ -206,6 +299,12 @@ def heat_map(table):
     figure.colorbar(image, label="error")
     plt.close(figure)  # it is shown where it is returned to, once
     return figure
+
+
+def _named(M: int | None, N: int | None, code: str | None) -> str:
+    """A setting below its column: "2, float", and under it the code where it is not the thermometer."""
+    counts = ", ".join("float" if count is None else str(count) for count in (M, N))
+    return counts if code in (None, "thermometer") else f"{counts}\n{code}".replace(" x ", "\nx ")
 
 
 def _pyplot():

@@ -87,7 +87,8 @@ def test_one_row_a_layer_and_choice_and_the_rest(table, network):
     expected = [(name, *choice) for name in converted for choice in CHOICES]
     rows = [(row["layer"], row["M"], row["N"]) for row in table]
     assert rows == [("first", None, None), *expected, ("last", None, None), ("everything else", None, None)]
-    assert list(table[0]) == ["layer", "M", "N", "error", "packed_bytes", "binary_macs"]
+    assert list(table[0]) == ["layer", "M", "N", "code", "error", "packed_bytes", "binary_macs"]
+    assert all(row["code"] == (None if row["M"] is None else "thermometer") for row in table)
 
 
 def test_errors_say_how_much_a_layer_matters(table):
@@ -160,8 +161,11 @@ def test_a_single_layer_is_a_model_too():
 
 
 def test_sensitivity_says_what_is_wrong(network, images):
-    for choices in ((), ((1, 2, 3),)):
+    for choices in ((), ((1,),), ((1, 2, "binary", "binary"),)):
         with pytest.raises(ValueError, match="pairs"):
+            budget.sensitivity(network, images, choices, progress=False)
+    for choices in (((1, 2, 3),), ((2, 2), (2, 2, "ternary"))):
+        with pytest.raises(ValueError, match="code must be one of"):
             budget.sensitivity(network, images, choices, progress=False)
     with pytest.raises(ValueError, match="positive integer"):
         budget.sensitivity(network, images, ((0, 1),), progress=False)
@@ -186,6 +190,103 @@ def test_the_table_prints_and_has_a_picture(table, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         table.picture()
+
+
+# Codes
+
+
+CODED = ((1, 1), (3, 3), (2, 2, "thermometer"), (2, 2, "binary"), (2, 2, ("binary", "uniform")), (2, None, "binary"),
+         (1, 2, ("binary", "uniform")), (1, 1, "binary"))  # fmt: skip  the last is the first once more
+
+
+@pytest.fixture(scope="module")
+def coded(network, images):
+    return budget.sensitivity(network, images.split(50), CODED, progress=False)
+
+
+def test_a_choice_may_have_a_code(coded, network):
+    words = [(row["M"], row["N"], row["code"]) for row in coded if row["layer"] == "late"]
+    assert words == [(1, 1, "thermometer"), (3, 3, "thermometer"), (2, 2, "thermometer"), (2, 2, "binary"),
+                     (2, 2, "binary x uniform"), (2, None, "binary"), (1, 2, "uniform")]  # fmt: skip
+    for row in coded:
+        if row["layer"] in ("early", "late"):
+            layer = budget.allocate([row], 10**9)
+            model = abcnets.convert(network, settings=layer)
+            of_layer = next(each for each in abcnets.plan(model) if each["layer"] == row["layer"])
+            assert all(row[column] == of_layer[column] for column in ("M", "N", "code"))
+            assert ("code" in layer[row["layer"]]) == (row["code"] != "thermometer")
+            assert row["binary_macs"] % (row["M"] * (row["N"] or 1)) == 0
+
+
+def test_bytes_of_every_code_are_those_of_the_file(coded, network, tmp_path):
+    for M, N, code in {(row["M"], row["N"], row["code"]) for row in coded if row["M"]}:
+        rows = [row for row in coded if row["M"] is None or (row["M"], row["N"], row["code"]) == (M, N, code)]
+        model = abcnets.convert(network, settings=budget.allocate(rows, 10**9))
+        abcnets.save_packed(abcnets.pack(model), tmp_path / "model.safetensors")
+        stored = load_file(tmp_path / "model.safetensors")
+        total = sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+        assert sum(row["packed_bytes"] for row in rows) == total
+
+
+def test_a_pair_has_the_code_that_is_given_for_all(network, images):
+    choices = ((2, 2), (2, 3, "thermometer"))
+    table = budget.sensitivity(network, images, choices, code=("binary", "uniform"), progress=False)
+    assert [row["code"] for row in table if row["layer"] == "late"] == ["binary x uniform", "thermometer"]
+
+
+def test_two_binary_bases_where_three_of_a_thermometer_are_too_dear(network, images):
+    table = budget.sensitivity(network, images, ((2, 2), (3, 3), (2, 2, "binary")), progress=False)
+    late = {(row["M"], row["code"]): row for row in table if row["layer"] == "late"}
+    assert late[2, "binary"]["error"] < late[2, "thermometer"]["error"]
+    assert late[2, "binary"]["binary_macs"] == late[2, "thermometer"]["binary_macs"]
+    macs = sum(row["binary_macs"] for row in table if row["code"] == "binary")
+    chosen = budget.allocate(table, 10**9, macs)
+    two = {"weight_bases": 2, "activation_bases": 2, "code": "binary"}
+    assert chosen["early"] == chosen["late"] == two
+    model = abcnets.convert(network, settings=chosen)
+    assert model.late.code == ("binary", "binary") and model.late.zero and len(model.late.vs) == 3
+
+
+def test_a_table_without_codes_is_as_it_was(table):
+    old = [{name: value for name, value in row.items() if name != "code"} for row in table]
+    spent = sum(row["packed_bytes"] for row in old if row["M"] in (None, 1)) + 200
+    chosen = budget.allocate(old, spent)
+    assert chosen == budget.allocate(table, spent)
+    assert all(setting is None or list(setting) == ["weight_bases", "activation_bases"] for setting in chosen.values())
+    axis = budget.Sensitivity(old).picture().axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["1, 1", "3, 3", "2, float"]
+
+
+def test_the_picture_names_the_codes(coded, tmp_path):
+    figure = coded.picture()
+    labels = [" ".join(label.get_text().split()) for label in figure.axes[0].get_xticklabels()]
+    assert labels == ["1, 1", "3, 3", "2, 2", "2, 2 binary", "2, 2 binary x uniform", "2, float binary",
+                      "1, 2 uniform"]  # fmt: skip
+    assert figure.axes[0].images[0].get_array().shape == (5, 7)
+    figure.savefig(tmp_path / "picture.png")
+
+
+def test_mixed_settings_against_uniform_ones():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(),
+                          nn.Linear(16, 4))  # fmt: skip
+    x = torch.randn(400, 6)
+    table = budget.sensitivity(model, x, ((1, 1), (2, 2), (3, 3), (2, 2, "binary"), (2, 1, "binary")), progress=False)
+    of_uniform = []
+
+    def accuracy(binary):
+        of_uniform.append((binary[2].code, binary[4].code))
+        return 90.0
+
+    for code in ("thermometer", "binary"):
+        of_uniform.clear()
+        (row,) = budget.against_uniform(model, table, [x], accuracy, counts=(2,), code=code)
+        assert of_uniform[0] == ((code, code), (code, code))
+        assert row["mixed_summed_error"] <= row["uniform_summed_error"]
+        assert row["mixed_binary_macs"] <= row["uniform_binary_macs"] and row["mixed_bytes"] <= row["uniform_bytes"]
+    assert row["mixed_settings"] == "2:2,2,binary 4:2,2,binary"
+    with pytest.raises(ValueError, match="lacks M = N = 5 in the code 'uniform'"):
+        next(budget.against_uniform(model, table, [x], accuracy, counts=(5,), code="uniform"))
 
 
 # allocate

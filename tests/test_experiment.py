@@ -38,8 +38,9 @@ ARGUMENTS = {
                  "epochs": ["0", "-1", "1.5"], "batch-size": ["0"], "accumulate": ["0"], "lr": ["0", "nan", "inf"],
                  "seed": ["-1"]},
     "finetune": {"weight-bases": ["0", "-1", "many"], "activation-bases": ["0"], "epochs": ["-1"], "distill": ["1.5"],
-                 "calibrate": ["-1"], "float-seed": ["-1"], "lr-activation": ["0"], "weight-decay": ["-1"]},
-    "sensitivity": {"images": ["1"], "apart": ["-1"]},
+                 "calibrate": ["-1"], "float-seed": ["-1"], "lr-activation": ["0"], "weight-decay": ["-1"],
+                 "code": ["", "ternary", "binary,", "binary,uniform,uniform"]},
+    "sensitivity": {"images": ["1"], "apart": ["-1"], "code": ["none"]},
     "step": {"rounds": ["0"], "batch-size": ["0"]},
 }  # fmt: skip
 
@@ -88,16 +89,46 @@ def test_what_can_not_be_done_is_one_sentence(tmp_path, refused, threads):
     assert "not in" in sentence("pretrain", "--dataset", "fashion-mnist", "--data", file)
 
 
-def test_the_command_measures_and_compares(tmp_path, monkeypatch):
-    def tiny(data, seed=0):
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A network small enough for tests in the place of all others, its weights where those of the digits' are kept."""
+
+    def build(data, seed=0):
         torch.manual_seed(seed)
         return nn.Sequential(
             nn.Conv2d(1, 4, 5, 3), nn.ReLU(), nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
             nn.Conv2d(8, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
         )  # fmt: skip
 
-    monkeypatch.setattr(runs, "build_network", tiny)
-    save(tiny(None).state_dict(), tmp_path / "digits/float.pt")
+    monkeypatch.setattr(runs, "build_network", build)
+    save(build(None).state_dict(), tmp_path / "digits/float.pt")
+
+
+def test_a_run_is_named_after_its_code_and_zero(tmp_path, tiny, capsys):
+    places = ["--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path)]
+    two = ["--weight-bases", "2", "--activation-bases", "2"]
+    runs_of = {
+        "digits/M2-N2-code=binary-calibrate=100": ["--code", "binary"],
+        "digits/M2-N2-zero-calibrate=100": ["--zero"],
+        "digits/M2-N2-no-zero-code=binary,uniform-calibrate=100": ["--code", "binary,uniform", "--no-zero"],
+    }
+    for words in runs_of.values():
+        experiment.main(["finetune", *places, *two, *words, "--calibrate", "100", "--epochs", "0"])
+    rows = read_csv(tmp_path / "runs.csv").set_index("run")
+    assert sorted(rows.index) == sorted(runs_of)
+    for run, words in runs_of.items():
+        assert all(word in rows.command[run].split() for word in words)
+        capsys.readouterr()
+        experiment.main(["evaluate", *places, *two, *words, "--calibrate", "100"])
+        assert capsys.readouterr().out == f"{run}: {rows.accuracy[run]:.2f} %\n"
+    of_zero = torch.load(tmp_path / "digits/M2-N2-zero-calibrate=100.pt", weights_only=True)
+    of_binary = torch.load(tmp_path / "digits/M2-N2-code=binary-calibrate=100.pt", weights_only=True)
+    of_pair = torch.load(tmp_path / "digits/M2-N2-no-zero-code=binary,uniform-calibrate=100.pt", weights_only=True)
+    lengths = [[len(state[f"2.{name}"]) for name in ("us", "vs", "betas")] for state in (of_zero, of_binary, of_pair)]
+    assert lengths == [[2, 2, 2], [3, 3, 2], [3, 2, 1]]
+
+
+def test_the_command_measures_and_compares(tmp_path, tiny):
     another = {"dataset": "another", "seed": 0, "uniform": 2, "uniform_accuracy": 90, "mixed_accuracy": 91}
     write_csv(tmp_path / "mixed.csv", [another])
     experiment.main(["sensitivity", "--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path),
@@ -110,6 +141,14 @@ def test_the_command_measures_and_compares(tmp_path, monkeypatch):
         assert row.mixed_summed_error <= row.uniform_summed_error
     measured = read_csv(tmp_path / "sensitivity.csv")
     assert len(measured) == 2 * 5 + 3 and set(measured.dataset) == {"digits"}
+    assert set(measured.code.dropna()) == {"thermometer"} and measured.code.isna().sum() == 3
+    known = [(tmp_path / f"{name}.csv").read_text() for name in ("sensitivity", "mixed")]
+    experiment.main(["sensitivity", "--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path),
+                     "--images", "100", "--limit", "200", "--apart", "0", "--code", "binary"])  # fmt: skip
+    assert known == [(tmp_path / f"{name}.csv").read_text() for name in ("sensitivity", "mixed")]
+    measured, mixed = (read_csv(tmp_path / f"{name}-code=binary.csv") for name in ("sensitivity", "mixed"))
+    assert set(measured[measured.M > 1].code) == {"binary"} and len(mixed) == 2
+    assert mixed.mixed_settings.str.contains(",binary").all()
 
 
 def test_a_second_make_installs_nothing(tmp_path):
@@ -121,6 +160,19 @@ def test_a_second_make_installs_nothing(tmp_path):
     assert "pip install" not in asked.stdout and "pytest" in asked.stdout
     fresh = subprocess.run(["make", "-n", "test", f"VENV={tmp_path}/no"], cwd=ROOT, capture_output=True, text=True)
     assert "pip install" in fresh.stdout
+
+
+def test_make_codes_runs_each_choice_with_three_seeds():
+    asked = subprocess.run(["make", "-n", "codes", "VENV=/nowhere", "BIN=echo", "INSTALLED="], cwd=ROOT,
+                           capture_output=True, text=True, check=True)  # fmt: skip
+    done = subprocess.run(["sh", "-c", asked.stdout.replace("echo/python", "echo")], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 13, done.stderr
+    for line in lines:
+        assert line.startswith("notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases ")
+        assert " --limit 20000 --epochs 3 --float-seed 0 --seed " in line
+    assert sum("--weight-bases 2 --activation-bases 2 --code binary --no-zero --limit" in line for line in lines) == 3
+    assert sum("--weight-bases 2 --activation-bases none --code binary --limit" in line for line in lines) == 3
 
 
 def test_a_sentence_keeps_its_cause():

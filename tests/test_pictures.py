@@ -1,11 +1,13 @@
 """Pictures of layers."""
 
+import copy
 import sys
+import warnings
 
 import matplotlib
 import pytest
 import torch
-from pictures import picture
+from pictures import numerals, picture
 from torch import nn
 
 import abcnets
@@ -40,6 +42,109 @@ def test_picture_draws_the_layers_own_numbers():
     (curve,) = (line for line in staircase.lines if line.get_label() == "$A_q$")
     R, Aq = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
     assert torch.allclose(abcnets.quantize_activation(R, layer.vs, layer.betas), Aq)
+
+
+CODES = ["thermometer", "binary", "uniform", ("uniform", "binary"), ("binary", "thermometer")]
+
+
+@pytest.mark.parametrize("form, zero", [
+    ("binarized", True), ("binarized", False), ("packed", True), ("packed", False), ("per layer", None),
+    ("shifts learned", None),
+])  # fmt: skip
+@pytest.mark.parametrize("code", CODES)
+def test_picture_is_right_in_every_code(code, form, zero, tmp_path):
+    torch.manual_seed(0)
+    layer = ABCConv2d(4, 8, 3, weight_bases=3, activation_bases=2, code=code, zero=zero, active=True,
+                      per_channel=form != "per layer", learn_us=form == "shifts learned")  # fmt: skip
+    nn.init.normal_(layer.weight, 0.03, 0.2)
+    packed = form == "packed"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = picture(abcnets.pack(layer) if packed else layer, torch.randn(2, 4, 9, 9).relu())
+        figure.savefig(tmp_path / "layer.png", dpi=30)
+    *weights, kernels, staircase, _ = figure.axes
+    check_staircase(staircase, layer)
+    W, B = layer.weight.detach(), layer.bases()
+    tiles = [torch.as_tensor(image.get_array().data) for image in kernels.images[: 4 if packed else 5]]
+    assert all(tile.abs().eq(1).all() for tile in tiles[-4:-1]) and tiles[-1].abs().max() <= 1
+    if packed:
+        assert weights == [] and all(any(torch.equal(kernel, tile) for kernel in base.flatten(0, 1))
+                                     for base, tile in zip(B, tiles))  # fmt: skip
+    else:
+        check_weights(*weights, layer)
+        norms = W.flatten(2).norm(dim=2)
+        row, column = divmod(norms.argmax().item(), 4)
+        assert all(torch.equal(base[row, column], tile) for base, tile in zip(B, tiles[1:]))
+        alphas = [f"× {alpha:.2g}" for alpha in layer.alphas().expand(-1, 8)[:, row].tolist()]
+        assert [text.get_text() for text in kernels.texts if "×" in text.get_text()][:3] == alphas
+
+
+def check_staircase(axis, layer):
+    levels = 4 if layer.code[1] == "binary" else 3
+    assert axis.get_title(loc="left") == f"activations, {levels} levels, over the layer's input"
+    label = "$A_q - A_q(0)$" if layer.zero else "$A_q$"
+    (curve,) = (line for line in axis.lines if line.get_label() == label)
+    R, Aq = torch.tensor(curve.get_xdata()), torch.tensor(curve.get_ydata())
+    torch.testing.assert_close(Aq, layer.quantized_input(R.expand(4, 1, -1))[0, 0])
+    dashed = [line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--"]
+    assert sorted(dashed) == pytest.approx(sorted((0.5 - layer.vs).tolist()), abs=1e-6)
+
+
+def check_weights(axis, layer):
+    """The levels are those of Wq and the cuts lie between its values, channel by channel in the mean."""
+    thermometer, count = layer.code[0] == "thermometer", 8 if layer.code[0] == "binary" else 4
+    assert axis.get_title(loc="left") == f"288 weights, {count} levels"
+    groups = 8 if layer.per_channel else 1
+    W, Wq = layer.weight.detach().reshape(groups, -1), layer.quantized_weight().detach().reshape(groups, -1)
+    mean = W.mean(1, keepdim=True) if thermometer else 0
+    spread = W.std(1, keepdim=True) if thermometer else W.square().mean(1, keepdim=True).sqrt()
+    (dots,) = (line for line in axis.lines if line.get_marker() == "o")
+    levels = [row.unique() for row in (Wq - mean) / spread]
+    if all(len(row) == count for row in levels):  # no channel has an empty bin
+        assert list(dots.get_xdata()) == pytest.approx(torch.stack(levels).mean(0).tolist(), abs=1e-5)
+    cuts = sorted(line.get_xdata()[0] for line in axis.lines if line.get_linestyle() == "--")
+    assert len(cuts) == count - 1 and len(dots.get_xdata()) == count
+    if thermometer or not layer.nearest:
+        assert cuts == pytest.approx(sorted((-layer.us).tolist()))
+    else:
+        between = [(a + b) / 2 for a, b in zip(dots.get_xdata(), dots.get_xdata()[1:])]
+        assert cuts == pytest.approx(between, abs=1e-5) and cuts[count // 2 - 1] == pytest.approx(0, abs=1e-6)
+    unit = "deviations from the mean" if thermometer else "root mean squares"
+    assert unit in axis.get_xlabel() and ("of its channel" in axis.get_xlabel()) == layer.per_channel
+
+
+@pytest.mark.parametrize("code", CODES)
+def test_picture_takes_half_precision(code, tmp_path):
+    layer = ABCConv2d(4, 8, 3, code=code, active=True).bfloat16()
+    before = copy.deepcopy(layer.state_dict())
+    for shown in (layer, abcnets.pack(layer).bfloat16()):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            picture(shown, torch.randn(2, 4, 9, 9, dtype=torch.bfloat16)).savefig(tmp_path / "layer.png")
+    assert layer.weight.dtype == torch.bfloat16
+    assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
+    _, *tiles = (torch.as_tensor(image.get_array().data) for image in picture(layer).axes[1].images[:4])
+    for base, tile in zip(copy.deepcopy(layer).float().bases(), tiles):
+        assert any(torch.equal(kernel, tile) for kernel in base.flatten(0, 1))
+
+
+def test_numerals_show_what_a_code_makes_of_bits(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = numerals()
+        figure.savefig(tmp_path / "numerals.png")
+    lamps, errors = figure.axes
+    heads = [text.get_text() for text in lamps.texts]
+    assert heads == ["thermometer\n2 bits, 3 levels", "binary\n2 bits, 4 levels", "thermometer\n3 bits, 4 levels",
+                     "binary\n3 bits, 8 levels"]  # fmt: skip
+    full = [line.get_markerfacecolor() != "white" for line in lamps.lines if line.get_marker() == "o"]
+    rows = [tuple(full[i : i + 3]) for i in range(len(full) - 3 * 8, len(full), 3)]  # the numerals from 0 to 7
+    assert rows == [tuple(bool(number >> bit & 1) for bit in (2, 1, 0)) for number in range(8)]
+    thermometer, uniform, binary = ([*curve.get_ydata()] for curve in errors.lines)
+    assert [len(curve) for curve in (thermometer, uniform, binary)] == [7, 7, 4]
+    assert thermometer[:3] == pytest.approx([0.363, 0.190, 0.118], abs=1e-3)
+    assert uniform[0] == binary[0] == thermometer[0] and binary[1:3] == pytest.approx([0.118, 0.037], abs=1e-3)
+    assert all(a <= b for a, b in zip(thermometer, uniform))
 
 
 def test_picture_says_what_is_missing(monkeypatch):
