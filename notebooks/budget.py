@@ -57,10 +57,10 @@ def sensitivity(model, batches, choices=((1, 1), (2, 2), (3, 3), (5, 5)), *, fil
         progress: show a bar.
 
     Returns: a table, one dict a layer and choice: layer, M, N, code (in the words of `abcnets.plan`), error,
-        packed_bytes (of the layer's tensors in the file that `save_packed` writes), binary_macs (M * N times the
-        multiply-accumulates on one image, in every code; 0 where a side is float). Other layers that `convert` could
-        binarize have one row, as they stay, M, N and code None; a last row is what the file holds besides, so that the
-        packed_bytes of one row a layer add up to the whole model.
+        packed_bytes (of the layer's tensors in the file that `save_packed` writes), binary_macs (of bits: M * N for
+        each multiply-accumulate on one image, in every code; 0 where a side is float). Other layers that `convert`
+        could binarize have one row, as they stay, M, N and code None; a last row is what the file holds besides, so
+        that the packed_bytes of one row a layer add up to the whole model.
     Raises: ValueError where no layer is to be binarized, or for fewer than two images, or no or bad choices.
     """
     choices = [tuple(choice) for choice in choices]

@@ -101,13 +101,13 @@ def _standardized(layer: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
         spread = W.std(1, keepdim=True) if W.shape[1] > 1 else torch.zeros_like(mean)
         alphas = alphas[:, us.argsort(descending=True, stable=True)]
     else:
-        mean, spread = torch.zeros(len(W), 1), W.square().mean(1, keepdim=True).sqrt()
+        mean, spread = W.new_zeros(len(W), 1), W.square().mean(1, keepdim=True).sqrt()
     spread = spread.clamp(min=torch.finfo(W.dtype).tiny)
     M = alphas.shape[1]
     if of_weights == "binary":
-        signs = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * M)
+        signs = torch.cartesian_prod(*[W.new_tensor([-1, 1])] * M)
     else:  # the lowest level has all bases at -1; from there up they turn to +1 in the order of their shifts
-        signs = 2.0 * torch.ones(M + 1, M).tril(-1) - 1
+        signs = 2 * W.new_ones(M + 1, M).tril(-1) - 1
     levels = (alphas @ signs.t() - mean) / spread
     if of_weights == "thermometer" or not layer.nearest:
         cuts = -us.sort(descending=True).values.expand(len(W), -1)
@@ -191,7 +191,7 @@ def _draw_staircase(axis, vs: Tensor, betas: Tensor, code: str, zero: bool, inpu
         behind.spines[:].set_visible(False)
         behind.set_zorder(-1)
         axis.patch.set_visible(False)
-    R = torch.cat([torch.linspace(low, high, 400), thresholds]).sort().values
+    R = torch.cat([torch.linspace(low, high, 400, device="cpu"), thresholds]).sort().values
     Aq = abcnets.quantize_activation(R, vs, betas, code, zero)
     axis.plot(R.tolist(), R.tolist(), color=_GREY, linestyle="-", linewidth=1.2, label="$R$")
     axis.step(R.tolist(), Aq.tolist(), where="post", color=_BLUE, linestyle="-",
@@ -219,7 +219,8 @@ def numerals():
     """
     plt = _pyplot()
     codes = {"thermometer": (_BLUE, 7, -5), "uniform": (_GREEN, 7, 5), "binary": (_RED, 4, 0)}
-    points = torch.special.ndtri((torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000)
+    quantiles = (torch.arange(20_000, dtype=torch.float64, device="cpu") + 0.5) / 20_000
+    points = torch.special.ndtri(quantiles)
     with plt.rc_context(_LOOK):
         figure, (lamps, errors) = plt.subplots(1, 2, figsize=(10.5, 3.6), width_ratios=[6.4, 3.6], layout="constrained")
         x = 0.0
@@ -254,7 +255,7 @@ def _fitted(points: Tensor, code: str, M: int) -> tuple[Tensor, Tensor]:
 
 def _draw_lamps(axis, x: float, code: str, colour: str, bases: Tensor, Wq: Tensor) -> None:
     """A number line at x with the levels on it, and at the height of each its bases as lamps, left of the line."""
-    heights = torch.linspace(-2.6, 2.6, 200)
+    heights = torch.linspace(-2.6, 2.6, 200, device="cpu")
     axis.fill_betweenx(heights.tolist(), x, (x + 0.8 * (-heights.square() / 2).exp()).tolist(), color=_PALE, lw=0)
     axis.plot([x, x], [-2.6, 2.6], color=_GREY, linewidth=1)
     levels = Wq.unique()  # ascending, as the weights are
