@@ -169,7 +169,7 @@ def test_a_foreign_folder_beside_the_file_is_left_alone(tmp_path):
 def test_versions_that_do_not_fit_are_said_and_floats_are_run(tmp_path):
     copy_to(tmp_path, "abcnets.py", "kernels")
     init = tmp_path / "kernels/__init__.py"
-    init.write_text(init.read_text().replace("INTERFACE = 2 ", "INTERFACE = 99 "))
+    init.write_text(init.read_text().replace("INTERFACE = 3 ", "INTERFACE = 99 "))
     said = run(tmp_path, FAST)
     assert "has interface 99" in said and "different versions" in said and "engine: float convolutions" in said
 
