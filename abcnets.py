@@ -607,8 +607,10 @@ def _is_at_least(r: Tensor, threshold) -> Tensor:
     return r.clone().ge_(threshold)
 
 
-def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = False) -> Tensor:
+def _quantized(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = False) -> Tensor:
     """A staircase for any order of the thresholds (T,) and any sign of the half steps (T,); less Aq(0) with `zero`."""
+    if _has_operator(R, thresholds, half_steps):
+        return torch.ops.abcnets.staircase.default(R, thresholds, half_steps, zero)
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(R) not in (Tensor, nn.Parameter):
         # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
@@ -616,6 +618,18 @@ def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = F
         lowest = -2 * torch.where(thresholds <= 0, half_steps, 0).sum() if zero else -half_steps.sum()
         steps = [torch.where(r >= t, 2 * h, 0) for t, h in zip(thresholds, half_steps)]
         return torch.where(r.isnan(), r, sum(steps, lowest)).to(R.dtype)
+    return _staircase(R, thresholds, half_steps, zero)
+
+
+def _has_operator(*tensors: Tensor) -> bool:
+    """Whether the operators below are called through torch, which knows engines for the CPU; tracers see plain torch."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    return all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
+
+
+def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool) -> Tensor:
+    """The operator abcnets::staircase, in plain torch: Aq."""
     thresholds, order = thresholds.sort()
     steps = 2 * half_steps.to(thresholds.dtype)[order]
     lowest = -torch.where(thresholds <= 0, steps, 0).sum() if zero else -steps.sum() / 2
@@ -630,10 +644,37 @@ def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = F
     return Aq
 
 
+def _staircase_backward(R: Tensor, G: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool) -> tuple:
+    """The operator abcnets::staircase_backward, in plain torch: dL/dR, the sums of G [window] and those of G A, (T,).
+
+    With `zero` the latter are of G (A - A(0)).
+    """
+    edges, scales = _scalars(thresholds), _scalars(half_steps)
+    G_R = torch.empty_like(R)
+    near_sums = [0.0] * len(thresholds)
+    above_sums = [0.0] * len(thresholds)
+    total = 0.0
+    for r, g, g_r in _in_cache(R, G, G_R):
+        r = r.to(torch.promote_types(r.dtype, torch.float32))
+        g = g.to(r.dtype)
+        if zero:
+            g = g * r.ne(0)
+        slope = torch.zeros_like(g)
+        for n, (threshold, scale) in enumerate(zip(edges, scales)):
+            near = (r - threshold).abs_().le_(0.5).mul_(g)
+            near_sums[n] = near_sums[n] + near.sum()
+            slope.add_(near.mul_(scale))
+            above_sums[n] = above_sums[n] + _is_at_least(r, threshold).mul_(g).sum()
+        g_r.copy_(slope)
+        total = total + g.sum()
+    below = torch.where(thresholds <= 0, 2, 0) if zero else 1  # 1 + A(0), which is taken away; or 1
+    return G_R, torch.stack(near_sums), 2 * torch.stack(above_sums) - below * total
+
+
 class _QuantizeActivation(torch.autograd.Function):
     @staticmethod
     def forward(R, vs, half_steps, zero):
-        return _staircase(R, _thresholds(vs), half_steps, zero)
+        return _quantized(R, _thresholds(vs), half_steps, zero)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -644,28 +685,12 @@ class _QuantizeActivation(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, G):
         R, vs, half_steps = ctx.saved_tensors
-        thresholds, scales = _scalars(_thresholds(vs)), _scalars(half_steps)
-        G_R = torch.empty_like(R)
-        near_sums = [0.0] * len(vs)
-        above_sums = [0.0] * len(vs)
-        total = 0.0
-        for r, g, g_r in _in_cache(R, G, G_R):
-            r = r.to(torch.promote_types(r.dtype, torch.float32))
-            g = g.to(r.dtype)
-            if ctx.zero:
-                g = g * r.ne(0)
-            slope = torch.zeros_like(g)
-            for n, (threshold, scale) in enumerate(zip(thresholds, scales)):
-                near = (r - threshold).abs_().le_(0.5).mul_(g)
-                near_sums[n] = near_sums[n] + near.sum()
-                slope.add_(near.mul_(scale))
-                above_sums[n] = above_sums[n] + _is_at_least(r, threshold).mul_(g).sum()
-            g_r.copy_(slope)
-            total = total + g.sum()
-        G_vs = half_steps * torch.stack(near_sums).to(half_steps.dtype)
-        below = torch.where(_thresholds(vs) <= 0, 2, 0) if ctx.zero else 1  # 1 + A(0), which is taken away; or 1
-        G_half_steps = (2 * torch.stack(above_sums) - below * total).to(half_steps.dtype)
-        return G_R, G_vs.to(vs.dtype), G_half_steps, None
+        thresholds = _thresholds(vs)
+        through_torch = _has_operator(R, G, thresholds, half_steps)
+        run = torch.ops.abcnets.staircase_backward.default if through_torch else _staircase_backward
+        G_R, near, signs = run(R, G, thresholds, half_steps, ctx.zero)
+        G_vs = half_steps * near.to(half_steps.dtype)
+        return G_R, G_vs.to(vs.dtype), signs.to(half_steps.dtype), None
 
 
 # --------------------------------------------------------------------------- Layers
@@ -1916,13 +1941,22 @@ def _packed_max_pool_fake(words, flips, channels, kernel_size, stride, padding, 
     return words.new_empty((B, *out, P, N))
 
 
+def _staircase_fake(R, thresholds, half_steps, zero):
+    return torch.empty_like(R)
+
+
+def _staircase_backward_fake(R, G, thresholds, half_steps, zero):
+    dtype = torch.promote_types(R.dtype, torch.float32)
+    return torch.empty_like(R), *(thresholds.new_empty(thresholds.shape, dtype=dtype) for _ in range(2))
+
+
 _INTERFACE = 3  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
 
 def _define_operators() -> None:
-    """Define abcnets::packed_conv and packed_max_pool; another copy of this file may have done it in this process."""
+    """Define the operators of namespace abcnets; another copy of this file may have done it in this process."""
     existing = torch.ops.abcnets.interface() if hasattr(torch.ops.abcnets, "interface") else 0
     if hasattr(torch.ops.abcnets, "packed_conv"):
         if existing == _INTERFACE:
@@ -1939,18 +1973,24 @@ def _define_operators() -> None:
         (packed_max_pool, _packed_max_pool_fake,
          "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
          "bool ceil_mode, bool binary) -> Tensor"),
+        (_staircase, _staircase_fake,
+         "(Tensor R, Tensor thresholds, Tensor half_steps, bool zero) -> Tensor"),
+        (_staircase_backward, _staircase_backward_fake,
+         "(Tensor R, Tensor G, Tensor thresholds, Tensor half_steps, bool zero) -> (Tensor, Tensor, Tensor)"),
     ):  # fmt: skip
-        _library.define(plain.__name__ + schema)
-        _library.impl(plain.__name__, functools.partial(_run_operator, plain), "CompositeExplicitAutograd")
-        _library.impl(plain.__name__, torch.library.fallthrough_kernel, "Autograd")  # no gradient, in any engine
-        torch.library.register_fake(f"abcnets::{plain.__name__}", fake, lib=_library)
+        name = plain.__name__.strip("_")
+        _library.define(name + schema)
+        _library.impl(name, functools.partial(_run_operator, plain), "CompositeExplicitAutograd")
+        _library.impl(name, torch.library.fallthrough_kernel, "Autograd")  # no gradient, in any engine
+        torch.library.register_fake(f"abcnets::{name}", fake, lib=_library)
 
 
-def _run_operator(plain, x: Tensor, *arguments) -> Tensor:
+def _run_operator(plain, x: Tensor, *arguments) -> Tensor | tuple:
     """What runs where no engine is registered: perhaps none was looked for yet, as in a program that was exported."""
     if "engine" in _engine(x.device.type):
-        return getattr(torch.ops.abcnets, plain.__name__)(x, *arguments)
-    _warn_without_engine(x.device.type)
+        return getattr(torch.ops.abcnets, plain.__name__.strip("_"))(x, *arguments)
+    if plain not in (_staircase, _staircase_backward):  # with which one trains, also without an engine
+        _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 
 
@@ -2262,7 +2302,7 @@ class PackedLayer(nn.Module):
         Aq = x
         if self.activation_bases:
             half_steps = _half_steps(self.betas, len(self.thresholds))
-            Aq = _staircase(x, self.thresholds, half_steps, self.zero is not None)
+            Aq = _quantized(x, self.thresholds, half_steps, self.zero is not None)
         Wq, bias = self._float_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)

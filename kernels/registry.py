@@ -1,4 +1,4 @@
-"""Which engine runs the packed operators on a device: `abcnets.py` asks once for each, at its first packed call."""
+"""Which engine runs the operators on a device: `abcnets.py` asks once for each, at the first call of one."""
 
 import importlib
 
@@ -7,11 +7,13 @@ import torch
 NAMES = {"cpu": "numba", "cuda": "numba-cuda"}
 NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda[cu13]"}
 
+OPERATORS = ("packed_conv", "packed_max_pool", "staircase", "staircase_backward")  # an engine has some or all
+
 _libraries = {}  # an operator's implementation lives as long as its library object
 
 
 def register(abcnets, device: str, forked: bool = False) -> dict:
-    """Give the operators abcnets::packed_conv and abcnets::packed_max_pool their fastest implementation on a device.
+    """Give the operators of abcnets (`OPERATORS`) their fastest implementation on a device.
 
     Args:
         abcnets: the module that asks, whose plain operators run what an engine does not compute.
@@ -28,6 +30,7 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         if forked:
             importlib.import_module(".cpu.system", __package__).after_fork()
         engine = importlib.import_module(f".{device}.engine", __package__)
+        engine.plain = engine.plain or abcnets
         engine.try_it()
     except Exception as error:  # whatever is missing, too old or broken, layers must still compute
         reason = str(error).strip().splitlines() or [type(error).__name__]
@@ -37,10 +40,11 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
 
 
 def implement(device: str, engine, abcnets) -> None:
-    """Make an engine's packed_conv and packed_max_pool the device's; once, however often it is asked."""
+    """Make an engine's operators the device's; once, however often it is asked."""
     if device not in _libraries:
         engine.plain = abcnets
         library = torch.library.Library("abcnets", "IMPL")
-        for operator in ("packed_conv", "packed_max_pool"):
-            library.impl(operator, getattr(engine, operator), device.upper())
+        for operator in OPERATORS:
+            if hasattr(engine, operator):
+                library.impl(operator, getattr(engine, operator), device.upper())
         _libraries[device] = library

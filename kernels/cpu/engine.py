@@ -1,4 +1,4 @@
-"""The CPU engine: the operators `abcnets::packed_conv` and `abcnets::packed_max_pool` on Numba kernels.
+"""The CPU engine: the operators of abcnets (`packed_conv`, `packed_max_pool`; `staircase`, to train) on Numba kernels.
 
 This file is what happens around a kernel: who may use it, what is prepared once and kept, how a call is described.
 
@@ -8,7 +8,7 @@ This file is what happens around a kernel: who may use it, what is prepared once
                 each take one from the plan's list, so threads never share one.
 
 Float64 input, more than eight activation bases (four in the binary code, which then has fifteen thresholds), float
-activations (no bases) and NaN go to the plain implementation.
+activations (no bases) and NaN go to the plain implementation. Of the staircase: all but float32 and bfloat16.
 """
 
 import ctypes
@@ -23,13 +23,14 @@ import torch
 from .. import layout
 from ..cache import Beside, Recent
 from . import system
-from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, WORDS, Job, PoolJob
+from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, STAIRCASE_BLOCK, WORDS, Job, PoolJob, StaircaseJob
 
 logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels took to compile
 
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after the other
+STAIRCASE_PAYS_THREADS = 32_768  # elements, as where torch's own element-wise operations begin to use them
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
@@ -61,6 +62,10 @@ def try_it() -> None:
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
     pays(1, 1, 2, 1)
+    R, halves = torch.tensor([-2.0, 0.0, 3.0], device="cpu"), torch.tensor([0.5], device="cpu")
+    Aq, G_R = staircase(R, halves, halves, False), staircase_backward(R, R, halves, halves, False)[0]
+    if Aq.tolist() != [-0.5, -0.5, 0.5] or G_R.tolist() != [0, 0, 0]:
+        raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-0.5, -0.5, 0.5]")
 
 
 # --------------------------------------------------------------------------- the convolution
@@ -372,3 +377,80 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
 
 
 _pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
+
+
+# --------------------------------------------------------------------------- the activation quantizer
+
+
+def staircase(R, thresholds, half_steps, zero):
+    """abcnets::staircase, as abcnets.py documents it."""
+    if not _is_computed(R, thresholds):
+        return plain._staircase(R, thresholds, half_steps, zero)
+    thresholds, order = thresholds.sort()
+    # The plain sweeps themselves say what the levels are, at one value each, so both agree to the bit.
+    value_on_each = torch.cat([thresholds.new_full((1,), -torch.inf), thresholds])
+    levels = plain._staircase(value_on_each, thresholds, half_steps[order], zero)
+    Aq = torch.empty_like(R)
+    _run_staircase("forward", R, Aq, thresholds, levels=levels)
+    return Aq
+
+
+def staircase_backward(R, G, thresholds, half_steps, zero):
+    """abcnets::staircase_backward, as abcnets.py documents it."""
+    if not _is_computed(R, thresholds) or G.dtype is not R.dtype:
+        return plain._staircase_backward(R, G, thresholds, half_steps, zero)
+    G_R, T = torch.empty_like(R), len(thresholds)
+    half_steps = half_steps.float().contiguous()
+    sums = _run_staircase("backward", R, G_R, thresholds.contiguous(), gradient=G, half_steps=half_steps, zero=zero)
+    near, above, total = sums[:T], sums[T : 2 * T], sums[2 * T]
+    below = np.where(thresholds.numpy() <= 0, 2, 0) if zero else 1
+    return G_R, torch.from_numpy(near).float(), torch.from_numpy(2 * above - below * total).float()
+
+
+def _is_computed(R, thresholds) -> bool:
+    return R.dtype in (torch.float32, torch.bfloat16) and thresholds.dtype is torch.float32
+
+
+def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None, half_steps=None, zero=False):
+    """Run a kernel; returns the sums of all threads, float64 [2 T + 1]."""
+    R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
+    gradient = None if gradient is None else _laid_out_like(output, gradient)
+    threads = system.thread_count() if count >= STAIRCASE_PAYS_THREADS else 1
+    sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # each thread's in cache lines of its own
+    scratch = torch.empty(threads * 3 * STAIRCASE_BLOCK, dtype=torch.float32, device="cpu")
+    job = StaircaseJob(
+        input=R.data_ptr(),
+        gradient=0 if gradient is None else gradient.data_ptr(),
+        output=system.in_large_pages(output).data_ptr(),
+        count=count,
+        bfloat16=R.dtype is torch.bfloat16,
+        zero=zero,
+        threshold_count=T,
+        thresholds=thresholds.data_ptr(),
+        levels=0 if levels is None else levels.data_ptr(),
+        half_steps=0 if half_steps is None else half_steps.data_ptr(),
+        sums=_address(sums),
+        sums_stride=sums.strides[0],
+        scratch=scratch.data_ptr(),
+        threads=threads,
+    )
+    if threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
+    system.run(_staircase_kernels()[direction], ctypes.addressof(job), threads)
+    return sums.sum(0)[: 2 * T + 1]
+
+
+def _laid_out_like(output, tensor):
+    """The tensor, or a copy whose elements lie in memory in the order of the output's.
+
+    The output came from `empty_like(R)`, which has no gaps and keeps R's strides exactly where R has none.
+    """
+    return tensor if tensor.stride() == output.stride() else torch.empty_like(output).copy_(tensor)
+
+
+@functools.cache
+def _staircase_kernels() -> dict:
+    from . import staircase
+
+    return {"forward": staircase.forward_kernel().address, "backward": staircase.backward_kernel().address}

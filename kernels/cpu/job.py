@@ -114,3 +114,35 @@ class PoolJob(ctypes.Structure):
 
 
 POOL_JOB_DTYPE = np.dtype(PoolJob)
+
+
+STAIRCASE_BLOCK = 2048  # elements: R, G and dL/dR of one block (24 KB) stay in the first-level cache
+
+
+class StaircaseJob(ctypes.Structure):
+    """One pass of the activation quantizer, forward or backward."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "input",  # R, [count] in the order in which it lies in memory
+            "gradient",  # G, or 0 forward
+            "output",  # Aq or dL/dR
+            "count",
+            "bfloat16",  # 1: input, gradient and output are bfloat16; 0: float32
+            "zero",  # 1: an R of 0 moves nothing
+            "threshold_count",  # T
+            "thresholds",  # float32 [T], ascending for the forward pass
+            "levels",  # float32 [T + 1], or 0 backward
+            "half_steps",  # float32 [T], or 0 forward
+            "sums",  # float64 [thread][T near, T above, 1], or 0 forward
+            "sums_stride",  # from one thread's sums to the next
+            "scratch",  # float32 [thread][3][STAIRCASE_BLOCK]
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+        )
+    ]
+
+
+STAIRCASE_JOB_DTYPE = np.dtype(StaircaseJob)

@@ -19,7 +19,7 @@ from pathlib import Path
 from zlib import crc32
 
 from llvmlite import ir
-from numba import cfunc, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -141,6 +141,22 @@ class Emitter:
         builder.branch(head)
         builder.position_at_end(after)
         return now
+
+
+@intrinsic
+def _pointer(typing, address, dtype):
+    """The address as a pointer, which carray takes."""
+
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(signature.return_type))
+
+    return types.CPointer(dtype.dtype)(types.int64, dtype), emit
+
+
+@njit
+def array_at(address, count, dtype):
+    """The `count` numbers of a Numba type at address, as an array."""
+    return carray(_pointer(address, dtype), count)
 
 
 @intrinsic

@@ -1,0 +1,181 @@
+"""The activation quantizer on the CPU: forward and backward in one pass over memory, for training.
+
+    forward     Aq = levels[k] where R has reached k of the T ascending thresholds; NaN stays NaN
+    backward    dL/dR = sum_t h_t G [|R - t| <= 1/2],  and the sums of G [|R - t| <= 1/2] and of G [R >= t] for each t
+
+In plain torch each threshold costs half a dozen sweeps, and what they hold between them is written and read again. Here
+the elements come in blocks that stay in the first-level cache while one loop a threshold runs over them, sixteen at a
+time; so memory is read and written once, whatever T is.
+
+    elements    in the order in which they lie in memory, whichever dimension that is: all that is asked of R, G and the
+                result is the same order
+    float32     is read and written where it lies; bfloat16 is widened into the thread's scratch and rounded at the end
+    a thread    has its own blocks and its own sums: float32 within a block, float64 from block to block
+
+The numbers are those of abcnets.py. A product with 1 or 0 stands where a choice would do, since 0 times an infinite or
+undefined gradient is NaN there too; and no rounding is left to the compiler, but for the order of the sums (`plus`).
+
+Run this file to check and time it: `python -m kernels.cpu.staircase`.
+"""
+
+import functools
+
+import numba
+from numba import carray, float32, njit, types, uint16, uint32
+
+from .job import STAIRCASE_BLOCK, STAIRCASE_JOB_DTYPE
+from .primitives import STAMP, array_at, c_function, call_int
+
+JOB = types.CPointer(numba.from_dtype(STAIRCASE_JOB_DTYPE))
+BLOCK = STAIRCASE_BLOCK
+ONE, ZERO, HALF = float32(1), float32(0), float32(0.5)
+
+
+# --------------------------------------------------------------------------- one threshold over one block
+
+
+@njit
+def choose(r, a, threshold, level):
+    """a = level where r has reached the threshold."""
+    for i in range(len(r)):
+        a[i] = level if r[i] >= threshold else a[i]
+
+
+@njit(fastmath={"reassoc"})
+def plus(a, b):
+    """An addition whose order the compiler may choose: what it takes to add up sixteen sums at once."""
+    return a + b
+
+
+@njit
+def descend(r, g, slope, threshold, half_step):
+    """slope += half_step g [window]; returns the sums of g [window] and of g where r has reached the threshold."""
+    near = above = ZERO
+    for i in range(len(r)):
+        inside = g[i] * (ONE if abs(r[i] - threshold) <= HALF else ZERO)
+        near = plus(near, inside)
+        above = plus(above, g[i] * (ONE if r[i] >= threshold else ZERO))
+        slope[i] += inside * half_step
+    return near, above
+
+
+@njit
+def total_of(g):
+    total = ZERO
+    for i in range(len(g)):
+        total = plus(total, g[i])
+    return total
+
+
+@njit
+def where_not_zero(r, g, masked):
+    """masked = g, but 0 where r is."""
+    for i in range(len(r)):
+        masked[i] = g[i] * (ONE if r[i] != ZERO else ZERO)
+    return masked
+
+
+# --------------------------------------------------------------------------- two kinds of floats
+
+
+@njit
+def read(job, address, first, count, scratch):
+    """`count` elements from `first` on, as an array of float32."""
+    if not job.bfloat16:
+        return array_at(address + 4 * first, count, float32)
+    halves, floats = array_at(address + 2 * first, count, uint16), array_at(scratch, count, uint32)
+    for i in range(count):
+        floats[i] = uint32(halves[i]) << uint32(16)
+    return array_at(scratch, count, float32)
+
+
+@njit
+def result(job, first, count, scratch):
+    """Where float32 results go: into the output itself, or where `write` finds them."""
+    return array_at(scratch if job.bfloat16 else job.output + 4 * first, count, float32)
+
+
+@njit
+def write(job, first, count, scratch):
+    """Round float32 results to bfloat16, to nearest and ties to even; NaN stays NaN."""
+    if not job.bfloat16:
+        return
+    floats, halves = array_at(scratch, count, uint32), array_at(job.output + 2 * first, count, uint16)
+    for i in range(count):
+        bits = floats[i]
+        rounded = (bits + uint32(0x7FFF) + ((bits >> uint32(16)) & uint32(1))) >> uint32(16)
+        is_nan = (bits & uint32(0x7FFFFFFF)) > uint32(0x7F800000)
+        halves[i] = uint16(0x7FC0) if is_nan else uint16(rounded)
+
+
+# --------------------------------------------------------------------------- one thread's share
+
+
+@njit
+def share(job):
+    """(this thread's number, its first block, the block behind its last)."""
+    thread, threads = 0, 1
+    if job.threads > 1:
+        thread, threads = call_int(job.thread_number), call_int(job.thread_count)
+    blocks = (job.count + BLOCK - 1) // BLOCK
+    return thread, blocks * thread // threads, blocks * (thread + 1) // threads
+
+
+@functools.cache
+def forward_kernel(stamp=STAMP):
+    """The function that every thread of the pool runs for Aq."""
+
+    @c_function(types.void(JOB))
+    def forward(jobs):
+        job = carray(jobs, 1)[0]
+        _ = stamp  # makes the edit stamp part of the cache entry's key
+        T = job.threshold_count
+        thresholds, levels = array_at(job.thresholds, T, float32), array_at(job.levels, T + 1, float32)
+        thread, begin, end = share(job)
+        scratch = job.scratch + thread * 12 * BLOCK
+        for block in range(begin, end):
+            first = block * BLOCK
+            count = min(BLOCK, job.count - first)
+            r = read(job, job.input, first, count, scratch)
+            a = result(job, first, count, scratch + 4 * BLOCK)
+            lowest = levels[0]
+            for i in range(count):
+                a[i] = lowest if r[i] == r[i] else r[i]
+            for t in range(T):
+                choose(r, a, thresholds[t], levels[t + 1])
+            write(job, first, count, scratch + 4 * BLOCK)
+
+    return forward
+
+
+@functools.cache
+def backward_kernel(stamp=STAMP):
+    """The function that every thread of the pool runs for dL/dR and the sums."""
+
+    @c_function(types.void(JOB))
+    def backward(jobs):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        T = job.threshold_count
+        thresholds, half_steps = array_at(job.thresholds, T, float32), array_at(job.half_steps, T, float32)
+        thread, begin, end = share(job)
+        sums = array_at(job.sums + thread * job.sums_stride, 2 * T + 1, types.float64)
+        r_scratch = job.scratch + thread * 12 * BLOCK
+        g_scratch, slope_scratch = r_scratch + 4 * BLOCK, r_scratch + 8 * BLOCK
+        for block in range(begin, end):
+            first = block * BLOCK
+            count = min(BLOCK, job.count - first)
+            r = read(job, job.input, first, count, r_scratch)
+            g = read(job, job.gradient, first, count, g_scratch)
+            if job.zero:
+                g = where_not_zero(r, g, array_at(g_scratch, count, float32))
+            slope = result(job, first, count, slope_scratch)
+            slope[:] = ZERO
+            for t in range(T):
+                near, above = descend(r, g, slope, thresholds[t], half_steps[t])
+                sums[t] += near
+                sums[T + t] += above
+            sums[2 * T] += total_of(g)
+            write(job, first, count, slope_scratch)
+
+    return backward
