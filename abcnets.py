@@ -622,17 +622,23 @@ def _quantized(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = F
 
 
 def _has_operator(*tensors: Tensor) -> bool:
-    """Whether the operators below are called through torch, which knows engines for the CPU; tracers see plain torch."""
+    """Whether torch is asked for the operators below, as it knows engines for the CPU; tracers see plain torch."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     return all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
-def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool) -> Tensor:
-    """The operator abcnets::staircase, in plain torch: Aq."""
+def _climb(thresholds: Tensor, half_steps: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The lowest level, the thresholds (T,) in ascending order, and what the staircase rises by at each, (T,)."""
     thresholds, order = thresholds.sort()
     steps = 2 * half_steps.to(thresholds.dtype)[order]
     lowest = -torch.where(thresholds <= 0, steps, 0).sum() if zero else -steps.sum() / 2
+    return lowest, thresholds, steps
+
+
+def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool) -> Tensor:
+    """The operator abcnets::staircase, in plain torch: Aq."""
+    lowest, thresholds, steps = _climb(thresholds, half_steps, zero)
     steps, thresholds = _scalars(steps), _scalars(thresholds)
     Aq = torch.empty_like(R)
     for r, a in _in_cache(R, Aq):
@@ -1987,9 +1993,10 @@ def _define_operators() -> None:
 
 def _run_operator(plain, x: Tensor, *arguments) -> Tensor | tuple:
     """What runs where no engine is registered: perhaps none was looked for yet, as in a program that was exported."""
-    if "engine" in _engine(x.device.type):
+    first_look = x.device.type not in _found
+    if "engine" in _engine(x.device.type) and first_look:
         return getattr(torch.ops.abcnets, plain.__name__.strip("_"))(x, *arguments)
-    if plain not in (_staircase, _staircase_backward):  # with which one trains, also without an engine
+    if plain in (packed_conv, packed_max_pool):  # nobody who trains need have an engine
         _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 

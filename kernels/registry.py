@@ -30,7 +30,6 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         if forked:
             importlib.import_module(".cpu.system", __package__).after_fork()
         engine = importlib.import_module(f".{device}.engine", __package__)
-        engine.plain = engine.plain or abcnets
         engine.try_it()
     except Exception as error:  # whatever is missing, too old or broken, layers must still compute
         reason = str(error).strip().splitlines() or [type(error).__name__]

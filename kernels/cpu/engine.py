@@ -23,7 +23,7 @@ import torch
 from .. import layout
 from ..cache import Beside, Recent
 from . import system
-from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, STAIRCASE_BLOCK, WORDS, Job, PoolJob, StaircaseJob
+from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, STAIRCASE_SCRATCH_BYTES, WORDS, Job, PoolJob, StaircaseJob
 
 logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels took to compile
 
@@ -62,10 +62,11 @@ def try_it() -> None:
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
     pays(1, 1, 2, 1)
-    R, halves = torch.tensor([-2.0, 0.0, 3.0], device="cpu"), torch.tensor([0.5], device="cpu")
-    Aq, G_R = staircase(R, halves, halves, False), staircase_backward(R, R, halves, halves, False)[0]
-    if Aq.tolist() != [-0.5, -0.5, 0.5] or G_R.tolist() != [0, 0, 0]:
-        raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-0.5, -0.5, 0.5]")
+    R, Aq, halves = torch.tensor([-2.0, 0, 3], device="cpu"), torch.empty(3, device="cpu"), np.float32([0.5])
+    _run_staircase("forward", R, Aq, halves, levels=np.float32([-1, 1]))
+    if Aq.tolist() != [-1, -1, 1]:
+        raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-1, -1, 1]")
+    _run_staircase("backward", R, Aq, halves, gradient=R, half_steps=halves)
 
 
 # --------------------------------------------------------------------------- the convolution
@@ -383,27 +384,25 @@ _pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
 
 
 def staircase(R, thresholds, half_steps, zero):
-    """abcnets::staircase, as abcnets.py documents it."""
-    if not _is_computed(R, thresholds):
-        return plain._staircase(R, thresholds, half_steps, zero)
-    thresholds, order = thresholds.sort()
-    # The plain sweeps themselves say what the levels are, at one value each, so both agree to the bit.
-    value_on_each = torch.cat([thresholds.new_full((1,), -torch.inf), thresholds])
-    levels = plain._staircase(value_on_each, thresholds, half_steps[order], zero)
-    Aq = torch.empty_like(R)
-    _run_staircase("forward", R, Aq, thresholds, levels=levels)
-    return Aq
+    """abcnets::staircase, as abcnets.py documents it, to the bit."""
+    if _is_computed(R, thresholds):
+        lowest, ascending, steps = plain._climb(thresholds, half_steps, zero)
+        levels = np.add.accumulate(np.append(_numpy(lowest), _numpy(steps)))  # in the order of the plain sweeps
+        if np.isfinite(levels).all():
+            Aq = torch.empty_like(R)
+            _run_staircase("forward", R, Aq, _numpy(ascending), levels=levels)
+            return Aq
+    return plain._staircase(R, thresholds, half_steps, zero)
 
 
 def staircase_backward(R, G, thresholds, half_steps, zero):
-    """abcnets::staircase_backward, as abcnets.py documents it."""
+    """abcnets::staircase_backward, as abcnets.py documents it; only the sums are rounded less."""
     if not _is_computed(R, thresholds) or G.dtype is not R.dtype:
         return plain._staircase_backward(R, G, thresholds, half_steps, zero)
-    G_R, T = torch.empty_like(R), len(thresholds)
-    half_steps = half_steps.float().contiguous()
-    sums = _run_staircase("backward", R, G_R, thresholds.contiguous(), gradient=G, half_steps=half_steps, zero=zero)
+    G_R, thresholds, T = torch.empty_like(R), _numpy(thresholds), len(thresholds)
+    sums = _run_staircase("backward", R, G_R, thresholds, gradient=G, half_steps=_numpy(half_steps), zero=zero)
     near, above, total = sums[:T], sums[T : 2 * T], sums[2 * T]
-    below = np.where(thresholds.numpy() <= 0, 2, 0) if zero else 1
+    below = np.where(thresholds <= 0, 2, 0) if zero else 1
     return G_R, torch.from_numpy(near).float(), torch.from_numpy(2 * above - below * total).float()
 
 
@@ -416,8 +415,8 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
     gradient = None if gradient is None else _laid_out_like(output, gradient)
     threads = system.thread_count() if count >= STAIRCASE_PAYS_THREADS else 1
-    sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # each thread's in cache lines of its own
-    scratch = torch.empty(threads * 3 * STAIRCASE_BLOCK, dtype=torch.float32, device="cpu")
+    sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # no cache line of two threads
+    scratch = np.empty(threads * STAIRCASE_SCRATCH_BYTES, np.uint8)
     job = StaircaseJob(
         input=R.data_ptr(),
         gradient=0 if gradient is None else gradient.data_ptr(),
@@ -426,12 +425,12 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
         bfloat16=R.dtype is torch.bfloat16,
         zero=zero,
         threshold_count=T,
-        thresholds=thresholds.data_ptr(),
-        levels=0 if levels is None else levels.data_ptr(),
-        half_steps=0 if half_steps is None else half_steps.data_ptr(),
+        thresholds=_address(thresholds),
+        levels=0 if levels is None else _address(levels),
+        half_steps=0 if half_steps is None else _address(half_steps),
         sums=_address(sums),
         sums_stride=sums.strides[0],
-        scratch=scratch.data_ptr(),
+        scratch=_address(scratch),
         threads=threads,
     )
     if threads > 1:

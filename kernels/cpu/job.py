@@ -117,6 +117,7 @@ POOL_JOB_DTYPE = np.dtype(PoolJob)
 
 
 STAIRCASE_BLOCK = 2048  # elements: R, G and dL/dR of one block (24 KB) stay in the first-level cache
+STAIRCASE_SCRATCH_BYTES = 4 * STAIRCASE_BLOCK * 4  # a thread's: a block of R, of G, of G without zeros, of results
 
 
 class StaircaseJob(ctypes.Structure):
@@ -137,7 +138,7 @@ class StaircaseJob(ctypes.Structure):
             "half_steps",  # float32 [T], or 0 forward
             "sums",  # float64 [thread][T near, T above, 1], or 0 forward
             "sums_stride",  # from one thread's sums to the next
-            "scratch",  # float32 [thread][3][STAIRCASE_BLOCK]
+            "scratch",  # STAIRCASE_SCRATCH_BYTES a thread
             "threads",
             "thread_number",  # addresses, as in Job
             "thread_count",

@@ -23,11 +23,11 @@ import functools
 import numba
 from numba import carray, float32, njit, types, uint16, uint32
 
-from .job import STAIRCASE_BLOCK, STAIRCASE_JOB_DTYPE
+from .job import STAIRCASE_BLOCK as BLOCK
+from .job import STAIRCASE_JOB_DTYPE, STAIRCASE_SCRATCH_BYTES
 from .primitives import STAMP, array_at, c_function, call_int
 
 JOB = types.CPointer(numba.from_dtype(STAIRCASE_JOB_DTYPE))
-BLOCK = STAIRCASE_BLOCK
 ONE, ZERO, HALF = float32(1), float32(0), float32(0.5)
 
 
@@ -132,7 +132,7 @@ def forward_kernel(stamp=STAMP):
         T = job.threshold_count
         thresholds, levels = array_at(job.thresholds, T, float32), array_at(job.levels, T + 1, float32)
         thread, begin, end = share(job)
-        scratch = job.scratch + thread * 12 * BLOCK
+        scratch = job.scratch + thread * STAIRCASE_SCRATCH_BYTES
         for block in range(begin, end):
             first = block * BLOCK
             count = min(BLOCK, job.count - first)
@@ -160,15 +160,16 @@ def backward_kernel(stamp=STAMP):
         thresholds, half_steps = array_at(job.thresholds, T, float32), array_at(job.half_steps, T, float32)
         thread, begin, end = share(job)
         sums = array_at(job.sums + thread * job.sums_stride, 2 * T + 1, types.float64)
-        r_scratch = job.scratch + thread * 12 * BLOCK
-        g_scratch, slope_scratch = r_scratch + 4 * BLOCK, r_scratch + 8 * BLOCK
+        r_scratch = job.scratch + thread * STAIRCASE_SCRATCH_BYTES
+        g_scratch, masked_scratch = r_scratch + 4 * BLOCK, r_scratch + 8 * BLOCK
+        slope_scratch = r_scratch + 12 * BLOCK
         for block in range(begin, end):
             first = block * BLOCK
             count = min(BLOCK, job.count - first)
             r = read(job, job.input, first, count, r_scratch)
             g = read(job, job.gradient, first, count, g_scratch)
             if job.zero:
-                g = where_not_zero(r, g, array_at(g_scratch, count, float32))
+                g = where_not_zero(r, g, array_at(masked_scratch, count, float32))
             slope = result(job, first, count, slope_scratch)
             slope[:] = ZERO
             for t in range(T):
@@ -179,3 +180,41 @@ def backward_kernel(stamp=STAMP):
             write(job, first, count, slope_scratch)
 
     return backward
+
+
+def main() -> None:
+    """Beside the plain operators: is it right, and how many of the bytes that a pass must move it moves a second."""
+    import torch
+
+    import abcnets
+
+    from ..check import demonstrate
+
+    tables = torch.tensor([0.35, 1.0, 1.64]), torch.tensor([0.32, 0.33, 0.32]), True
+    R, G = torch.randn(2, 32, 32, 28, 28, generator=torch.Generator().manual_seed(0)).unbind()
+    pairs = {"float32": (R.relu(), G), "bfloat16": (R.relu().bfloat16(), G.bfloat16())}
+    forwards = {"numba": torch.ops.abcnets.staircase, "plain torch": abcnets._staircase}
+    backwards = {"numba": torch.ops.abcnets.staircase_backward, "plain torch": abcnets._staircase_backward}
+
+    def problem():
+        for dtype, (R, G) in pairs.items():
+            Aq, wanted = (forward(R, *tables) for forward in forwards.values())
+            G_R, wanted_G_R = (backward(R, G, *tables)[0] for backward in backwards.values())
+            if not (torch.equal(Aq, wanted) and torch.equal(G_R, wanted_G_R)):
+                return f"another result than plain torch's, in {dtype}"
+
+    def calls():
+        found = {}
+        for dtype, (R, G) in pairs.items():
+            for form, call in forwards.items():
+                found[f"forward, {dtype}, {form}"] = lambda R, call=call: call(R, *tables), [R], 0, 2 * R.nbytes
+            for form, call in backwards.items():
+                call = lambda R, G=G, call=call: call(R, G, *tables)  # noqa: E731
+                found[f"backward, {dtype}, {form}"] = call, [R], 0, 3 * R.nbytes
+        return found
+
+    demonstrate("staircase", problem, calls)
+
+
+if __name__ == "__main__":
+    main()
