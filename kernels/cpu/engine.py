@@ -385,25 +385,26 @@ _pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
 
 def staircase(R, thresholds, half_steps, zero):
     """abcnets::staircase, as abcnets.py documents it, to the bit."""
-    if _is_computed(R, thresholds):
-        lowest, ascending, steps = plain._climb(thresholds, half_steps, zero)
-        levels = np.add.accumulate(np.append(_numpy(lowest), _numpy(steps)))  # in the order of the plain sweeps
-        if np.isfinite(levels).all():
-            Aq = torch.empty_like(R)
-            _run_staircase("forward", R, Aq, _numpy(ascending), levels=levels)
-            return Aq
-    return plain._staircase(R, thresholds, half_steps, zero)
+    if not _is_computed(R, thresholds):
+        return plain._staircase(R, thresholds, half_steps, zero)
+    lowest, ascending, steps = (_numpy(tensor) for tensor in plain._climb(thresholds, half_steps, zero))
+    T, Aq = len(steps), torch.empty_like(R)
+    with np.errstate(all="ignore"):  # what scales of infinite size make of the levels
+        climbs = np.column_stack([np.full(T + 1, lowest), np.tri(T + 1, T, -1, np.float32) * steps])
+        levels = np.add.accumulate(climbs, axis=1)[:, -1].copy()  # one after the other, as the plain sweeps add
+    _run_staircase("forward", R, Aq, ascending, levels=levels)
+    return Aq
 
 
 def staircase_backward(R, G, thresholds, half_steps, zero):
     """abcnets::staircase_backward, as abcnets.py documents it; only the sums are rounded less."""
     if not _is_computed(R, thresholds) or G.dtype is not R.dtype:
         return plain._staircase_backward(R, G, thresholds, half_steps, zero)
-    G_R, thresholds, T = torch.empty_like(R), _numpy(thresholds), len(thresholds)
-    sums = _run_staircase("backward", R, G_R, thresholds, gradient=G, half_steps=_numpy(half_steps), zero=zero)
-    near, above, total = sums[:T], sums[T : 2 * T], sums[2 * T]
-    below = np.where(thresholds <= 0, 2, 0) if zero else 1
-    return G_R, torch.from_numpy(near).float(), torch.from_numpy(2 * above - below * total).float()
+    G_R, T = torch.empty_like(R), len(thresholds)
+    tables = {"gradient": G, "half_steps": _numpy(half_steps), "zero": zero}
+    near, above, total = _run_staircase("backward", R, G_R, _numpy(thresholds), **tables).split([T, T, 1])
+    below = torch.where(thresholds <= 0, 2, 0) if zero else 1
+    return G_R, near.float(), (2 * above - below * total).float()
 
 
 def _is_computed(R, thresholds) -> bool:
@@ -411,7 +412,7 @@ def _is_computed(R, thresholds) -> bool:
 
 
 def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None, half_steps=None, zero=False):
-    """Run a kernel; returns the sums of all threads, float64 [2 T + 1]."""
+    """Run a kernel; returns the sums of all threads, float64 (2 T + 1,), which are 0 forward."""
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
     gradient = None if gradient is None else _laid_out_like(output, gradient)
     threads = system.thread_count() if count >= STAIRCASE_PAYS_THREADS else 1
@@ -437,7 +438,7 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
         pool = system.pool()
         job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
     system.run(_staircase_kernels()[direction], ctypes.addressof(job), threads)
-    return sums.sum(0)[: 2 * T + 1]
+    return torch.from_numpy(sums).sum(0)[: 2 * T + 1]
 
 
 def _laid_out_like(output, tensor):

@@ -1,0 +1,322 @@
+"""The activation quantizer on the CPU engine against plain torch: the same bits, sums that are rounded less."""
+
+import math
+import subprocess
+import sys
+import threading
+import warnings
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import abcnets
+
+pytest.importorskip("numba")
+from kernels.cpu import engine as cpu_engine
+from kernels.cpu.job import STAIRCASE_BLOCK
+
+abcnets.engines()  # loads them
+forward, backward = torch.ops.abcnets.staircase, torch.ops.abcnets.staircase_backward
+THRESHOLDS, HALF_STEPS = torch.tensor([0.2, 1.1, 0.6]), torch.tensor([0.4, 0.3, 0.2])
+
+
+@pytest.fixture(autouse=True)
+def same_threads_afterwards(threads):
+    pass
+
+
+@pytest.fixture
+def runs(monkeypatch):
+    """The directions in which the engine's kernels were run."""
+    directions, run = [], cpu_engine._run_staircase
+    monkeypatch.setattr(cpu_engine, "_run_staircase", lambda way, *a, **k: directions.append(way) or run(way, *a, **k))
+    return directions
+
+
+def same(a, b):
+    """The same numbers bit for bit, and NaN in the same places; but a zero may have either sign, which torch's own
+    `clamp` leaves to the instructions that it is compiled to."""
+    numbers = torch.equal(a.nan_to_num(0, math.inf, -math.inf), b.nan_to_num(0, math.inf, -math.inf))
+    return numbers and torch.equal(a.isnan(), b.isnan()) and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+def ordered(x, order):
+    """The same numbers in another order of memory."""
+    if order == "channels last" and x.ndim > 2:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1)
+    if order == "transposed":
+        return x.mT.contiguous().mT if x.ndim > 1 else x
+    if order == "with gaps":
+        return torch.stack([x, x], -1)[..., 1]
+    return x.expand(2, *x.shape) if order == "expanded" else x
+
+
+ORDERS = ("contiguous", "channels last", "transposed", "with gaps", "expanded")
+SHAPES = ((), (0,), (1,), (17,), (3, 5), (2, 0, 4), (STAIRCASE_BLOCK,), (2 * STAIRCASE_BLOCK + 1,), (2, 3, 5, 7),
+          (3, 70, 9), (2, 3, 4, 3, 5), (2, 33, 25, 25))  # the last is for more than one thread  # fmt: skip
+
+
+@st.composite
+def cases(draw):
+    """R, G, thresholds, half steps, zero: values on thresholds and on the windows' edges, and what is no number."""
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    shape, T = draw(st.sampled_from(SHAPES)), draw(st.integers(1, 7))
+    thresholds, half_steps = torch.randn(2, T, generator=generator)
+    if draw(st.booleans()):
+        thresholds[0] = thresholds[-1]  # two that have met
+        half_steps[0] = 0
+    R, G = torch.randn(2, *shape, generator=generator)
+    special = torch.cat([thresholds, thresholds - 0.5, thresholds + 0.5, torch.tensor([0.0, -0.0])])
+    if draw(st.booleans()):
+        special = torch.cat([special, torch.tensor([math.nan, math.inf, -math.inf])])
+    chosen = special[torch.randint(len(special), shape, generator=generator)]
+    R = torch.where(torch.rand(shape, generator=generator) < 0.3, chosen, R)
+    if draw(st.sampled_from([False, False, True])) and G.numel():
+        G.view(-1)[-1] = draw(st.sampled_from([math.nan, math.inf, -math.inf]))
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    R, G = (ordered(x.to(dtype), draw(st.sampled_from(ORDERS[: 5 if x is G else 4]))) for x in (R, G))
+    return R.expand(G.shape) if G.ndim > R.ndim else R, G, thresholds, half_steps, draw(st.booleans())
+
+
+@pytest.mark.filterwarnings("error")
+@settings(max_examples=300, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(cases(), st.integers(1, 2))
+def test_the_numbers_of_plain_torch(case, threads):
+    torch.set_num_threads(threads)
+    R, G, thresholds, half_steps, zero = case
+    assert same(forward(R, thresholds, half_steps, zero), abcnets._staircase(R, thresholds, half_steps, zero))
+    G_R, near, signs = backward(R, G, thresholds, half_steps, zero)
+    wanted_G_R, *wanted = abcnets._staircase_backward(R, G, thresholds, half_steps, zero)
+    assert same(G_R, wanted_G_R)
+    assert [(x.shape, x.dtype) for x in (near, signs)] == [(x.shape, x.dtype) for x in wanted]
+
+    r, g = R.float(), G.double() * (R != 0 if zero else 1)
+    axes = list(range(1, R.ndim + 1))
+    t = thresholds.view(-1, *[1] * R.ndim)
+    inside = g * ((r - t).abs() <= 0.5)
+    sign = torch.where(r >= t, 1, -1) - (torch.where(t <= 0, 1, -1) if zero else 0)
+    size = g.abs().sum().nan_to_num(0, 0).item()
+    assert torch.allclose(near.double(), inside.sum(axes) if axes else inside, 1e-5, 1e-6 * size, equal_nan=True)
+    if g.isfinite().all():  # an infinite sum is one of both infinities, or none
+        assert torch.allclose(signs.double(), (g * sign).sum(axes) if axes else g * sign, 1e-5, 1e-6 * size)
+    else:
+        assert not signs.isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+def test_the_number_of_threads_changes_no_more_than_the_sums_last_bits(dtype, order):
+    R, G = (x.to(dtype).contiguous(memory_format=order) for x in torch.randn(2, 4, 20, 40, 40))
+    results = []
+    for threads in (1, 2, 3, 2, 3):
+        torch.set_num_threads(threads)
+        outputs = backward(R, G, THRESHOLDS, HALF_STEPS, True)
+        results.append([forward(R, THRESHOLDS, HALF_STEPS, True), *outputs])
+    for a, *others in zip(*results):
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-2) for b in others)
+        assert torch.equal(others[0], others[2]) and torch.equal(others[1], others[3])
+    assert all(torch.equal(results[0][k], other[k]) for other in results for k in (0, 1))
+
+
+@pytest.mark.parametrize("half_steps", [[math.inf, 1, 1], [1, math.nan, 1], [3e38, 3e38, 1]])
+def test_scales_that_are_no_numbers(half_steps):
+    R, half_steps = torch.randn(50), torch.tensor(half_steps)
+    for zero in (False, True):
+        assert same(forward(R, THRESHOLDS, half_steps, zero), abcnets._staircase(R, THRESHOLDS, half_steps, zero))
+        G_R = backward(R, R, THRESHOLDS, half_steps, zero)[0]
+        assert same(G_R, abcnets._staircase_backward(R, R, THRESHOLDS, half_steps, zero)[0])
+
+
+def test_thresholds_that_are_no_numbers():
+    for thresholds in (torch.tensor([math.nan, 0.1, math.inf]), torch.tensor([-math.inf, math.nan, 0.1])):
+        R = torch.tensor([-math.inf, math.inf, math.nan, 0, 0.1, -5])
+        assert same(forward(R, thresholds, HALF_STEPS, False), abcnets._staircase(R, thresholds, HALF_STEPS, False))
+        G_R = backward(R, torch.ones(6), thresholds, HALF_STEPS, False)[0]
+        assert same(G_R, abcnets._staircase_backward(R, torch.ones(6), thresholds, HALF_STEPS, False)[0])
+
+
+# What runs where
+
+
+def gradients(R, vs, betas, code="thermometer", zero=False):
+    inputs = [x.detach().clone().requires_grad_() for x in (R, vs, betas)]
+    Aq = abcnets.quantize_activation(*inputs, code, zero)
+    return [Aq, *torch.autograd.grad(Aq.float().square().sum(), inputs)]
+
+
+@pytest.mark.parametrize("zero", [False, True])
+@pytest.mark.parametrize("code, N", [("thermometer", 1), ("thermometer", 3), ("uniform", 3), ("binary", 2), ("binary", 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_code_is_run_by_the_engine(dtype, code, N, zero, runs, monkeypatch):
+    R = torch.randn(6, 8, 9, 9).relu().to(dtype)
+    vs = 0.5 - torch.rand(2**N - 1 if code == "binary" else N)
+    betas = torch.rand(1 if code == "uniform" else N)
+    Aq, *G = gradients(R, vs, betas, code, zero)
+    assert runs == ["forward", "backward"]
+    monkeypatch.setattr(abcnets, "_has_operator", lambda *tensors: False)
+    wanted_Aq, *wanted = gradients(R, vs, betas, code, zero)
+    assert len(runs) == 2 and torch.equal(Aq, wanted_Aq) and torch.equal(G[0], wanted[0])
+    assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-2) for a, b in zip(G, wanted))
+
+
+class Marked(torch.Tensor):
+    pass
+
+
+@pytest.mark.parametrize("R, parameters", [
+    (torch.randn(40, dtype=torch.float64), torch.float32), (torch.randn(40).half(), torch.float32),
+    (torch.randn(40), torch.float64), (torch.randn(40).as_subclass(Marked), torch.float32),
+])  # fmt: skip
+def test_other_tensors_are_left_to_plain_torch(R, parameters, runs):
+    vs, betas = torch.tensor([0.2, -0.4], dtype=parameters), torch.tensor([0.5, 0.25], dtype=parameters)
+    outputs = gradients(R, vs, betas)
+    assert runs == [] and type(outputs[0]) is type(R) and outputs[0].dtype == R.dtype
+    wanted = gradients(R.double(), vs, betas)
+    assert all(torch.allclose(a.double(), b.double(), rtol=1e-2) for a, b in zip(outputs, wanted))
+
+
+def test_compilers_see_plain_torch(runs):
+    R, vs, betas = torch.randn(50), torch.tensor([0.2, -0.4]), torch.tensor([0.5, 0.25])
+    torch._dynamo.reset()
+    compiled = torch.compile(gradients, backend="aot_eager")(R, vs, betas)
+    assert runs == []
+    assert all(torch.allclose(a, b, rtol=1e-4) for a, b in zip(compiled, gradients(R, vs, betas)))
+    assert "staircase" not in str(torch.jit.trace(lambda x: abcnets.quantize_activation(x, vs, betas), R).graph)
+
+
+def test_transforms_and_modes_of_torch():
+    """What changes what a tensor is sees an operator, whose tensors it handles itself."""
+    vs, betas = torch.tensor([0.2, -0.4]), torch.tensor([0.5, 0.25])
+    R, other = torch.randn(2, 50)
+    f = lambda *tensors: abcnets.quantize_activation(*tensors).square().sum()  # noqa: E731
+    by_func = torch.func.grad(f, argnums=(0, 1, 2))(R, vs, betas)
+    assert all(torch.equal(a, b) for a, b in zip(by_func, gradients(R, vs, betas)[1:]))
+    traced = make_fx(lambda R: abcnets.quantize_activation(R, vs, betas))(R)
+    assert torch.equal(traced(other), abcnets.quantize_activation(other, vs, betas))
+    negative = torch.complex(R, other).conj().imag  # which lies in memory without its sign
+    assert negative.is_neg() and torch.equal(
+        abcnets.quantize_activation(negative, vs, betas), abcnets.quantize_activation(-other, vs, betas)
+    )
+    Aq, *G = gradients(R, vs, betas)
+    with torch.device("meta"), torch.autocast("cpu"):
+        assert all(torch.equal(a, b) for a, b in zip(gradients(R, vs, betas), [Aq, *G]))
+        with torch.inference_mode():
+            assert torch.equal(abcnets.quantize_activation(R, vs, betas), Aq)
+
+
+def test_a_gradient_in_another_order_of_memory():
+    R = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
+    G = torch.randn(2, 8, 5, 5)
+    for g in (G, G.to(memory_format=torch.channels_last), G.mT.contiguous().mT):
+        outputs = backward(R, g, THRESHOLDS, HALF_STEPS, True)
+        for a, b in zip(outputs, abcnets._staircase_backward(R, G, THRESHOLDS, HALF_STEPS, True)):
+            assert torch.allclose(a, b, rtol=1e-5, atol=1e-4) and a.stride() == b.stride()
+
+
+def test_calls_at_the_same_time():
+    inputs = [torch.randn(3, 40, 40, 40) for _ in range(4)]
+    wanted = [(forward(R, THRESHOLDS, HALF_STEPS, True), *backward(R, R, THRESHOLDS, HALF_STEPS, True)) for R in inputs]
+    wrong = []
+
+    def work(R, expected):
+        for _ in range(30):
+            results = forward(R, THRESHOLDS, HALF_STEPS, True), *backward(R, R, THRESHOLDS, HALF_STEPS, True)
+            if not all(torch.allclose(a, b) for a, b in zip(results, expected)):
+                wrong.append(R)
+
+    workers = [threading.Thread(target=work, args=pair) for pair in zip(inputs, wanted)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert not wrong
+
+
+# Whole networks, other processes
+
+
+@pytest.mark.parametrize("code", ["thermometer", "binary"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_a_network_learns_the_same_without_it(code, precision, runs, monkeypatch, one_thread):
+    images, labels = torch.randn(64, 1, 12, 12), torch.randint(4, (64,))
+
+    def losses():
+        torch.manual_seed(0)
+        model = abcnets.convert(nn.Sequential(
+            nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU(),
+            nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8 * 36, 4)), 2, 2, code=code)  # fmt: skip
+        optimizer, found = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9), []
+        for _ in range(8):
+            with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
+                loss = nn.functional.cross_entropy(model(images).float(), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    fast = losses()
+    assert runs.count("forward") == runs.count("backward") == 16 and fast[-1] < fast[0]
+    monkeypatch.setattr(abcnets, "_has_operator", lambda *tensors: False)
+    assert losses() == pytest.approx(fast, rel=1e-2) and len(runs) == 32
+
+
+def test_without_an_engine_nothing_is_said(monkeypatch):
+    monkeypatch.setitem(abcnets._found, "cpu", {"missing": "none here", "install": "something"})
+    R = torch.randn(30)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Aq = abcnets._run_operator(abcnets._staircase, R, THRESHOLDS, HALF_STEPS, False)
+        G_R = abcnets._run_operator(abcnets._staircase_backward, R, R, THRESHOLDS, HALF_STEPS, False)[0]
+    assert torch.equal(Aq, abcnets._staircase(R, THRESHOLDS, HALF_STEPS, False)) and G_R.shape == R.shape
+
+
+TRAINS = """
+import sys, warnings
+warnings.simplefilter("error")
+if {without_numba}:
+    sys.modules["numba"] = None
+import torch, abcnets
+assert "numba" not in sys.modules or {without_numba}
+layer, R = abcnets.ABCLinear(70, 9, active=True), torch.randn(40, 70, requires_grad=True)
+with torch.no_grad() if {evaluates_first} else torch.enable_grad():
+    layer(R)
+layer(R).square().sum().backward()
+assert all(p.grad.abs().sum() > 0 for p in (R, *layer.parameters()))
+assert ("engine" in abcnets._found["cpu"]) is not {without_numba}
+"""
+
+IN_A_FORKED_CHILD = """
+import os, signal, torch, abcnets
+torch.set_num_threads(2)
+R, G = torch.randn(2, 8, 64, 30, 30)
+thresholds, half_steps = torch.rand(2, 3)
+def run():
+    outputs = torch.ops.abcnets.staircase_backward(R, G, thresholds, half_steps, False)
+    return [x.numpy() for x in (torch.ops.abcnets.staircase(R, thresholds, half_steps, False), *outputs)]
+expected = run() if {used_before} else [x.numpy() for x in (
+    abcnets._staircase(R, thresholds, half_steps, False),
+    *abcnets._staircase_backward(R, G, thresholds, half_steps, False))]
+child = os.fork()
+if child == 0:
+    signal.alarm(120)  # torch's threads, for which a kernel would wait, are not here
+    os._exit(0 if all(abs(a - b).max() < 0.1 for a, b in zip(run(), expected)) else 1)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.parametrize("script", [
+    TRAINS.format(without_numba=False, evaluates_first=True), TRAINS.format(without_numba=True, evaluates_first=False),
+    IN_A_FORKED_CHILD.format(used_before=True), IN_A_FORKED_CHILD.format(used_before=False),
+])  # fmt: skip
+def test_in_a_fresh_process(script, pytestconfig):
+    if "fork" in script and sys.platform == "win32":
+        pytest.skip("no fork")
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
