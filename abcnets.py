@@ -40,7 +40,8 @@ What is in it, from top to bottom:
     export_onnx                                        one ONNX file, which runs without torch
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
-found when it is first needed. Without it they run as float convolutions, and `fuse` and `export_onnx` are missing.
+found when it is first needed. Without it they run as float convolutions, and `fuse` and `export_onnx` are missing;
+training on a CPU takes longer.
 
 Symbols, used throughout:
 
@@ -537,6 +538,9 @@ def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor, code: str = "therm
     are: windows leave it out.
 
     NaN stays NaN (with no gradient); infinities fall on the outer levels. Only R is kept for the backward pass.
+
+    Where abcnets_kernels has an engine for the CPU, it makes one pass of each direction: the same Aq and dL/dR to the
+    bit, and sums that are rounded less. It is looked for at the first call, and nothing is said where it is missing.
 
     Shape: R any; vs (N,), or (2^N - 1,) in the binary code; betas (N,), or (1,) in the uniform one -> like R, in R's
         dtype. Comparisons are made in float32 or wider.
@@ -1996,7 +2000,7 @@ def _run_operator(plain, x: Tensor, *arguments) -> Tensor | tuple:
     first_look = x.device.type not in _found
     if "engine" in _engine(x.device.type) and first_look:
         return getattr(torch.ops.abcnets, plain.__name__.strip("_"))(x, *arguments)
-    if plain in (packed_conv, packed_max_pool):  # nobody who trains need have an engine
+    if plain in (packed_conv, packed_max_pool):  # not where one trains, which nobody expects to need an engine
         _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 

@@ -137,7 +137,7 @@ def run_step(options) -> None:
     writable(options.results)
     rows = []
     for row in measure_steps(options.weight_bases, options.activation_bases, options.rounds, options.threads,
-                             batch_size=options.batch_size, device=options.device):  # fmt: skip
+                             batch_size=options.batch_size, device=options.device, code=_code(options)):  # fmt: skip
         rows.append(row)
         print("{precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
               "memory {float_mib} -> {binarized_mib} MiB, {memory_ratio} x".format(**row), flush=True)  # fmt: skip
@@ -278,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     layers.add_argument("--images", type=SEVERAL, default=1024, help="training images to measure on (default: 1024)")
     layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
+    step.add_argument("--code", **code)
     step.add_argument("--batch-size", type=COUNT, default=128)
     step.add_argument("--rounds", type=COUNT, default=25)
     compiling = command("compile", run_compile, "time of torch.compile against eager", bases, where)

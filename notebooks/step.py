@@ -17,12 +17,12 @@ from kernels.clock import interleaved_medians, machine
 
 
 def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool,
-                  compiled: bool = False):  # fmt: skip
+                  compiled: bool = False, code=("thermometer", "thermometer")):  # fmt: skip
     """A function that makes one full step (forward, backward, optimizer) of the nine-layer network."""
     torch.manual_seed(0)
     model = nine_layer()
     if M or N:
-        model = abcnets.convert(model, M, N)
+        model = abcnets.convert(model, M, N, code=code)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
@@ -84,7 +84,7 @@ def _peak_resident() -> int:
 
 
 def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None, **common) -> Iterator[dict]:
-    """Time and memory of a step, in both precisions. common: batch_size, device."""
+    """Time and memory of a step, in both precisions. common: batch_size, device, code."""
     kinds = {"float": (None, None), "binarized": (M, N)}
     for mixed in (False, True):
         steps = {name: training_step(*kind, mixed=mixed, **common) for name, kind in kinds.items()}
@@ -94,7 +94,7 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             with torch.multiprocessing.get_context("spawn").Pool(1, use_threads, (threads,)) as pool:
                 mib[name] = pool.apply(step_memory, (kind,), {"mixed": mixed, **common})
         yield {
-            "network": "nine-layer", "M": M, "N": N, "precision": "mixed" if mixed else "float32",
+            "network": "nine-layer", "M": M, "N": N, "code": ",".join(common["code"]), "precision": "mixed" if mixed else "float32",
             "batch_size": common["batch_size"],
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),

@@ -149,7 +149,9 @@ def gradients(R, vs, betas, code="thermometer", zero=False):
 
 
 @pytest.mark.parametrize("zero", [False, True])
-@pytest.mark.parametrize("code, N", [("thermometer", 1), ("thermometer", 3), ("uniform", 3), ("binary", 2), ("binary", 4)])
+@pytest.mark.parametrize("code, N", [
+    ("thermometer", 1), ("thermometer", 3), ("uniform", 3), ("binary", 2), ("binary", 4),
+])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_code_is_run_by_the_engine(dtype, code, N, zero, runs, monkeypatch):
     R = torch.randn(6, 8, 9, 9).relu().to(dtype)

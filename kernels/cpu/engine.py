@@ -63,7 +63,7 @@ def try_it() -> None:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
     pays(1, 1, 2, 1)
     R, Aq, halves = torch.tensor([-2.0, 0, 3], device="cpu"), torch.empty(3, device="cpu"), np.float32([0.5])
-    _run_staircase("forward", R, Aq, halves, levels=np.float32([-1, 1]))
+    _run_staircase("forward", R, Aq, halves, levels=torch.tensor([-1, 1, torch.nan], device="cpu"))
     if Aq.tolist() != [-1, -1, 1]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-1, -1, 1]")
     _run_staircase("backward", R, Aq, halves, gradient=R, half_steps=halves)
@@ -391,8 +391,8 @@ def staircase(R, thresholds, half_steps, zero):
     T, Aq = len(steps), torch.empty_like(R)
     with np.errstate(all="ignore"):  # what scales of infinite size make of the levels
         climbs = np.column_stack([np.full(T + 1, lowest), np.tri(T + 1, T, -1, np.float32) * steps])
-        levels = np.add.accumulate(climbs, axis=1)[:, -1].copy()  # one after the other, as the plain sweeps add
-    _run_staircase("forward", R, Aq, ascending, levels=levels)
+        levels = np.add.accumulate(climbs, axis=1)[:, -1]  # one after the other, as the plain sweeps add
+    _run_staircase("forward", R, Aq, ascending, levels=torch.from_numpy(np.append(levels, np.float32(np.nan))))
     return Aq
 
 
@@ -415,6 +415,7 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
     """Run a kernel; returns the sums of all threads, float64 (2 T + 1,), which are 0 forward."""
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
     gradient = None if gradient is None else _laid_out_like(output, gradient)
+    levels = None if levels is None else levels.to(R.dtype)
     threads = system.thread_count() if count >= STAIRCASE_PAYS_THREADS else 1
     sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # no cache line of two threads
     scratch = np.empty(threads * STAIRCASE_SCRATCH_BYTES, np.uint8)
@@ -427,7 +428,7 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
         zero=zero,
         threshold_count=T,
         thresholds=_address(thresholds),
-        levels=0 if levels is None else _address(levels),
+        levels=0 if levels is None else levels.data_ptr(),
         half_steps=0 if half_steps is None else _address(half_steps),
         sums=_address(sums),
         sums_stride=sums.strides[0],

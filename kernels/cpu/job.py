@@ -134,7 +134,7 @@ class StaircaseJob(ctypes.Structure):
             "zero",  # 1: an R of 0 moves nothing
             "threshold_count",  # T
             "thresholds",  # float32 [T], ascending for the forward pass
-            "levels",  # float32 [T + 1], or 0 backward
+            "levels",  # [T + 1] and NaN, of the output's kind; or 0 backward
             "half_steps",  # float32 [T], or 0 forward
             "sums",  # float64 [thread][T near, T above, 1], or 0 forward
             "sums_stride",  # from one thread's sums to the next

@@ -9,7 +9,8 @@ time; so memory is read and written once, whatever T is.
 
     elements    in the order in which they lie in memory, whichever dimension that is: all that is asked of R, G and the
                 result is the same order
-    float32     is read and written where it lies; bfloat16 is widened into the thread's scratch and rounded at the end
+    float32     is read and written where it lies; bfloat16 is widened into the thread's scratch, and rounded at the end
+                (the levels before they are chosen from)
     a thread    has its own blocks and its own sums: float32 within a block, float64 from block to block
 
 The numbers are those of abcnets.py. A product with 1 or 0 stands where a choice would do, since 0 times an infinite or
@@ -31,14 +32,20 @@ JOB = types.CPointer(numba.from_dtype(STAIRCASE_JOB_DTYPE))
 ONE, ZERO, HALF = float32(1), float32(0), float32(0.5)
 
 
-# --------------------------------------------------------------------------- one threshold over one block
+# --------------------------------------------------------------------------- one block
 
 
 @njit
-def choose(r, a, threshold, level):
-    """a = level where r has reached the threshold."""
+def climb(r, a, thresholds, levels):
+    """a = levels[k] where r has reached k of the ascending thresholds, and the last entry, NaN, where r is NaN."""
+    lowest, level, nan, threshold = levels[0], levels[1], levels[-1], thresholds[0]
     for i in range(len(r)):
-        a[i] = level if r[i] >= threshold else a[i]
+        below = lowest if r[i] == r[i] else nan
+        a[i] = level if r[i] >= threshold else below
+    for t in range(1, len(thresholds)):
+        threshold, level = thresholds[t], levels[t + 1]
+        for i in range(len(r)):
+            a[i] = level if r[i] >= threshold else a[i]
 
 
 @njit(fastmath={"reassoc"})
@@ -90,16 +97,8 @@ def read(job, address, first, count, scratch):
 
 
 @njit
-def result(job, first, count, scratch):
-    """Where float32 results go: into the output itself, or where `write` finds them."""
-    return array_at(scratch if job.bfloat16 else job.output + 4 * first, count, float32)
-
-
-@njit
-def write(job, first, count, scratch):
-    """Round float32 results to bfloat16, to nearest and ties to even; NaN stays NaN."""
-    if not job.bfloat16:
-        return
+def round_to_bfloat16(job, first, count, scratch):
+    """float32 results in the scratch -> the output, to nearest and ties to even; NaN stays NaN."""
     floats, halves = array_at(scratch, count, uint32), array_at(job.output + 2 * first, count, uint16)
     for i in range(count):
         bits = floats[i]
@@ -130,20 +129,18 @@ def forward_kernel(stamp=STAMP):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
         T = job.threshold_count
-        thresholds, levels = array_at(job.thresholds, T, float32), array_at(job.levels, T + 1, float32)
+        thresholds = array_at(job.thresholds, T, float32)
         thread, begin, end = share(job)
-        scratch = job.scratch + thread * STAIRCASE_SCRATCH_BYTES
         for block in range(begin, end):
             first = block * BLOCK
             count = min(BLOCK, job.count - first)
-            r = read(job, job.input, first, count, scratch)
-            a = result(job, first, count, scratch + 4 * BLOCK)
-            lowest = levels[0]
-            for i in range(count):
-                a[i] = lowest if r[i] == r[i] else r[i]
-            for t in range(T):
-                choose(r, a, thresholds[t], levels[t + 1])
-            write(job, first, count, scratch + 4 * BLOCK)
+            r = read(job, job.input, first, count, job.scratch + thread * STAIRCASE_SCRATCH_BYTES)
+            if job.bfloat16:
+                halves = array_at(job.output + 2 * first, count, uint16)
+                climb(r, halves, thresholds, array_at(job.levels, T + 2, uint16))
+            else:
+                floats = array_at(job.output + 4 * first, count, float32)
+                climb(r, floats, thresholds, array_at(job.levels, T + 2, float32))
 
     return forward
 
@@ -170,14 +167,15 @@ def backward_kernel(stamp=STAMP):
             g = read(job, job.gradient, first, count, g_scratch)
             if job.zero:
                 g = where_not_zero(r, g, array_at(masked_scratch, count, float32))
-            slope = result(job, first, count, slope_scratch)
+            slope = array_at(slope_scratch if job.bfloat16 else job.output + 4 * first, count, float32)
             slope[:] = ZERO
             for t in range(T):
                 near, above = descend(r, g, slope, thresholds[t], half_steps[t])
                 sums[t] += near
                 sums[T + t] += above
             sums[2 * T] += total_of(g)
-            write(job, first, count, slope_scratch)
+            if job.bfloat16:
+                round_to_bfloat16(job, first, count, slope_scratch)
 
     return backward
 
