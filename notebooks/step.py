@@ -94,8 +94,8 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             with torch.multiprocessing.get_context("spawn").Pool(1, use_threads, (threads,)) as pool:
                 mib[name] = pool.apply(step_memory, (kind,), {"mixed": mixed, **common})
         yield {
-            "network": "nine-layer", "M": M, "N": N, "code": ",".join(common["code"]), "precision": "mixed" if mixed else "float32",
-            "batch_size": common["batch_size"],
+            "network": "nine-layer", "M": M, "N": N, "code": ",".join(common["code"]),
+            "precision": "mixed" if mixed else "float32", "batch_size": common["batch_size"],
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),
             "float_mib": round(mib["float"]), "binarized_mib": round(mib["binarized"]),
