@@ -210,6 +210,14 @@ def test_transforms_and_modes_of_torch():
             assert torch.equal(abcnets.quantize_activation(R, vs, betas), Aq)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_operators_are_what_they_say_to_torch(dtype):
+    R, G = (x.to(memory_format=torch.channels_last) for x in torch.randn(2, 4, 5, 6, 3, dtype=dtype))
+    for operator, tensors in ((forward, [R]), (backward, [R, G])):
+        arguments = *tensors, THRESHOLDS, HALF_STEPS, True
+        torch.library.opcheck(operator.default, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_a_gradient_in_another_order_of_memory():
     R = torch.randn(2, 8, 5, 5).to(memory_format=torch.channels_last)
     G = torch.randn(2, 8, 5, 5)

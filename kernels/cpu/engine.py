@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels 
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after the other
-STAIRCASE_PAYS_THREADS = 32_768  # elements, as where torch's own element-wise operations begin to use them
+STAIRCASE_THREADS_PAY_FROM = 32_768  # elements, as where torch's own element-wise operations begin to use them
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
@@ -416,7 +416,7 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
     gradient = None if gradient is None else _laid_out_like(output, gradient)
     levels = None if levels is None else levels.to(R.dtype)
-    threads = system.thread_count() if count >= STAIRCASE_PAYS_THREADS else 1
+    threads = system.thread_count() if count >= STAIRCASE_THREADS_PAY_FROM else 1
     sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # no cache line of two threads
     scratch = np.empty(threads * STAIRCASE_SCRATCH_BYTES, np.uint8)
     job = StaircaseJob(
