@@ -282,7 +282,8 @@ def codes_table() -> str:
         code = next((word[5:] for word in words if word.startswith("code=")), "thermometer").split(",")
         sides = list(zip((M, N), (code[0], code[-1])))
         names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
-        names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
+        if M > 1:
+            names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
         levels = " × ".join("float" if count is None else str(2**count if kind == "binary" else count + 1)
                             for count, kind in sides)  # fmt: skip
         zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"
