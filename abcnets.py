@@ -1677,7 +1677,8 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
             if isinstance(layer, _ABCLayer) and layer.active:
                 M, N, code = _bases_of(layer)
                 groups = getattr(layer, "groups", 1)
-                pays = M and N and _bits_pay(layer.weight.device.type, M, N, layer.spatial_dims, groups)
+                geometry = layer.spatial_dims, groups
+                pays = M and N and _bits_pay(layer.weight.device.type, M, N, len(layer.vs), *geometry)
                 engine = "bits" if pays else "float" if M else ""
         biases = 0 if layer.bias is None else O
         # of the activations' bases: before packing, one scale where all are one; after it N, and the level of 0
@@ -2034,12 +2035,12 @@ def engines() -> dict[str, str]:
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
 
-def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int, warn: bool = False) -> bool:
+def _bits_pay(device: str, M: int, N: int, thresholds: int, spatial_dims: int, groups: int, warn=False) -> bool:
     """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
     found = _engine(device)
     if warn and "engine" not in found:
         _warn_without_engine(device)
-    return "engine" in found and found["pays"](M, N, spatial_dims, groups)
+    return "engine" in found and found["pays"](M, N, thresholds, spatial_dims, groups)
 
 
 _bits_pay._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
@@ -2203,7 +2204,8 @@ class PackedLayer(nn.Module):
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
             return True
-        return _bits_pay(device, self.weight_bases, self.activation_bases, self.spatial_dims, self.groups, warn)
+        bases = self.weight_bases, self.activation_bases, len(self.thresholds)
+        return _bits_pay(device, *bases, self.spatial_dims, self.groups, warn)
 
     def forward(self, input: Tensor) -> Tensor:
         words = input.dtype == torch.int64 and self.folded

@@ -15,6 +15,7 @@ from torch import nn
 
 import abcnets
 from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear
+from kernels.cpu.system import has_vector_popcount
 
 OTHERS = ("binary", "uniform")
 PAIRS = [*abcnets.CODES, *itertools.permutations(abcnets.CODES, 2)]
@@ -619,3 +620,10 @@ def test_exported_programs_keep_the_code():
         assert torch.allclose(program.module()(x), packed(x), atol=1e-4)
         compiled = torch.compile(network, backend="aot_eager")
         assert torch.allclose(compiled(x), packed(x), atol=1e-4)
+
+
+def test_auto_runs_floats_where_the_engine_has_no_kernel_for_the_code():
+    """Five digits have 31 thresholds, which no packing is compiled for; five thermometer bases have five."""
+    binary = abcnets.pack(ABCLinear(4, 4, weight_bases=1, activation_bases=5, code="binary", active=True))
+    nested = abcnets.pack(ABCLinear(4, 4, weight_bases=1, activation_bases=5, active=True))
+    assert not binary.runs_bits() and nested.runs_bits() == has_vector_popcount()

@@ -41,9 +41,13 @@ plain = None  # the abcnets module whose operators run what is not computed here
 # --------------------------------------------------------------------------- who may use it
 
 
-def pays(M, N, spatial_dims, groups) -> bool:
+def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
-    return 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()] and N <= MOST_BASES
+    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()]
+
+
+def is_compiled_for(N, thresholds) -> bool:
+    return 1 <= N <= MOST_BASES and thresholds <= MOST_THRESHOLDS
 
 
 def try_it() -> None:
@@ -60,7 +64,7 @@ def try_it() -> None:
     outputs = packed_conv(torch.tensor([-1, 0, 3]).float().view(1, 1, 1, 3), *layer).flatten().tolist()
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
-    pays(1, 1, 2, 1)
+    pays(1, 1, 1, 2, 1)
 
 
 # --------------------------------------------------------------------------- the convolution
@@ -114,7 +118,7 @@ class Layer:
         self._check_shapes(bits, *tensors[1:])
         self.numbers = tuple(_numpy(tensor) for tensor in (alphas, betas, bias, zero))
         finite = all(array is None or np.isfinite(array).all() for array in self.numbers)
-        self.runs = finite and 1 <= self.N <= MOST_BASES and self.T <= MOST_THRESHOLDS
+        self.runs = finite and is_compiled_for(self.N, self.T)
         if self.runs:
             self._make_tables(bits, thresholds, flips, out_thresholds, out_flips)
 
