@@ -2263,8 +2263,9 @@ class PackedLayer(nn.Module):
             x = x.float()
         Aq = x
         if self.activation_bases:
-            half_steps = _half_steps(self.betas, len(self.thresholds))
-            Aq = _staircase(x, self.thresholds, half_steps, self.zero is not None)
+            Aq = _staircase(x, self.thresholds, _half_steps(self.betas, len(self.thresholds)))
+            if self.zero is not None:
+                Aq = Aq - self.zero.to(Aq.dtype)
         Wq, bias = self._float_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)

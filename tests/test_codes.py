@@ -622,6 +622,15 @@ def test_exported_programs_keep_the_code():
         assert torch.allclose(compiled(x), packed(x), atol=1e-4)
 
 
+def test_both_engines_take_the_level_of_zero_from_the_same_tensor():
+    layer = abcnets.pack(ABCLinear(6, 4, weight_bases=2, activation_bases=2, code="binary", active=True), engine="bits")
+    x = torch.randn(3, 6)
+    layer.zero.add_(0.5)
+    by_bits = layer(x)
+    layer.engine = "float"
+    assert torch.allclose(layer(x), by_bits, atol=1e-5)
+
+
 def test_auto_runs_floats_where_the_engine_has_no_kernel_for_the_code():
     """Five digits have 31 thresholds, which no packing is compiled for; five thermometer bases have five."""
     binary = abcnets.pack(ABCLinear(4, 4, weight_bases=1, activation_bases=5, code="binary", active=True))
