@@ -98,7 +98,10 @@ def test_every_geometry_puts_out_in_onnxruntime_what_it_does_in_torch(form, tmp_
     assert expected.isnan().any() and not expected.isnan().all()
 
 
-@pytest.mark.parametrize("form, code", [("fused", "binary"), ("bits", ("uniform", "binary"))])
+CODED = [("fused", "binary"), ("float", "binary"), ("simulation", ("uniform", "binary"))]
+
+
+@pytest.mark.parametrize("form, code", CODED)
 def test_codes_put_out_in_onnxruntime_what_they_do_in_torch(form, code, tmp_path):
     """With falling channels, a max-pool of digits and a level of zero."""
     model, images = chain(2, code=code)

@@ -265,7 +265,7 @@ def ablation_table() -> str:
 
 def coded_runs(M, N, options: str) -> list[dict]:
     """The runs of `make codes` with these bases and options, one a seed."""
-    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"]) == (DATASET, M, N)]
+    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["epochs"]) == (DATASET, M, N, 3)]
     return [r for r in runs if set((r["options"] or "").split()) == CODED | set(options.split())]
 
 
