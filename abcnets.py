@@ -113,7 +113,7 @@ def gaussian_shifts(M: int) -> Tensor:
     """Shifts that lose least on Gaussian weights: the Lloyd-Max thresholds of M + 1 levels (Max 1960, Lloyd 1982).
 
     Levels are their cell's mean, thresholds are midway between levels. Relative squared error of a unit Gaussian:
-    0.363, 0.190, 0.118, 0.058 for M = 1, 2, 3, 5; `even_shifts` gives 0.363, 0.262, 0.118, 0.077.
+    0.363, 0.190, 0.117, 0.058 for M = 1, 2, 3, 5; `even_shifts` gives 0.363, 0.262, 0.118, 0.077.
 
     Shape: (M,), float32, ascending, on the CPU whatever the default device.
     """
@@ -250,7 +250,8 @@ _MOST_BINARY = 8  # whose levels are 2 to that power
 def _check_bases(name: str, count: int, code: str = "thermometer") -> None:
     most = _MOST_BINARY if code == "binary" else _MOST_BASES
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
-        raise ValueError(f"{name} must be a positive integer of at most {most}, or None to leave that side "
+        code = " in the binary code" if code == "binary" else ""
+        raise ValueError(f"{name} must be a positive integer of at most {most}{code}, or None to leave that side "
                          f"float; got {count!r}")  # fmt: skip
 
 
@@ -286,7 +287,10 @@ def _signs(code: str, bases: int, like: Tensor) -> Tensor:
     """S (L, N) of a code: +1 and -1, the lowest level first."""
     levels = torch.arange(_count_of_levels(code, bases), device=like.device)[:, None]
     order = torch.arange(bases, device=like.device)
-    plus = (levels >> order.flip(0) & 1) > 0 if code == "binary" else levels > order
+    if code == "binary":
+        plus = torch.div(levels, 2 ** order.flip(0), rounding_mode="floor") % 2 > 0
+    else:
+        plus = levels > order
     return torch.where(plus, 1.0, -1.0).to(like.dtype)
 
 
@@ -432,16 +436,20 @@ def _levels(W: Tensor, us: Tensor, per_channel: bool, code: str, nearest: bool):
         levels = _nested_levels(*_sums_of_bins(_grouped(W, per_channel), above))
         return levels.diff(dim=1) / 2, levels, above
     M = _bases_with(len(us), code, "us")
-    with torch.autocast(x.device.type, enabled=False):
-        design = _design(code, M, x)
-        for rounds_left in reversed(range((2 if M == 2 else 5) + 1 if nearest else 1)):
-            above = [x >= t[:, None] for t in thresholds.unbind(1)]
-            scales = _tied_scales(*_sums_of_bins(x, above), design)
-            levels = scales @ design.t()
-            if rounds_left:
-                sorted_levels = levels.sort(1).values
-                thresholds = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
+    design = _design(code, M, x)
+    for rounds_left in reversed(range((2 if M == 2 else 5) + 1 if nearest else 1)):
+        above = [x >= t[:, None] for t in thresholds.unbind(1)]
+        scales = _tied_scales(*_sums_of_bins(x, above), design)
+        levels = _matmul(scales[:, None], design.t())[:, 0]
+        if rounds_left:
+            sorted_levels = levels.sort(1).values
+            thresholds = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
     return scales.expand(-1, M), levels, above
+
+
+def _matmul(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of small matrices, as products and sums, which autocast and TF32 leave as exact as they are."""
+    return (a[..., None] * b[..., None, :, :]).sum(-2)
 
 
 def _sums_of_bins(x: Tensor, above: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -469,18 +477,19 @@ def _tied_scales(sums: list[Tensor], counts: list[Tensor], design: Tensor) -> Te
     if design.shape == (2, 2):
         mid, top = torch.where(n > 0, s / n.clamp(min=1), (s / n.clamp(min=1)).flip(1)).unbind(1)
         return torch.stack([(top + mid) / 2, (top - mid) / 2], 1)
-    weighted = n[:, :, None] * design
+    weighted_GLU, product_GU1 = n[:, :, None] * design, _matmul(s[:, None], design).mT
+    gram_GUU = _matmul(design.t(), weighted_GLU)
     if design.shape[1] == 1:
-        return (s @ design) / (weighted * design).sum(1).clamp(min=1)
+        return (product_GU1 / gram_GUU.clamp(min=1))[..., 0]
     # Bins may be empty and the system singular. So it is damped, and what that does is taken back by refinement, which
     # is many times faster than a pseudo-inverse and as good where there is something to fit.
-    gram, product = design.t() @ weighted, (s @ design)[..., None]
-    damping = 1e-4 * gram.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(gram.dtype).tiny
-    inverse = torch.linalg.inv_ex(gram + damping[:, None, None] * torch.eye(design.shape[1], device=s.device)).inverse
-    scales = inverse @ product
+    damping = 1e-4 * gram_GUU.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(design.dtype).tiny
+    damped_GUU = gram_GUU + damping[:, None, None] * torch.eye(design.shape[1]).to(design)
+    inverse_GUU = torch.linalg.inv_ex(damped_GUU).inverse
+    scales_GU1 = _matmul(inverse_GUU, product_GU1)
     for _ in range(3):
-        scales = scales + inverse @ (product - gram @ scales)
-    return scales[..., 0]
+        scales_GU1 = scales_GU1 + _matmul(inverse_GUU, product_GU1 - _matmul(gram_GUU, scales_GU1))
+    return scales_GU1[..., 0]
 
 
 class _QuantizeWeight(torch.autograd.Function):
@@ -506,7 +515,7 @@ class _QuantizeWeight(torch.autograd.Function):
         W, us = ctx.saved_tensors
         per_channel, code, _ = ctx.options
         x, spread, thresholds = _standardize(W, us, per_channel, code)
-        if x.shape[1] == 1:
+        if x.shape[1] == 1 and code == "thermometer":  # one value has no deviation
             spread = torch.ones_like(x)
         half_steps = _levels(W, us, *ctx.options)[1].diff(dim=1)[:, _nesting(us).argsort()] / 2
         G_us = [
@@ -563,14 +572,17 @@ def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor, code: str = "therm
 
 
 def _half_steps(betas: Tensor, thresholds: int) -> Tensor:
-    """h (T,): half of what Aq rises by at each threshold; which code it is can be read off the numbers of both."""
+    """h (T,): half of what Aq rises by at each threshold; which code it is can be read off the numbers of both.
+
+    Differences of betas, in the binary code, are in float32 or wider.
+    """
     if len(betas) == thresholds:
         return betas
     if len(betas) == 1:
         return betas.expand(thresholds)
     wide = betas.to(torch.promote_types(betas.dtype, torch.float32))
     steps = _signs("binary", len(betas), wide).diff(dim=0) / 2
-    return (steps * wide).sum(1).to(betas.dtype)  # a product that autocast leaves in float32
+    return (steps * wide).sum(1)  # a product that autocast leaves in float32
 
 
 def _thresholds(vs: Tensor, code: str = "thermometer") -> Tensor:
@@ -619,9 +631,11 @@ def _quantized(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool = F
         # in one expression, for any tracer
         r = R.to(torch.promote_types(R.dtype, torch.float32))
         half_steps = half_steps.to(r.dtype)
-        lowest = -2 * torch.where(thresholds <= 0, half_steps, 0).sum() if zero else -half_steps.sum()
-        steps = [torch.where(r >= t, 2 * h, 0) for t, h in zip(thresholds, half_steps)]
-        return torch.where(r.isnan(), r, sum(steps, lowest)).to(R.dtype)
+        below = torch.where(thresholds <= 0, 1.0, 0.0).to(r.dtype) if zero else torch.zeros_like(half_steps)
+        steps = [
+            torch.where(r >= t, (1 - b) * 2 * h, -b * 2 * h) for t, b, h in zip(thresholds, below, half_steps)
+        ]  # fmt: skip
+        return torch.where(r.isnan(), r, sum(steps, 0 if zero else -half_steps.sum())).to(R.dtype)
     return _staircase(R, thresholds, half_steps, zero)
 
 
@@ -632,24 +646,31 @@ def _has_operator(*tensors: Tensor) -> bool:
     return all(t.is_cpu and type(t) in (Tensor, nn.Parameter) for t in tensors)
 
 
-def _climb(thresholds: Tensor, half_steps: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """The lowest level, the thresholds (T,) in ascending order, and what the staircase rises by at each, (T,)."""
+def _climb(thresholds: Tensor, half_steps: Tensor, zero: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Where a staircase starts, a scalar; its thresholds in ascending order; the step at each; which count from below.
+
+    With zero a threshold up to 0 counts (1) where it is not reached, so that at 0 there is nothing to add: a value adds
+    (reached - below) step for each threshold.
+    """
     thresholds, order = thresholds.sort()
     steps = 2 * half_steps.to(thresholds.dtype)[order]
-    lowest = -torch.where(thresholds <= 0, steps, 0).sum() if zero else -steps.sum() / 2
-    return lowest, thresholds, steps
+    start = torch.zeros_like(steps[0]) if zero else -steps.sum() / 2
+    return start, thresholds, steps, torch.where(thresholds <= 0, 1.0, 0.0).to(steps) * zero
 
 
 def _staircase(R: Tensor, thresholds: Tensor, half_steps: Tensor, zero: bool) -> Tensor:
     """The operator abcnets::staircase, in plain torch: Aq."""
-    lowest, thresholds, steps = _climb(thresholds, half_steps, zero)
-    steps, thresholds = _scalars(steps), _scalars(thresholds)
+    start, *table = _climb(thresholds, half_steps, zero)
+    thresholds, steps, below = map(_scalars, table)
     Aq = torch.empty_like(R)
     for r, a in _in_cache(R, Aq):
         r = r.to(torch.promote_types(r.dtype, torch.float32))
-        level = r.clamp(lowest, lowest)  # the lowest level everywhere, but a NaN stays a NaN
-        for threshold, step in zip(thresholds, steps):
-            level.add_(_is_at_least(r, threshold).mul_(step))
+        level = r.clamp(start, start)  # the same level everywhere, but a NaN stays a NaN
+        for threshold, step, not_reached in zip(thresholds, steps, below):
+            reached = _is_at_least(r, threshold)
+            if zero:
+                reached.sub_(not_reached)
+            level.add_(reached.mul_(step))
         a.copy_(level)
     return Aq
 
@@ -800,6 +821,10 @@ class _ABCLayer(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         self.active = bool(state)
 
+    def __setstate__(self, state):
+        before_codes = {"code": ("thermometer", "thermometer"), "zero": False, "nearest": True}  # of an older pickle
+        super().__setstate__({**before_codes, **state})
+
     def _apply(self, fn, recurse=True):
         was_meta = any(values is not None and values.is_meta for values in (self.us, self.vs))
         super()._apply(fn, recurse)
@@ -857,7 +882,9 @@ class _ABCLayer(nn.Module):
             raise ValueError(f"bias must have shape ({len(weight)},) to fit the weight, got {tuple(bias.shape)}")
         lengths = [None if values is None else len(values) for values in (us, vs, betas)]
         of_weights, of_activations = _codes(code, None if us is None else 2, None if vs is None else 2)
-        if (vs is None) != (betas is None) or (of_activations == "thermometer" and lengths[1] != lengths[2]):
+        if (vs is None) != (betas is None):
+            raise ValueError(f"vs and betas must be given both or neither, got {lengths[1]} and {lengths[2]} numbers")
+        if of_activations == "thermometer" and lengths[1] != lengths[2]:
             raise ValueError(f"vs and betas must have the same length, got {lengths[1]} and {lengths[2]}")
         bases = {
             "weight_bases": None if us is None else _bases_with(lengths[0], of_weights, "us"),
@@ -893,7 +920,8 @@ def _start_values(name: str, values, count: int, like: dict) -> Tensor:
     values = values(count) if callable(values) else values
     values = torch.as_tensor(values, **like).detach().clone()
     if values.shape != (count,):
-        raise ValueError(f"{name} must be {count} numbers for these bases, got shape {tuple(values.shape)}")
+        numbers = "one number" if count == 1 else f"{count} numbers"
+        raise ValueError(f"{name} must be {numbers} for these bases and this code, got shape {tuple(values.shape)}")
     return values
 
 
@@ -967,7 +995,7 @@ class ABCConv2d(_ABCConv, nn.Conv2d):
         weight, bias: the float parameters, as in nn.Conv2d.
         us, vs, betas: the bases' shifts and scales, as many as said above; None on a side that stays float.
         code (pair of str), zero (bool): as above, with "thermometer" for one base and for a side that stays float.
-        active (bool): travels in the state dict.
+        active (bool): travels in the state dict; code and zero do not, as stride does not.
 
     Raises: ValueError for a count of bases that is not a positive integer, shifts or scales of another length, or
         input of the wrong shape; TypeError for input that is not floating point.
@@ -1099,9 +1127,10 @@ def separate_thresholds(model: nn.Module) -> nn.Module:
     """Keep the thresholds of each layer's activation bases apart, in place: call it after each step of an optimizer.
 
     Two thresholds that meet are one, and get the same gradient from then on: a base is lost for good. So they are moved
-    as little as it takes to be a gap apart, (1/2T) of the root of their mean square where there are T of them. That is
-    the projection onto the set of such thresholds (isotonic regression: Barlow et al. 1972), so thresholds that push
-    one another stay where they push, and those that are apart are not touched.
+    as little as it takes to be a gap apart, half of the mean half step |h| of the layer's staircase; where a staircase
+    follows its input, thresholds are about 2 h apart. That is the projection onto the set of such thresholds (isotonic
+    regression: Barlow et al. 1972), so thresholds that push one another stay where they push, and those that are apart
+    are not touched. Thresholds that are no finite numbers are left alone, with all others of their layer.
 
     Args:
         model: any module; its ABC layers with more than one threshold are looked at, active or not.
@@ -1112,30 +1141,29 @@ def separate_thresholds(model: nn.Module) -> nn.Module:
     for layer in model.modules():
         if isinstance(layer, _ABCLayer) and layer.vs is not None and len(layer.vs) > 1 and not layer.vs.is_meta:
             thresholds = _thresholds(layer.vs)
-            moved = _separated(thresholds)
+            gap = _half_steps(layer.betas, len(thresholds)).abs().mean() / 2
+            moved = _separated(thresholds, gap)
             # Those that stay keep their very bits, which 1/2 - (1/2 - v) need not have.
             layer.vs.copy_(torch.where(moved == thresholds, layer.vs, 0.5 - moved))
     return model
 
 
-def _separated(thresholds: Tensor) -> Tensor:
-    """The nearest thresholds (T,) with gaps of rms / (2 T) between neighbours, in the order they have."""
-    T = len(thresholds)
+def _separated(thresholds: Tensor, gap: Tensor) -> Tensor:
+    """The nearest thresholds (T,) with such gaps between neighbours, in the order they have."""
     sorted, order = thresholds.sort(stable=True)
-    gap = sorted.square().mean().sqrt() / (2 * T)
     is_apart = (sorted.diff() >= gap * (1 - 1e-5)).all()  # as what was moved before is, to rounding
     # With the gaps taken out: nondecreasing, and nearest to y. Value i is max over j <= i of min over k >= i of the
     # mean of y_j..y_k.
-    steps = torch.arange(T, device=thresholds.device)
-    y = sorted.double() - gap.double() * steps
-    sums = F.pad(y.cumsum(0), (1, 0))
+    steps = torch.arange(len(thresholds), device=thresholds.device)
+    spread = gap * steps
+    sums = F.pad((sorted - spread).cumsum(0), (1, 0))
     lengths = steps - steps[:, None] + 1
     means = torch.where(lengths > 0, (sums[1:] - sums[:-1, None]) / lengths.clamp(min=1), torch.inf)
     least = means.flip(1).cummin(1).values.flip(1)
-    nondecreasing = torch.where(lengths > 0, least, -torch.inf).amax(0)
-    moved = (nondecreasing + gap.double() * steps).to(thresholds.dtype)
-    moved = torch.where((moved - sorted).abs() <= 1e-6 * gap, sorted, moved)
-    return torch.where(is_apart, thresholds, torch.empty_like(thresholds).scatter_(0, order, moved))
+    moved = torch.where(lengths > 0, least, -torch.inf).amax(0) + spread
+    moved = torch.where((moved - sorted).abs() <= 1e-5 * gap, sorted, moved)
+    stays = is_apart | ~moved.isfinite().all()
+    return torch.where(stays, thresholds, torch.empty_like(thresholds).scatter_(0, order, moved))
 
 
 def plan(model, weight_bases=3, activation_bases=3, *, filter_fn=None, settings=None,
@@ -1712,7 +1740,8 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
             if isinstance(layer, _ABCLayer) and layer.active:
                 M, N, code = _bases_of(layer)
                 groups = getattr(layer, "groups", 1)
-                pays = M and N and _bits_pay(layer.weight.device.type, M, N, layer.spatial_dims, groups)
+                geometry = layer.spatial_dims, groups
+                pays = M and N and _bits_pay(layer.weight.device.type, M, N, len(layer.vs), *geometry)
                 engine = "bits" if pays else "float" if M else ""
         biases = 0 if layer.bias is None else O
         # of the activations' bases: before packing, one scale where all are one; after it N, and the level of 0
@@ -2085,12 +2114,12 @@ def engines() -> dict[str, str]:
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
 
-def _bits_pay(device: str, M: int, N: int, spatial_dims: int, groups: int, warn: bool = False) -> bool:
+def _bits_pay(device: str, M: int, N: int, thresholds: int, spatial_dims: int, groups: int, warn=False) -> bool:
     """Whether a device's engine runs such a layer's M x N binary convolutions faster than one float convolution."""
     found = _engine(device)
     if warn and "engine" not in found:
         _warn_without_engine(device)
-    return "engine" in found and found["pays"](M, N, spatial_dims, groups)
+    return "engine" in found and found["pays"](M, N, thresholds, spatial_dims, groups)
 
 
 _bits_pay._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
@@ -2148,7 +2177,10 @@ class PackedLayer(nn.Module):
             code, zero: as the ABC layer's.
         """
         super().__init__()
-        self.code = _codes(code, M, None if N == 0 and type(N) is int else N)
+        floats = N == 0 and type(N) is int
+        for name, bases in (("weight_bases", M), ("activation_bases", 1 if floats else N)):
+            _check_bases(name, bases)
+        self.code = _codes(code, M, None if floats else N)
         self.spatial_dims = layer.weight.ndim - 2
         self.out_channels, per_group, *kernel = layer.weight.shape
         self.kernel_size = tuple(kernel)
@@ -2225,9 +2257,9 @@ class PackedLayer(nn.Module):
         self.refresh()
 
     def __setstate__(self, state):
-        if "weight_bases" not in state:
-            raise ValueError("this packed layer was pickled by an older abcnets, which did not say whether it was "
-                             "fused: pack the model anew, and keep it with save_packed")  # fmt: skip
+        if "code" not in state:
+            raise ValueError("this packed layer was pickled by an older abcnets, which did not say all that is to be "
+                             "known of it: pack the model anew, and keep it with save_packed")  # fmt: skip
         super().__setstate__(state)
 
     def __getstate__(self):
@@ -2254,7 +2286,8 @@ class PackedLayer(nn.Module):
             return self.engine == "bits"
         if torch.compiler.is_exporting():  # for machines that are not known yet: bits, which an engine may take there
             return True
-        return _bits_pay(device, self.weight_bases, self.activation_bases, self.spatial_dims, self.groups, warn)
+        bases = self.weight_bases, self.activation_bases, len(self.thresholds)
+        return _bits_pay(device, *bases, self.spatial_dims, self.groups, warn)
 
     def forward(self, input: Tensor) -> Tensor:
         words = input.dtype == torch.int64 and self.folded
@@ -2312,8 +2345,9 @@ class PackedLayer(nn.Module):
             x = x.float()
         Aq = x
         if self.activation_bases:
-            half_steps = _half_steps(self.betas, len(self.thresholds))
-            Aq = _quantized(x, self.thresholds, half_steps, self.zero is not None)
+            Aq = _quantized(x, self.thresholds, _half_steps(self.betas, len(self.thresholds)))
+            if self.zero is not None:
+                Aq = Aq - self.zero.to(Aq.dtype)
         Wq, bias = self._float_weight().to(x.dtype), None if self.bias is None else self.bias.to(x.dtype)
         if self.spatial_dims == 0:
             return F.linear(Aq, Wq, bias)
@@ -2582,7 +2616,7 @@ def _check_metadata(path, metadata: dict, tensors: dict) -> dict:
 def _with_code(layer: dict) -> dict:
     """The description of a layer from before there were codes, in today's words."""
     new = {"code": ["thermometer", "thermometer"], "zero": False}
-    return {**new, **({"nearest": True} if layer.get("kind") == "abc" else {}), **layer}
+    return {**layer, **new, **({"nearest": True} if layer.get("kind") == "abc" else {})}
 
 
 def _is_description(layer) -> bool:

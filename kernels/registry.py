@@ -20,9 +20,9 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         device: "cpu" or "cuda".
         forked: whether this process was forked from one that may have used torch's threads.
 
-    Returns: {"engine": name, "pays": a function (M, N, spatial_dims, groups) -> whether bits are faster there than one
-        float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}. An engine is
-        tried before it is registered, and registering twice is harmless.
+    Returns: {"engine": name, "pays": a function (M, N, thresholds, spatial_dims, groups) -> whether bits are faster
+        there than one float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}.
+        An engine is tried before it is registered, and registering twice is harmless.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return {"missing": "no NVIDIA GPU", "install": ""}

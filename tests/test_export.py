@@ -43,7 +43,7 @@ class Everything(nn.Module):
         return x
 
 
-def chain():
+def chain(N=3, **code):
     """Layers one behind the other, with what `fuse` makes thresholds of; rising and falling channels."""
     torch.manual_seed(0)
     network = nn.Sequential(
@@ -53,7 +53,7 @@ def chain():
     ).eval()  # fmt: skip
     nn.init.normal_(network[5].weight)
     images = torch.randn(5, 1, 14, 14)
-    return abcnets.calibrate(abcnets.convert(network, 2, 3), images, progress=False), images
+    return abcnets.calibrate(abcnets.convert(network, 2, N, **code), images, progress=False), images
 
 
 FORMS = {
@@ -96,6 +96,19 @@ def test_every_geometry_puts_out_in_onnxruntime_what_it_does_in_torch(form, tmp_
         assert y.shape == expected[rows].shape
         assert torch.allclose(y, expected[rows], rtol=1e-4, atol=1e-5, equal_nan=True)
     assert expected.isnan().any() and not expected.isnan().all()
+
+
+CODED = [("fused", "binary"), ("float", "binary"), ("simulation", ("uniform", "binary"))]
+
+
+@pytest.mark.parametrize("form, code", CODED)
+def test_codes_put_out_in_onnxruntime_what_they_do_in_torch(form, code, tmp_path):
+    """With falling channels, a max-pool of digits and a level of zero."""
+    model, images = chain(2, code=code)
+    exported = FORMS[form](model)
+    abcnets.export_onnx(exported, images, tmp_path / "model.onnx")
+    y = in_onnxruntime(tmp_path / "model.onnx", images)
+    assert torch.allclose(y, exported(images), atol=1e-4) and torch.allclose(y, model(images), atol=1e-3)
 
 
 @pytest.mark.parametrize("form", ["float", "fused"])

@@ -26,7 +26,8 @@ def packed_layer(draw: random.Random, dims: int) -> PackedLayer:
     stock = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims]
     geometry = (SIZE, SIZE, *draw.choice([(1,), (3, 1, 1)])) if dims else (SIZE, SIZE)
     M, N = draw.choice([1, 2]), draw.choice([1, 2])
-    layer = PackedLayer(stock(*geometry), M, N, engine=draw.choice(["bits", "bits", "bits", "float"])).eval()
+    how = {"code": draw.choice(["thermometer", "binary"]), "zero": draw.choice([False, True])}
+    layer = PackedLayer(stock(*geometry), M, N, draw.choice(["bits", "bits", "bits", "float"]), **how).eval()
 
     def choose(shape, *values):
         return torch.tensor(values)[torch.randint(len(values), shape, generator=generator)]
@@ -34,8 +35,10 @@ def packed_layer(draw: random.Random, dims: int) -> PackedLayer:
     layer.bits.copy_(torch.randint(2**SIZE, layer.bits.shape, generator=generator))
     layer.alphas.copy_(choose(layer.alphas.shape, 0.25, 0.5, -0.25, 1.0))
     layer.bias.copy_(choose(layer.bias.shape, -0.5, 0.0, 0.25))
-    layer.thresholds.copy_(choose(layer.thresholds.shape, -0.5, 0.0, 0.25, 1.0))
+    layer.thresholds.copy_(choose(layer.thresholds.shape, -0.5, 0.0, 0.25, 1.0).sort().values)
     layer.betas.copy_(choose(layer.betas.shape, 0.5, 1.0, -0.5))
+    if layer.zero is not None:  # any number does here, whatever the level of 0 is
+        layer.zero.copy_(choose((), 0.5, -0.25))
     layer.refresh()
     return layer
 

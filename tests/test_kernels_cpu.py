@@ -241,6 +241,25 @@ def test_binary_bits_out(data, case, out_bases, words_in, threads):
     assert torch.equal(case.run(x), words_of(y, *case.out))
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 1), (9, 7), (13, 13)])
+@pytest.mark.parametrize("bases, binary", [(1, False), (3, False), (2, True), (4, True)])
+def test_bits_out_fill_their_tensor_and_nothing_beside_it(size, bases, binary, monkeypatch):
+    """Compilers have peeled and unrolled the loop over pixels wrongly for odd counts of them."""
+    case, buffers = small_case(size=size, O=70), []
+
+    def between_guards(plan, layer):
+        count = math.prod(plan.output_shape)
+        buffers.append(torch.full((count + 128,), 77, dtype=torch.int64))
+        return buffers[-1][64 : 64 + count].zero_().view(plan.output_shape)
+
+    y = case.run()
+    monkeypatch.setattr(cpu_engine.Plan, "_empty_output", between_guards)
+    thresholds = thresholds_of(bases, 70, torch.Generator().manual_seed(0), binary) * y.std()
+    case.out = thresholds, torch.arange(70) % 3 == 0, bases
+    assert torch.equal(case.run(), words_of(y, *case.out))
+    assert (buffers[0][:64] == 77).all() and (buffers[0][-64:] == 77).all()
+
+
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("N", [1, 2, 3, 4])
 def test_binary_values_on_thresholds_and_beyond(N, order):

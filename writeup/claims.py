@@ -3,8 +3,8 @@
 The words stand in the page exactly so, but for line breaks and markers; where results are missing nothing is borne out.
 """
 
+import math
 import re
-from math import isqrt
 
 from writeup import arithmetic, tables
 
@@ -27,6 +27,8 @@ def of_readme() -> dict[str, bool]:
     return {
         f"on {fewest} thread{'s' * (fewest > 1)} {words}": faster == {1: [], 32: ["M = N = 1"]},
         "int8 is the rival to beat": int8["accuracy"] > max(form["accuracy"] for form in ours),
+        "Two digits on each side do what three nested bases do, with four binary convolutions in the place of nine":
+            abs((tables.coded_accuracy(2, 2, "code=binary") or 0) - (tables.coded_accuracy(3, 3) or math.inf)) < 0.25,
     }
 
 
@@ -55,7 +57,7 @@ def _estimates() -> dict[str, bool]:
     measured = tables.on_one_thread("times_float32")
     return {
         f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
-        f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {isqrt(int(bits // int8))}$": True,
+        f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {math.isqrt(int(bits // int8))}$": True,
         f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {3, 5} <= measured.keys()
         and measured[3] > 1 > measured[5],
         "On one thread, with floats in and out, the largest $M N$": tables.cpu_threads()[:1] == [1],
@@ -92,6 +94,34 @@ def _calibration() -> dict[str, bool]:
             by_norms == [3, 5],
         "With one or two bases it is to move the weights": by_norms == [3, 5],
     }  # fmt: skip
+
+
+def _codes() -> dict[str, bool]:
+    best = arithmetic.code_error
+    rows = {case: tables.coded_accuracy(*case) for case in tables.CODES}
+    there = all(accuracy is not None for accuracy in rows.values())
+    rows = {case: accuracy or 0 for case, accuracy in rows.items()}
+    digits, nested, kept = rows[2, 2, "code=binary"], rows[3, 3, ""], rows[3, 3, "zero"]
+    uniform = rows[2, 2, "code=binary,uniform"]
+    cheap = rows[1, 2, "code=uniform"], rows[1, 2, "code=binary"]
+    size = lambda *case: tables.coded_runs(*case)[0]["packed_bytes"]  # noqa: E731
+    weights = rows[2, None, "code=binary"], rows[2, None, ""], rows[3, None, ""]
+    return {
+        "Two digits leave what three nested bases leave, since both have four levels":
+            abs(best("binary", 2) - best("thermometer", 3)) < 0.001,
+        "three digits nearly what seven nested bases do":
+            best("thermometer", 6) > best("binary", 3) > best("thermometer", 7),
+        "Two digits on each side do what three nested bases do": there and abs(digits - nested) < 0.25,
+        "three quarters of the bytes": there and 0.7 < size(2, 2, "code=binary") / size(3, 3, "") < 0.8,
+        "with it kept they are ahead again": there and kept > max(digits, nested),
+        "keeping it helps two digits just as well": there and digits > rows[2, 2, "no-zero code=binary"],
+        "Three digits on each side are ahead of everything else":
+            there and rows[3, 3, "code=binary"] == max(accuracy for (_, N, _), accuracy in rows.items() if N),
+        "the network lies between the thermometers of two and of three": there and rows[2, 2, ""] < uniform < nested,
+        "a second bit for the activations is worth more than anything else in the table, uniform or not":
+            there and rows[1, 1, ""] + 2 < cheap[0] < cheap[1],
+        "For weights alone the code matters little": there and max(weights) - min(weights) < 0.3,
+    }
 
 
 def _results() -> dict[str, bool]:

@@ -265,7 +265,7 @@ def ablation_table() -> str:
 
 def coded_runs(M, N, options: str) -> list[dict]:
     """The runs of `make codes` with these bases and options, one a seed."""
-    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"]) == (DATASET, M, N)]
+    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["epochs"]) == (DATASET, M, N, 3)]
     return [r for r in runs if set((r["options"] or "").split()) == CODED | set(options.split())]
 
 
@@ -282,7 +282,8 @@ def codes_table() -> str:
         code = next((word[5:] for word in words if word.startswith("code=")), "thermometer").split(",")
         sides = list(zip((M, N), (code[0], code[-1])))
         names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
-        names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
+        if M > 1:
+            names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
         levels = " × ".join("float" if count is None else str(2**count if kind == "binary" else count + 1)
                             for count, kind in sides)  # fmt: skip
         zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"

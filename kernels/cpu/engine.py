@@ -42,9 +42,13 @@ plain = None  # the abcnets module whose operators run what is not computed here
 # --------------------------------------------------------------------------- who may use it
 
 
-def pays(M, N, spatial_dims, groups) -> bool:
+def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
-    return 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()] and N <= MOST_BASES
+    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()]
+
+
+def is_compiled_for(N, thresholds) -> bool:
+    return 1 <= N <= MOST_BASES and thresholds <= MOST_THRESHOLDS
 
 
 def try_it() -> None:
@@ -61,9 +65,9 @@ def try_it() -> None:
     outputs = packed_conv(torch.tensor([-1, 0, 3]).float().view(1, 1, 1, 3), *layer).flatten().tolist()
     if outputs != [-1, 3, 3]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {outputs} instead of [-1, 3, 3]")
-    pays(1, 1, 2, 1)
-    R, Aq, halves = torch.tensor([-2.0, 0, 3], device="cpu"), torch.empty(3, device="cpu"), np.float32([0.5])
-    _run_staircase("forward", R, Aq, halves, levels=torch.tensor([-1, 1, torch.nan], device="cpu"))
+    pays(1, 1, 1, 2, 1)
+    R, Aq, halves = torch.tensor([-2, 0, 3]).float(), torch.zeros(3, dtype=torch.float32), np.float32([0.5])
+    _run_staircase("forward", R, Aq, halves, levels=torch.tensor([-1, 1, torch.nan], dtype=torch.float32))
     if Aq.tolist() != [-1, -1, 1]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-1, -1, 1]")
     _run_staircase("backward", R, Aq, halves, gradient=R, half_steps=halves)
@@ -120,7 +124,7 @@ class Layer:
         self._check_shapes(bits, *tensors[1:])
         self.numbers = tuple(_numpy(tensor) for tensor in (alphas, betas, bias, zero))
         finite = all(array is None or np.isfinite(array).all() for array in self.numbers)
-        self.runs = finite and 1 <= self.N <= MOST_BASES and self.T <= MOST_THRESHOLDS
+        self.runs = finite and is_compiled_for(self.N, self.T)
         if self.runs:
             self._make_tables(bits, thresholds, flips, out_thresholds, out_flips)
 
@@ -387,10 +391,11 @@ def staircase(R, thresholds, half_steps, zero):
     """abcnets::staircase, as abcnets.py documents it, to the bit."""
     if not _is_computed(R, thresholds):
         return plain._staircase(R, thresholds, half_steps, zero)
-    lowest, ascending, steps = (_numpy(tensor) for tensor in plain._climb(thresholds, half_steps, zero))
+    start, ascending, steps, below = (_numpy(tensor) for tensor in plain._climb(thresholds, half_steps, zero))
     T, Aq = len(steps), torch.empty_like(R)
+    reached = np.tri(T + 1, T, -1, np.float32)  # [level][threshold]
     with np.errstate(all="ignore"):  # what scales of infinite size make of the levels
-        climbs = np.column_stack([np.full(T + 1, lowest), np.tri(T + 1, T, -1, np.float32) * steps])
+        climbs = np.column_stack([np.full(T + 1, start), (reached - below) * steps])
         levels = np.add.accumulate(climbs, axis=1)[:, -1]  # one after the other, as the plain sweeps add
     _run_staircase("forward", R, Aq, ascending, levels=torch.from_numpy(np.append(levels, np.float32(np.nan))))
     return Aq

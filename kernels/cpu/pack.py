@@ -148,18 +148,20 @@ def pack_interleaved(job, image, first, words, T):
         for word in range(P):
             channels = job.channels - 64 * word
             nan |= any_nan_64(x + 256 * word, channels)
-            bits = flip = load_word(flips + 8 * word)
-            step = 1 << N
-            for n in range(N):
-                if T == N:
-                    bits = flip ^ word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
-                else:  # the binary code: layout.own_thresholds
-                    t = step // 2 - 1
-                    while t < T:
-                        bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
-                        t += step
-                    step //= 2
+            flip = load_word(flips + 8 * word)
+            if T == N:
+                for n in range(N):
+                    bits = word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
+                    store_word(target + 8 * (word * N + n), bits ^ flip)
+                continue
+            bits, step = flip, 1 << N
+            for n in range(N):  # the binary code: base n goes on from n - 1 (layout.own_thresholds)
+                t = step // 2 - 1
+                while t < T:
+                    bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
+                    t += step
                 store_word(target + 8 * (word * N + n), bits)
+                step //= 2
         x += pixel_stride
     return nan
 

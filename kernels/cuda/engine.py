@@ -39,7 +39,7 @@ _matrix_rung = "mma"
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
 
-def pays(M, N, spatial_dims, groups) -> bool:
+def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
     return 0 < M * N <= BITS_PAY_UP_TO and spatial_dims <= 2 and groups == 1
 
