@@ -59,8 +59,6 @@ from kernels.command import (
 )
 from kernels.report import refill
 
-GIVEN = {field.name for field in fields(Recipe)} - {"dataset", "limit"}  # these two the data know
-
 
 def run_pretrain(options) -> None:
     pretrained(_load(options), options.out, options.results, replace=options.replace, **_given(options))
@@ -76,7 +74,7 @@ def run_finetune(options) -> None:
 def run_evaluate(options) -> None:
     data = _load(options)
     start = _load_float(options, data) if options.M or options.N or options.start_file else None
-    recipe = Recipe.of(data, start, start, **_given(options))
+    recipe = recipe_of(options, data, start)
     path = options.out / f"{recipe.name}.pt"
     if recipe.is_binary:
         model = load_weights(recipe.convert(start), path)
@@ -162,8 +160,14 @@ def _load_float(options, data: Data) -> nn.Module:
 
 
 def _given(options) -> dict:
-    """The fields of a `Recipe` that the command line has."""
-    return {name: value for name, value in vars(options).items() if name in GIVEN}
+    """The fields of a `Recipe` that the command line has, but for those that the data know."""
+    names = {field.name for field in fields(Recipe)} - {"dataset", "limit"}
+    return {name: value for name, value in vars(options).items() if name in names}
+
+
+def recipe_of(options, data: Data, start: nn.Module | None = None) -> Recipe:
+    """What `pretrain` and `finetune` follow: a start network teaches too."""
+    return Recipe.of(data, start, start, **_given(options))
 
 
 def _check_bases(options) -> None:

@@ -95,7 +95,7 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
     _claim(recipe, out, results, replace)
     model, history = pretrain(data, checkpoint=path.with_suffix(".checkpoint"), key=recipe.key(), replace=replace,
                               description=recipe.name, **recipe.training())  # fmt: skip
-    _finish(recipe, model, data, out, results, history, {})
+    _finish(recipe, model, data, out, results, history, recipe.command(), {})
     return model, history
 
 
@@ -178,15 +178,15 @@ def _others(recipe: Recipe, path: Path, table: Path) -> list[str]:
 
 def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | None, out: str | Path,
           results: str | Path, before: dict, replace: bool) -> list[dict]:  # fmt: skip
-    checkpoint = Path(out) / f"{recipe.name}.checkpoint"
+    checkpoint, command = Path(out) / f"{recipe.name}.checkpoint", _command(recipe, Path(out))
     history = finetune(model, data, teacher, checkpoint=checkpoint, key=recipe.key(), replace=replace,
                        description=recipe.name, **recipe.training())  # fmt: skip
-    _finish(recipe, model, data, out, results, history, before)
+    _finish(recipe, model, data, out, results, history, command, before)
     return history
 
 
 def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, results: str | Path, history: list[dict],
-            before: dict) -> None:  # fmt: skip
+            command: str, before: dict) -> None:  # fmt: skip
     """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
     percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before, "accuracy": accuracy(model, data)}
     if not is_main_process():
@@ -197,7 +197,7 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     row = {
         **recipe.row(), **percent, "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
-        "command": _command(recipe, Path(out)), "commit": COMMIT, "recipe": recipe.short,
+        "command": command, "commit": COMMIT, "recipe": recipe.short,
     }  # fmt: skip
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     keep_rows(Path(results) / "runs.csv", [row], by=["run"])
@@ -207,17 +207,17 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
 
 
 def _command(recipe: Recipe, out: Path) -> str:
-    """What repeats a run: a fine-tuning starts from the data set's float network, or, of few images, from theirs.
+    """What repeats a fine-tuning, from wherever in `out` its start network is.
 
-    Empty where the start network is neither of these nor a file that was given: no command has it.
+    Empty where it is nowhere: no command has it.
     """
-    if recipe.start_file or not recipe.is_binary:
+    if recipe.start_file:
         return recipe.command()
     seed = recipe.seed if recipe.float_seed is None else recipe.float_seed
-    for limit in dict.fromkeys((None, recipe.limit)):
-        path = out / f"{Recipe(recipe.dataset, limit=limit, seed=seed).name}.pt"
+    usual = out / f"{run_name(recipe.dataset, seed=seed)}.pt"
+    for path in (usual, *sorted(usual.parent.glob("float*.pt"))):
         if path.exists() and fingerprint(load(path)) == recipe.start:
-            return recipe.command(path if limit else None)
+            return recipe.command(None if path == usual else path)
     return ""
 
 

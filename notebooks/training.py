@@ -214,7 +214,7 @@ def train(
                "images": images, "start": fingerprint(model),
                **({} if teacher is None else {"teacher": fingerprint(teacher), "distill": distill})}  # fmt: skip
 
-    def keep() -> None:
+    def keep(history: list[dict]) -> None:
         if checkpoint and accelerator.is_main_process:
             save({"key": key, "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()},
                  checkpoint)  # fmt: skip
@@ -258,26 +258,27 @@ def train(
             seconds = time.perf_counter() - started
             _average_statistics(model, accelerator)
             tested = accuracy(model, data)
-            history.append({
+            entry = {
                 "epoch": epoch + 1,
                 "loss": round(accelerator.reduce(loss_sum, "mean").item() / (steps * accumulate), 5),
                 "train_accuracy": round(100 * accelerator.reduce(hits, "sum").item() / (steps * batch_size), 3),
                 "test_accuracy": round(tested, 3),
                 "seconds": round(seconds, 2),
-            })  # fmt: skip
+            }
+            keep([*history, entry])
+            history.append(entry)  # now that it can't be lost
             if accelerator.is_main_process:
-                _show(bar, description, history[-1], epochs)
-            keep()
+                _show(bar, description, entry, epochs)
     except KeyboardInterrupt:
         bar.close()
         if accelerator.is_main_process:
-            kept = f"run it again to go on from {checkpoint}" if checkpoint else "nothing is kept of them"
-            print(f"{description}: interrupted after {len(history)} of {epochs} epochs; {kept}", flush=True)
+            how = f"run it again to go on from {checkpoint}" if checkpoint and history else "nothing is kept"
+            print(f"{description}: interrupted after {len(history)} of {epochs} epochs; {how}", flush=True)
         raise
     finally:
         bar.close()
     if not history:  # of no epochs: so that the network is known by its key all the same
-        keep()
+        keep([])
     model.eval()
     return history
 
