@@ -15,7 +15,7 @@ help:
 	@echo "make test     style and tests"
 	@echo "make lab      the notebooks in the browser"
 	@echo "make bench    the speed of kernels and networks, into their results/"
-	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results (hours; resumes)"
+	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results and out (hours; resumes; replaces)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
 	@echo "make codes    what each code is worth, on a third of Fashion-MNIST, three seeds (hours)"
 	@echo "make writeup  writeup/writeup.pdf"

@@ -180,6 +180,7 @@ BASES = checked(lambda text: None if text in ("none", "float") else int(text), "
 CODE = checked(lambda text: tuple(text.split(",")) if "," in text else (text, text),
                f"one or two of {', '.join(abcnets.CODES)},",
                lambda words: len(words) == 2 and set(words) <= set(abcnets.CODES))  # fmt: skip
+PART = checked(float, "a number from 0 to below 1", lambda part: 0 <= part < 1)
 SEVERAL = checked(int, "a whole number above 1", lambda count: count > 1)
 
 
@@ -202,7 +203,7 @@ def command_line() -> Parser:
     training.add_argument("--accumulate", type=COUNT, metavar="PARTS", help="take a batch in so many parts")
     training.add_argument("--lr", type=POSITIVE, help="peak learning rate")
     training.add_argument("--weight-decay", type=POSITIVE_OR_0)
-    training.add_argument("--warmup", type=SHARE, help="of the time, while the rate goes up (default: 0.1)")
+    training.add_argument("--warmup", type=PART, help="of the time, while the rate goes up (default: 0.1)")
     training.add_argument("--exact", type=SHARE, help="of the time, in float32 at the end (default: 0.1)")
     bases = Parser(add_help=False)
     bases.add_argument("--weight-bases", dest="M", type=BASES, default=3, metavar="M", help="3, or none: float")

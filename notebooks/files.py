@@ -25,16 +25,13 @@ def commit() -> str:
     """The commit that this code is, with a + where a Python file differs from it; "" outside a repository."""
 
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
     except (OSError, subprocess.CalledProcessError):  # no git; no repository
         return ""
-
-
-COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
 
 
 class DataError(Refused):

@@ -49,12 +49,13 @@ class Recipe:
     each option that is not the default (`limit` is one), `from=` where the start network is a file of one's own, and
     the seed.
     **Key**: every field, and so the number of epochs and the weights of start network and teacher too. These are in no
-    name: a run of more epochs, or from a float network trained anew, takes the place of the other one. But never
-    unasked: what is kept under a name is resumed or replaced by the very same key only, or where `replace` says so.
+    name: a run of more epochs, or from a float network trained anew, is to take the place of the other one. But never
+    unasked: what is kept under a name is resumed, and replaced, by a run of the very same key or where `replace` says
+    so. In neither is what should make no difference: device, threads, processes, folders.
 
     Args:
         zero: whether a 0 stays 0; None: as the code has it.
-        code: of weights and of activations.
+        code: of weights and of activations; or one word for both.
         float_seed: of the start network, where it is not `seed`.
         images: how many there are to train with; network: the function that builds it.
         start, teacher: fingerprints of their weights; None for none.
@@ -90,9 +91,15 @@ class Recipe:
     start_file: Path | None = field(default=None, compare=False)
 
     def __post_init__(self):
-        for name, value in self.usual().items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)  # as frozen dataclasses do it themselves
+        usual = self.usual()
+        for each in fields(self):
+            value = getattr(self, each.name)
+            value = usual.get(each.name) if value is None else value
+            if each.name == "code" and isinstance(value, str):
+                value = value, value
+            elif each.type == float | None and value is not None:
+                value = float(value)  # one number, one key: 1 is 1.0
+            object.__setattr__(self, each.name, value)  # as a frozen dataclass does it itself
 
     @classmethod
     def of(cls, data: Data, start: nn.Module | None = None, teacher: nn.Module | None = None, **options) -> "Recipe":

@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 from data import Data
-from files import COMMIT, DataError, load, locked, replacing, save, writable
+from files import DataError, commit, load, locked, replacing, save, writable
 from networks import build_network
 from recipe import Recipe, run_name
 from torch import nn
@@ -31,6 +31,7 @@ from kernels.clock import machine
 from kernels.command import Refused
 
 FILL = "python notebooks/experiment.py table --readme"  # as the README's markers name it
+COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
 WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
 
 # --------------------------------------------------------------------------- Tables as files

@@ -328,7 +328,7 @@ def load_checkpoint(path: str | Path) -> dict | None:
         return None
     state = load(path)
     if not {"key", "history", "model", "optimizer"} <= state.keys():
-        raise DataError(f"{path} is no checkpoint of a training run: remove it to begin anew")
+        raise DataError(f"{path} is no checkpoint of a training run, or an older version's: remove it to begin anew")
     return state
 
 

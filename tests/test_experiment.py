@@ -104,7 +104,7 @@ def test_a_terminated_run_is_an_interrupted_one(tmp_path):
 ARGUMENTS = {
     "pretrain": {"device": ["nonsense", "meta", "cuda:99"], "threads": ["0", "-1", "x", "99999"], "limit": ["0", "-5"],
                  "epochs": ["0", "-1", "1.5"], "batch-size": ["0"], "accumulate": ["0"], "lr": ["0", "nan", "inf"],
-                 "warmup": ["-1"], "exact": ["2"], "seed": ["-1"]},
+                 "warmup": ["-1", "1"], "exact": ["2"], "seed": ["-1"]},
     "finetune": {"weight-bases": ["0", "-1", "many"], "activation-bases": ["0"], "epochs": ["-1"], "distill": ["1.5"],
                  "calibrate": ["-1"], "float-seed": ["-1"], "lr-activation": ["0"], "weight-decay": ["-1"],
                  "code": ["", "ternary", "binary,", "binary,uniform,uniform"]},

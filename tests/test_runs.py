@@ -149,8 +149,20 @@ def test_names_of_runs():
     assert Recipe("fashion-mnist", 3, 3).name == Recipe("fashion-mnist", 3, 3, epochs=6).name == "fashion-mnist/M3-N3"
     assert Recipe("digits", 2, 2, calibrate=2048, distill=0.5, lr=1e-3, code=("thermometer",) * 2).options == ""
     assert Recipe("digits", 1, 1, lr=1e-3).options == "lr=0.001"  # where one base is, 0.003 is the default
+    one, same = (Recipe("digits", 2, 2, lr=lr, code=code) for lr, code in ((1, "binary"), (1.0, ("binary", "binary"))))
+    assert one.short == same.short and one.options == same.options == "code=binary lr=1"
     odd = Recipe("digits", 2, 2, zero=False, code=("binary", "uniform"), distill=0.0, lr=1 / 3, limit=1234567)
     assert odd.options == f"no-zero code=binary,uniform distill=0 lr={1 / 3!r} limit=1234567"
+
+
+def test_the_recorded_runs_keep_their_names(few_digits):
+    """Each by its own command, as the command line reads it today."""
+    rows = read_csv(RESULTS / "runs.csv").to_dict("records")
+    for row in rows:
+        options = command_line().parse_args(shlex.split(row["command"])[2:])
+        recipe = recipe_of(options, dataclasses.replace(few_digits, name=row["dataset"], limit=options.limit))
+        assert (recipe.name, recipe.options, recipe.epochs) == (row["run"], row["options"], row["epochs"])
+        assert recipe.command() == row["command"]
 
 
 OTHERS = {"per_layer": True, "even_shifts": True, "learn_shifts": True, "scale_gradient": True, "zero": True,
