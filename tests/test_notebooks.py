@@ -50,7 +50,7 @@ def record(results):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The folder into which both notebooks were executed, one after the other as `make run` does it, in fewer epochs."""
+    """The folder into which both notebooks were executed, one after the other as `make run` does it, but shorter."""
     out = tmp_path_factory.mktemp("notebooks")
     record(out / "results")
     common = {"dataset": "digits", "epochs": 4, "finetune_epochs": 4}
