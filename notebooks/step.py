@@ -1,6 +1,7 @@
 """What a training step costs, binarized against float; what torch.compile makes of it; what a forward pass costs.
 
-`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case.
+`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case, into out/results;
+the tracked table is `experiment.py step --results notebooks/results`.
 """
 
 import functools
