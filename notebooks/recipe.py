@@ -32,10 +32,15 @@ TRAINING = ("epochs", "seed", "lr", "lr_activation", "weight_decay", "batch_size
             "distill")  # fmt: skip  what `training.pretrain` and `training.finetune` take
 
 
-def run_name(dataset: str, M: int | None = None, N: int | None = None, options: str = "", seed: int = 0) -> str:
-    """digits/float, digits/M3-N3, digits/M2 (activations float), digits/M3-N3-per-layer-s1 (an option, seed 1)."""
+def run_name(dataset: str, M: int | None = None, N: int | None = None, options: str = "", seed: int = 0,
+             limit: int | None = None) -> str:  # fmt: skip
+    """digits/float, digits/M3-N3, digits/M2 (activations float), digits/M3-N3-per-layer-s1 (an option, seed 1).
+
+    limit: of the images, where `options` has no word of it.
+    """
     bases = "-".join(f"{letter}{count}" for letter, count in (("M", M), ("N", N)) if count)
-    parts = [bases or "float", *options.split(), *([f"s{seed}"] if seed else [])]
+    few, seeded = [f"limit={limit}"] if limit else [], [f"s{seed}"] if seed else []
+    parts = [bases or "float", *options.split(), *few, *seeded]
     return f"{dataset.replace('/', '_').replace(':', '_')}/{'-'.join(parts)}"
 
 

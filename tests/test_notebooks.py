@@ -2,7 +2,6 @@
 
 import ast
 import builtins
-import dataclasses
 import sys
 from collections import Counter
 from pathlib import Path
@@ -50,10 +49,10 @@ def record(results):
 
 @pytest.fixture(scope="module")
 def executed(tmp_path_factory):
-    """The folder into which both notebooks were executed, one after the other as `make run` does it, but shorter."""
+    """The folder into which both notebooks were executed, one after the other as `make run` does it, on few images."""
     out = tmp_path_factory.mktemp("notebooks")
     record(out / "results")
-    common = {"dataset": "digits", "epochs": 4, "finetune_epochs": 4}
+    common = {"dataset": "digits", "limit": 640, "epochs": 8, "finetune_epochs": 8}
     common |= {"out": str(out), "results": str(out / "results")}
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("TQDM_DISABLE", "1")
@@ -65,7 +64,7 @@ def executed(tmp_path_factory):
 
 
 def run(out):
-    return read_csv(out / "results" / "runs.csv").set_index("run").loc["digits/M3-N3"]
+    return read_csv(out / "results" / "runs.csv").set_index("run").loc["digits/M3-N3-limit=640"]
 
 
 def test_accuracy_falls_and_comes_back(executed):
@@ -79,8 +78,8 @@ def test_accuracy_falls_and_comes_back(executed):
 
 def test_the_packed_file_is_small_and_as_accurate(executed, digits):
     folder = executed / "digits"
-    assert (folder / "float.pt").stat().st_size > 5 * (folder / "M3-N3.safetensors").stat().st_size
-    packed = abcnets.load_packed(folder / "M3-N3.safetensors", build_network(digits))
+    assert (folder / "float-limit=640.pt").stat().st_size > 5 * (folder / "M3-N3-limit=640.safetensors").stat().st_size
+    packed = abcnets.load_packed(folder / "M3-N3-limit=640.safetensors", build_network(digits))
     # Sums in another order may move an activation across a threshold: one image in 500.
     assert accuracy(packed, digits) == pytest.approx(run(executed)["accuracy"], abs=0.21)
 
@@ -153,7 +152,7 @@ def small(data, seed=0) -> nn.Sequential:
 
 def test_a_cell_of_the_project_gives_the_same_whenever_it_runs(few_digits, tmp_path, monkeypatch, one_thread):
     """All cells run, then each once more, the last first; none changes what another one has made."""
-    monkeypatch.setattr("data.load_data", lambda *_, **__: dataclasses.replace(few_digits, limit=None))
+    monkeypatch.setattr("data.load_data", lambda *_, **__: few_digits)
     for module in ("networks", "runs", "training"):
         monkeypatch.setattr(f"{module}.build_network", small)
     monkeypatch.setattr("step.milliseconds", lambda networks, images: dict.fromkeys(networks, 1.0))
@@ -165,7 +164,7 @@ def test_a_cell_of_the_project_gives_the_same_whenever_it_runs(few_digits, tmp_p
     def run(cell) -> dict:
         exec(cell.source, there)
         if is_parameters(cell):
-            there.update(dataset="digits", epochs=4, finetune_epochs=1, out=tmp_path, results=tmp_path)
+            there.update(dataset="digits", epochs=4, finetune_epochs=1, limit=400, out=tmp_path, results=tmp_path)
         given = set()
         follow(ast.parse(cell.source).body, set(), given)
         return {name: held(there[name]) for name in given}

@@ -145,6 +145,7 @@ def test_default_runs_and_their_table(tmp_path):
 
 def test_names_of_runs():
     assert runs.run_name("folder:a/b") == "folder_a_b/float" and runs.run_name("digits", 3, 3) == "digits/M3-N3"
+    assert runs.run_name("digits", 3, 3, limit=5, seed=1) == Recipe("digits", 3, 3, 1, limit=5).name
     assert runs.run_name("digits", 2, None, "per-layer lr=0.1", 1) == "digits/M2-per-layer-lr=0.1-s1"
     assert Recipe("fashion-mnist", 3, 3).name == Recipe("fashion-mnist", 3, 3, epochs=6).name == "fashion-mnist/M3-N3"
     assert Recipe("digits", 2, 2, calibrate=2048, distill=0.5, lr=1e-3, code=("thermometer",) * 2).options == ""
