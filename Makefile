@@ -5,6 +5,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/installed
 RUN = out/run
+RECORD = --results notebooks/results --replace
 PAPERMILL = TQDM_DISABLE=1 $(BIN)/papermill --cwd notebooks --log-output --no-request-save-on-cell-execute
 
 .PHONY: help run test lab bench results ablation codes writeup clean
@@ -14,7 +15,7 @@ help:
 	@echo "make test     style and tests"
 	@echo "make lab      the notebooks in the browser"
 	@echo "make bench    the speed of kernels and networks, into their results/"
-	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results (hours; resumes)"
+	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results and out (hours; resumes; replaces)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
 	@echo "make codes    what each code is worth, on a third of Fashion-MNIST, three seeds (hours)"
 	@echo "make writeup  writeup/writeup.pdf"
@@ -45,24 +46,26 @@ bench: $(INSTALLED)
 	$(BIN)/python notebooks/speed.py
 
 results: $(INSTALLED)
-	$(BIN)/python notebooks/experiment.py pretrain --dataset fashion-mnist
+	$(BIN)/python notebooks/experiment.py pretrain --dataset fashion-mnist $(RECORD)
 	for bases in "1 1" "2 2" "3 3" "5 5" "1 none" "2 none" "3 none" "1 3" "3 1"; do set -- $$bases; \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$1 --activation-bases $$2 \
-		|| exit 1; done
-	$(BIN)/python notebooks/compare.py
+		$(RECORD) || exit 1; done
+	$(BIN)/python notebooks/compare.py --results notebooks/results
 	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --readme
 
 ablation: $(INSTALLED)
 	for seed in 0 1 2; do for choice in "" --per-layer --even-shifts --learn-shifts --scale-gradient "--distill 0" "--calibrate 0"; do \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 2 --activation-bases 2 \
-		--calibrate 512 --limit 6000 --epochs 3 --float-seed 0 --seed $$seed $$choice || exit 1; done; done
+		--calibrate 512 --limit 6000 --epochs 3 --float-seed 0 --seed $$seed $$choice \
+		$(RECORD) || exit 1; done; done
 
 codes: $(INSTALLED)
 	for seed in 0 1 2; do for choice in "1 1" "1 2 --code uniform" "1 2 --code binary" "2 2" "2 2 --code binary,uniform" \
 		"2 2 --code binary" "2 2 --code binary --no-zero" "3 3" "3 3 --zero" "3 3 --code binary" \
 		"2 none" "3 none" "2 none --code binary"; do set -- $$choice; M=$$1; N=$$2; shift 2; \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$M --activation-bases $$N $$@ \
-		--limit 20000 --epochs 3 --float-seed 0 --seed $$seed || exit 1; done; done
+		--limit 20000 --epochs 3 --float-seed 0 --seed $$seed \
+		$(RECORD) || exit 1; done; done
 
 writeup: $(INSTALLED)
 	$(BIN)/python writeup/build.py

@@ -881,11 +881,11 @@ class _ABCLayer(nn.Module):
         if bias is not None and tuple(bias.shape) != (len(weight),):
             raise ValueError(f"bias must have shape ({len(weight)},) to fit the weight, got {tuple(bias.shape)}")
         lengths = [None if values is None else len(values) for values in (us, vs, betas)]
-        of_weights, of_activations = _codes(code, None if us is None else 2, None if vs is None else 2)
-        if (vs is None) != (betas is None):
-            raise ValueError(f"vs and betas must be given both or neither, got {lengths[1]} and {lengths[2]} numbers")
+        of_weights, of_activations = _codes(code, None if us is None else 2, None if vs is betas is None else 2)
         if of_activations == "thermometer" and lengths[1] != lengths[2]:
             raise ValueError(f"vs and betas must have the same length, got {lengths[1]} and {lengths[2]}")
+        if (vs is None) != (betas is None):
+            raise ValueError(f"vs and betas must be given both or neither, got {lengths[1]} and {lengths[2]} numbers")
         bases = {
             "weight_bases": None if us is None else _bases_with(lengths[0], of_weights, "us"),
             "activation_bases": None if vs is None else _bases_with(lengths[1], of_activations, "vs"),

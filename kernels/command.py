@@ -8,6 +8,7 @@
 
 import argparse
 import math
+import signal
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,17 @@ class Refused(ValueError):
     """What was asked for can't be done; the message says in one sentence what was given and what is wanted."""
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which `interrupt_on_sigterm` turns into what Ctrl-C is."""
+
+
+def interrupt_on_sigterm() -> None:
+    def interrupt(*_):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, interrupt)
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that ends what can't be done by one sentence on stderr and exit code 2."""
 
@@ -24,11 +36,16 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message}\n")
 
     def run(self, function: Callable, *arguments):
-        """function(*arguments). What it refuses, and what the operating system refuses it, ends the program."""
+        """function(*arguments). What it refuses, and what the operating system refuses it, ends the program.
+
+        So does an interrupt, with the exit code that a shell gives to a program which the signal has ended.
+        """
         try:
             return function(*arguments)
         except (Refused, OSError) as error:
             self.error(_sentence(error))
+        except KeyboardInterrupt as stop:
+            self.exit(128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT))
 
 
 def _sentence(error: Exception) -> str:

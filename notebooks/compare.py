@@ -4,13 +4,13 @@ Accuracy on the test images, bytes of the file and milliseconds an image of
 
     torch           float32 and bfloat16, both memory layouts, BatchNorm folded into the convolution that it follows
     onnxruntime     float32; int8, static and per channel, in either form that onnxruntime's quantizer writes
-    abcnets         each fine-tuned network of results/runs.csv, packed, from its file, with bits kept between layers
+    abcnets         each fine-tuned network of RESULTS/runs.csv, packed, from its file, with bits kept between layers
 
 All are made from one float network, all run in one process in turn, on the same threads; the median round counts.
 onnxruntime is timed after the others, because its threads spin for a while after each call.
 
-Needs what `make results` leaves in out/. Writes notebooks/results/competitors.csv: one row a form, variant, batch and
-number of threads. The best variant of a form is for the reader to take.
+Needs what `make results` leaves in out/ and in the folder of --results. Writes competitors.csv there: one row a form,
+variant, batch and number of threads. The best variant of a form is for the reader to take.
 """
 
 import argparse
@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 import pandas as pd
 import torch
 from data import load_data
-from files import RESULTS, ROOT, tqdm, writable
+from files import ROOT, tqdm, writable
 from runs import default_runs, load_float, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=POSITIVE_OR_0, default=20.0, help="for one batch and number of threads")
     parser.add_argument("--calibrate", type=COUNT, default=2048, metavar="IMAGES", help="for int8 (default: 2048)")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="networks (default: out)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="default: notebooks/results")
+    parser.add_argument("--results", type=Path, default=ROOT / "out/results", help="default: out/results")
     parser.add_argument("--data", type=Path, default=ROOT / "data", help="default: data")
     options = parser.parse_args(arguments)
     logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's quantizer recommends what is done

@@ -17,7 +17,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 class Data:
     """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing.
 
-    Attributes: mean, std (C,): of all pixels of the training images that it is made with, by which `normalize` works.
+    Attributes:
+        limit: how many of the training images these are, drawn by `load_data`; None for all of them.
+        mean, std (C,): of all pixels of the training images that it is made with, by which `normalize` works.
     """
 
     name: str
@@ -28,6 +30,7 @@ class Data:
     test_labels: Tensor
     flip: bool = True
     shift: int = 2
+    limit: int | None = None
     test_batch_size = 500
 
     def __post_init__(self):
@@ -157,7 +160,7 @@ def load_data(name: str, root: str | Path = ROOT / "data", limit: int | None = N
             count = len(data.train_images)
             raise DataError(f"limit must be from 1 to the {count} training images of {name}, got {limit}")
         picks = torch.randperm(len(data.train_images), generator=torch.Generator().manual_seed(0))[:limit]
-        data.train_images, data.train_labels = data.train_images[picks], data.train_labels[picks]
+        data.train_images, data.train_labels, data.limit = data.train_images[picks], data.train_labels[picks], limit
     return data
 
 

@@ -8,9 +8,10 @@
     python notebooks/experiment.py step
     python notebooks/experiment.py compile
 
-Every run is named after what it is (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in `out/`, goes on
-exactly where it was if it is started again after a kill, and leaves a row in `results/runs.csv` and its training curve
-in `results/curves/`.
+Every run is what its recipe says and is named after it (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in
+`out/`, goes on where it was if it is started again after Ctrl-C or a kill, and leaves a row in `out/results/runs.csv`
+and its training curve in `out/results/curves/`. What is kept of another recipe under the same name, such as of other
+epochs, is replaced on `--replace` only. (The tables in `notebooks/results/` are those of `make results` and its like.)
 
 The same commands run on many devices, by Hugging Face Accelerate, wherever one of these starts them:
 
@@ -22,8 +23,9 @@ The same commands run on many devices, by Hugging Face Accelerate, wherever one 
 """
 
 import argparse
-import functools
+import os
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
@@ -33,19 +35,10 @@ import torch
 from accelerate import PartialState
 from data import Data, load_data
 from files import RESULTS, ROOT, writable
-from runs import (
-    FILL,
-    binarized,
-    keep_rows,
-    load_float,
-    pretrained,
-    read_csv,
-    readme_blocks,
-    run_name,
-    write_csv,
-)
+from recipe import Recipe
+from runs import FILL, binarized, keep_rows, load_float, pretrained, read_csv, readme_blocks, write_csv
 from step import measure_compiled, measure_steps, use_threads
-from torch import Tensor, nn
+from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
 
 import abcnets
@@ -61,36 +54,35 @@ from kernels.command import (
     Parser,
     Refused,
     checked,
+    interrupt_on_sigterm,
     present_device,
 )
 from kernels.report import refill
 
 
 def run_pretrain(options) -> None:
-    recipe = _given(options, "epochs", "lr", "batch_size", "accumulate")
-    pretrained(_load(options), options.out, options.results, options=_words(options), seed=options.seed, **recipe)
+    pretrained(_load(options), options.out, options.results, replace=options.replace, **_given(options))
 
 
 def run_finetune(options) -> None:
     _check_bases(options)
     data = _load(options)
-    recipe = _given(options, "calibrate", "distill", "epochs", "lr", "lr_activation", "weight_decay", "batch_size",
-                    "accumulate")  # fmt: skip
-    binarized(_load_float(options, data), data, options.out, options.results, options.weight_bases,
-              options.activation_bases, convert=functools.partial(_convert, options), options=_words(options),
-              seed=options.seed, **recipe)  # fmt: skip
+    binarized(_load_float(options, data), data, options.out, options.results, replace=options.replace,
+              **_given(options))  # fmt: skip
 
 
 def run_evaluate(options) -> None:
     data = _load(options)
-    model = _load_float(options, data)
-    M, N = options.weight_bases, options.activation_bases
-    run = run_name(data.name, M, N, _words(options), options.seed)
-    if M or N:
-        model = load_weights(_convert(options, model, M, N), options.out / f"{run}.pt")
+    start = _load_float(options, data) if options.M or options.N or options.start_file else None
+    recipe = recipe_of(options, data, start)
+    path = options.out / f"{recipe.name}.pt"
+    if recipe.is_binary:
+        model = load_weights(recipe.convert(start), path)
+    else:
+        model = start or load_float(data, options.out, recipe.seed, path)
     percent = accuracy(model, data)
     if is_main_process():
-        print(f"{run}: {percent:.2f} %")
+        print(f"{recipe.name}: {percent:.2f} %")
 
 
 def run_table(options) -> None:
@@ -116,9 +108,10 @@ def run_sensitivity(options) -> None:
     """
     writable(options.results)
     data = _load(options)
-    model = load_float(data, options.out, options.seed, options.start)
+    model = load_float(data, options.out, options.seed, options.start_file)
     choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
-    code, tables = _code(options), f"-code={','.join(options.code)}" if options.code else ""
+    code = options.code or ("thermometer", "thermometer")
+    tables = f"-code={','.join(dict.fromkeys(code))}" if options.code else ""
     table = budget.sensitivity(model, data.calibration_batches(options.images), choices, code=code)
     common, where = {"dataset": data.name, "seed": options.seed}, machine(data.device, torch.get_num_threads())
     key = list(common)
@@ -136,8 +129,8 @@ def run_step(options) -> None:
     _check_bases(options)
     writable(options.results)
     rows = []
-    for row in measure_steps(options.weight_bases, options.activation_bases, options.rounds, options.threads,
-                             batch_size=options.batch_size, device=options.device, code=_code(options)):  # fmt: skip
+    for row in measure_steps(options.M, options.N, options.rounds, options.threads, batch_size=options.batch_size,
+                             device=options.device, code=options.code or ("thermometer", "thermometer")):  # fmt: skip
         rows.append(row)
         print("{precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
               "memory {float_mib} -> {binarized_mib} MiB, {memory_ratio} x".format(**row), flush=True)  # fmt: skip
@@ -145,11 +138,11 @@ def run_step(options) -> None:
 
 
 def run_compile(options) -> None:
-    if not options.weight_bases:
+    if not options.M:
         raise Refused("compile measures packed networks too, which --weight-bases none can't be")
     writable(options.results)
     rows = []
-    for row in measure_compiled(options.weight_bases, options.activation_bases, options.rounds,
+    for row in measure_compiled(options.M, options.N, options.rounds,
                                 batch_size=options.batch_size, device=options.device):  # fmt: skip
         rows.append(row)
         print("{what}, {form}: {eager_ms} -> {compiled_ms} ms, {speedup} x as fast".format(**row), flush=True)
@@ -163,66 +156,39 @@ def _load(options) -> Data:
 
 def _load_float(options, data: Data) -> nn.Module:
     seed = options.seed if options.float_seed is None else options.float_seed
-    return load_float(data, options.out, seed, options.start)
+    return load_float(data, options.out, seed, options.start_file)
 
 
-def _convert(options, model: nn.Module, M: int | None, N: int | None) -> nn.Module:
-    us = abcnets.even_shifts if options.even_shifts and M else None
-    model = abcnets.convert(model, M, N, us=us, per_channel=not options.per_layer, learn_us=options.learn_shifts,
-                            code=_code(options), zero=options.zero)  # fmt: skip
-    if options.scale_gradient and M:
-        for layer in model.modules():
-            if isinstance(layer, (abcnets.ABCConv2d, abcnets.ABCLinear)):
-                layer.weight.register_hook(functools.partial(_times_alphas, layer))
-    return model
+def _given(options) -> dict:
+    """The fields of a `Recipe` that the command line has, but for those that the data know."""
+    names = {field.name for field in fields(Recipe)} - {"dataset", "limit"}
+    return {name: value for name, value in vars(options).items() if name in names}
 
 
-def _code(options) -> tuple[str, str]:
-    words = options.code or ["thermometer"]
-    return words[0], words[-1]
-
-
-def _times_alphas(layer: nn.Module, G: Tensor) -> Tensor:
-    """The other reading of the paper's straight-through estimator: dL/dW = dL/dWq sum_m alpha_m."""
-    return G * layer.alphas().sum(0).view(-1, *[1] * (G.ndim - 1))
-
-
-def _given(options, *names) -> dict:
-    """Those of the options that were given; the others keep the defaults of the function that takes them."""
-    return {name: getattr(options, name) for name in names if getattr(options, name, None) is not None}
-
-
-def _words(options) -> str:
-    """What was asked for beyond the defaults, as it goes into a run's name: "per-layer distill=0"."""
-    switches = ("per_layer", "even_shifts", "learn_shifts", "scale_gradient")
-    switches = [name for name in switches if getattr(options, name, False)]
-    if getattr(options, "zero", None) is not None:
-        switches.append("zero" if options.zero else "no-zero")
-    code = getattr(options, "code", None)
-    switches += [f"code={','.join(code)}"] if code else []
-    numbers = _given(options, "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size", "limit",
-                     "float_seed")  # fmt: skip
-    numbers |= _given(options, "accumulate")
-    return " ".join([*switches, *(f"{name}={value:g}" for name, value in numbers.items())]).replace("_", "-")
+def recipe_of(options, data: Data, start: nn.Module | None = None) -> Recipe:
+    """What `pretrain` and `finetune` follow: a start network teaches too."""
+    return Recipe.of(data, start, start, **_given(options))
 
 
 def _check_bases(options) -> None:
-    if not (options.weight_bases or options.activation_bases):
+    if not (options.M or options.N):
         raise Refused("--weight-bases and --activation-bases are both none, which leaves nothing to binarize")
 
 
 BASES = checked(lambda text: None if text in ("none", "float") else int(text), "a whole number above 0, or none,",
                 lambda count: count is None or count > 0)  # fmt: skip
-CODE = checked(lambda text: text.split(","), f"one or two of {', '.join(abcnets.CODES)},",
-               lambda words: len(words) < 3 and set(words) <= set(abcnets.CODES))  # fmt: skip
+CODE = checked(lambda text: tuple(text.split(",")) if "," in text else (text, text),
+               f"one or two of {', '.join(abcnets.CODES)},",
+               lambda words: len(words) == 2 and set(words) <= set(abcnets.CODES))  # fmt: skip
+PART = checked(float, "a number from 0 to below 1", lambda part: 0 <= part < 1)
 SEVERAL = checked(int, "a whole number above 1", lambda count: count > 1)
 
 
-def main(arguments: list[str] | None = None) -> None:
+def command_line() -> Parser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     places = Parser(add_help=False)
     places.add_argument("--out", type=Path, default=ROOT / "out", help="networks and checkpoints (default: out)")
-    places.add_argument("--results", type=Path, default=RESULTS, help="tables (default: notebooks/results)")
+    places.add_argument("--results", type=Path, help="tables (default: results/ in OUT)")
     places.add_argument("--data", type=Path, default=ROOT / "data", help="where data sets are kept (default: data)")
     where = Parser(add_help=False)
     where.add_argument("--device", type=present_device, default=best_device(), help="default: cuda, else mps, else cpu")
@@ -236,11 +202,15 @@ def main(arguments: list[str] | None = None) -> None:
     training.add_argument("--batch-size", type=COUNT, help="default: 128")
     training.add_argument("--accumulate", type=COUNT, metavar="PARTS", help="take a batch in so many parts")
     training.add_argument("--lr", type=POSITIVE, help="peak learning rate")
+    training.add_argument("--weight-decay", type=POSITIVE_OR_0)
+    training.add_argument("--warmup", type=PART, help="of the time, while the rate goes up (default: 0.1)")
+    training.add_argument("--exact", type=SHARE, help="of the time, in float32 at the end (default: 0.1)")
     bases = Parser(add_help=False)
-    bases.add_argument("--weight-bases", type=BASES, default=3, metavar="M", help="3, or none: float")
-    bases.add_argument("--activation-bases", type=BASES, default=3, metavar="N", help="3, or none: float")
+    bases.add_argument("--weight-bases", dest="M", type=BASES, default=3, metavar="M", help="3, or none: float")
+    bases.add_argument("--activation-bases", dest="N", type=BASES, default=3, metavar="N", help="3, or none: float")
     variations = Parser(add_help=False)
-    variations.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    start = {"dest": "start_file", "type": Path, "metavar": "PATH", "help": "default: the pretrained network"}
+    variations.add_argument("--from", **start)
     variations.add_argument("--per-layer", action="store_true", help="alphas per layer, not per output channel")
     variations.add_argument("--even-shifts", action="store_true", help="the paper's shifts of the weight bases")
     variations.add_argument("--learn-shifts", action="store_true", help="train them too")
@@ -252,6 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     variations.add_argument("--float-seed", type=SEED, metavar="SEED", help="of the float network (default: --seed)")
     variations.add_argument("--calibrate", type=COUNT_OR_0, metavar="IMAGES", help="0: do not (default: 2048)")
     variations.add_argument("--distill", type=SHARE, help="the teacher's part of the loss; 0: none (default: 0.5)")
+    variations.add_argument("--lr-activation", type=POSITIVE, help="peak learning rate of vs and betas")
 
     commands = parser.add_subparsers(title="commands", required=True)
 
@@ -266,14 +237,15 @@ def main(arguments: list[str] | None = None) -> None:
     tune = command("finetune", run_finetune, "binarize a float network, calibrate it, train it on", dataset, bases,
                    variations, training, where)  # fmt: skip
     tune.add_argument("--epochs", type=COUNT_OR_0, help=f"{epochs}; 0: calibrate only")
-    tune.add_argument("--lr-activation", type=POSITIVE, help="peak learning rate of vs and betas")
-    tune.add_argument("--weight-decay", type=POSITIVE_OR_0)
-    command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, where)
+    for trains in (train, tune):
+        trains.add_argument("--replace", action="store_true",
+                            help="also what is kept of another recipe under the same name")  # fmt: skip
+    command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, training, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
     table.add_argument("--readme", action="store_true", help="write the README's tables too")
     layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
-    layers.add_argument("--from", dest="start", type=Path, metavar="PATH", help="default: the pretrained network")
+    layers.add_argument("--from", **start)
     layers.add_argument("--code", **code)
     layers.add_argument("--images", type=SEVERAL, default=1024, help="training images to measure on (default: 1024)")
     layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
@@ -284,8 +256,14 @@ def main(arguments: list[str] | None = None) -> None:
     compiling = command("compile", run_compile, "time of torch.compile against eager", bases, where)
     compiling.add_argument("--batch-size", type=COUNT, default=128)
     compiling.add_argument("--rounds", type=COUNT, default=25)
+    return parser
 
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = command_line()
     options = parser.parse_args(arguments)
+    if options.results is None:
+        options.results = RESULTS if options.run is run_table and options.readme else options.out / "results"
     if "device" in options:
         options.device = own_device(options.device)
         use_threads(options.threads)
@@ -293,5 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    if os.environ.get("WORLD_SIZE", "1") == "1":  # a launcher that ends many processes waits for none to tidy up
+        interrupt_on_sigterm()
     main()
     PartialState().destroy_process_group()

@@ -3,7 +3,9 @@
 import contextlib
 import os
 import shutil
+import subprocess
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,19 @@ tqdm = tqdm.auto.tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+
+
+def commit() -> str:
+    """The commit that this code is, with a + where a Python file differs from it; "" outside a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(ROOT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):  # no git; no repository
+        return ""
 
 
 class DataError(Refused):
@@ -74,3 +89,28 @@ def replacing(path: Path):
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(path: Path, seconds: float = 60):
+    """Alone with a file, among all that lock it so, in whatever process or machine; others wait.
+
+    The lock is a file that only one can create, `PATH.lock`: that holds on network drives and on Windows too.
+    Raises: DataError where it stays there.
+    """
+    path = path.resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock, begun = path.with_name(f"{path.name}.lock"), time.monotonic()
+    while True:
+        try:
+            os.close(os.open(lock, os.O_CREAT | os.O_EXCL))
+            break
+        except FileExistsError:
+            if time.monotonic() - begun > seconds:
+                raise DataError(f"{lock} says since {seconds:g} s that another run writes {path.name}: remove it if"
+                                " none does") from None  # fmt: skip
+            time.sleep(0.02)
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)

@@ -7,8 +7,8 @@
 PATH holds train/CLASS/*.JPEG and val/CLASS/*.JPEG, a folder per class. Classes are the folders' sorted names, and with
 ImageNet's 1000 these are the classes of torchvision's weights. The command evaluates the float network, converts and
 calibrates it, fine-tunes it with the float network as its teacher, and evaluates it again: top-1 and top-5 of the
-validation images, printed beside what the paper reports and kept as a row in `results/imagenet.csv`. Started again
-after a kill, it goes on after the last complete epoch.
+validation images, printed beside what the paper reports and kept as a row in `out/results/imagenet.csv`. Started again
+after Ctrl-C or a kill, it goes on after the last complete epoch.
 
 The float network is torchvision's (`--weights DEFAULT`, downloaded once), a state dict of yours (`--weights FILE`) or
 freshly initialized (`--weights none`). Where its classes are not as many as the folder's, it gets a new last layer.
@@ -28,12 +28,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 import torch
 from accelerate import PartialState
 from data import image_folders, read_image, shuffled_loader
-from files import RESULTS, ROOT, DataError, load, save, writable
+from files import ROOT, DataError, load, save, writable
 from networks import import_torchvision
 from runs import keep_rows
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
-from training import best_device, check_batch, finetune, is_main_process, load_weights, own_device, predict
+from training import (
+    best_device,
+    check_batch,
+    finetune,
+    fingerprint,
+    is_main_process,
+    load_weights,
+    own_device,
+    predict,
+)
 
 import abcnets
 from kernels.clock import machine
@@ -168,9 +177,11 @@ def run(options) -> dict:
         found["calibrated"] = top_1_and_5(model, data)
         report("calibrated", found["calibrated"], None)
     path = options.out / "imagenet" / f"{name}.pt"
-    history = finetune(model, data, network if trained else None, epochs=options.epochs, lr=options.lr,
-                       batch_size=options.batch_size, accumulate=options.accumulate, seed=options.seed,
-                       checkpoint=path.with_suffix(".checkpoint"), description=name)  # fmt: skip
+    settings = {name: getattr(options, name) for name in ("epochs", "lr", "batch_size", "accumulate", "seed")}
+    key = {"run": name, "images": len(data.train_labels), "size": options.size, "calibrate": options.calibrate,
+           "start": fingerprint(network), "trained": trained, **settings}  # fmt: skip
+    history = finetune(model, data, network if trained else None, checkpoint=path.with_suffix(".checkpoint"), key=key,
+                       replace=options.replace, description=name, **settings)  # fmt: skip
     found["fine-tuned"] = top_1_and_5(model, data)
     report("fine-tuned", found["fine-tuned"], PUBLISHED.get((options.network, M, N)) if is_imagenet else None)
     sizes = abcnets.summary(model, next(iter(data.test_loader(1)))[0].to(device)).total()
@@ -208,7 +219,8 @@ def main(arguments: list[str] | None = None) -> dict:
     parser.add_argument("--seed", type=SEED, default=0)
     parser.add_argument("--device", type=present_device, default=best_device(), help="default: cuda, mps or cpu")
     parser.add_argument("--out", type=Path, default=ROOT / "out", help="network and checkpoint (default: out)")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="table (default: notebooks/results)")
+    parser.add_argument("--results", type=Path, default=ROOT / "out/results", help="table (default: out/results)")
+    parser.add_argument("--replace", action="store_true", help="a checkpoint of another recipe of the same name too")
     options = parser.parse_args(arguments)
     options.device = own_device(options.device)
     return parser.run(run, options)

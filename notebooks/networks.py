@@ -1,5 +1,7 @@
 """The networks of the experiments, and torchvision beside any torch."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -51,11 +53,15 @@ def resnet20(channels: int = 3, classes: int = 10) -> nn.Sequential:
     )  # fmt: skip
 
 
+def network_for(data) -> Callable:
+    """The nine-layer network for 28x28 images, ResNet-20 for any other size."""
+    return nine_layer if data.train_images.shape[-1] == 28 else resnet20
+
+
 def build_network(data, seed: int = 0) -> nn.Module:
-    """The nine-layer network for 28x28 images, ResNet-20 for any other size; freshly initialized for a `Data`."""
+    """The `network_for` a `Data`, freshly initialized."""
     torch.manual_seed(seed)
-    network = nine_layer if data.train_images.shape[-1] == 28 else resnet20
-    return network(data.train_images.shape[1], len(data.classes))
+    return network_for(data)(data.train_images.shape[1], len(data.classes))
 
 
 def import_torchvision() -> None:

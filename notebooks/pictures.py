@@ -257,11 +257,11 @@ def _draw_lamps(axis, x: float, code: str, colour: str, bases: Tensor, Wq: Tenso
     """A number line at x with the levels on it, and at the height of each its bases as lamps, left of the line."""
     heights = torch.linspace(-2.6, 2.6, 200, device="cpu")
     axis.fill_betweenx(heights.tolist(), x, (x + 0.8 * (-heights.square() / 2).exp()).tolist(), color=_PALE, lw=0)
-    axis.plot([x, x], [-2.6, 2.6], color=_GREY, linewidth=1)
+    axis.plot([x, x], [-2.6, 2.6], "-", color=_GREY, linewidth=1)
     levels = Wq.unique()  # ascending, as the weights are
     rows = bases[:, torch.searchsorted(Wq, levels)].t()
     for level, row in zip(levels.tolist(), rows.tolist()):
-        axis.plot([x - 0.3 * len(row) - 0.05, x + 0.8], [level, level], color=_GREY, linewidth=0.7, zorder=1)
+        axis.plot([x - 0.3 * len(row) - 0.05, x + 0.8], [level, level], "-", color=_GREY, lw=0.7, zorder=1)
         axis.plot([x], [level], "D", color=colour, markersize=4)
         for place, sign in enumerate(row):
             axis.plot([x - 0.3 * (len(row) - place)], [level], "o", markersize=8, markeredgecolor=colour,

@@ -1,7 +1,7 @@
 """A run: its name, its network in `out`, its row and its curve in `results`; and what is asked of all rows.
 
-A run is named after what it is (`fashion-mnist/M3-N3`). `results/runs.csv` has a row a run, `results/curves/` its
-training curve, `out` its network (`.pt`) and its checkpoint.
+A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `results/runs.csv` has a row a run,
+`results/curves/` its training curve, `out` its network (`.pt`) and its checkpoint, which knows the recipe.
 """
 
 import math
@@ -10,33 +10,47 @@ from pathlib import Path
 import pandas as pd
 import torch
 from data import Data
-from files import DataError, replacing, save, writable
+from files import DataError, commit, load, locked, replacing, save, writable
 from networks import build_network
+from recipe import Recipe, run_name
 from torch import nn
-from training import accuracy, finetune, is_main_process, load_weights, pretrain
+from training import (
+    OTHER_RECIPE,
+    accuracy,
+    difference,
+    finetune,
+    fingerprint,
+    is_main_process,
+    load_checkpoint,
+    load_weights,
+    pretrain,
+)
 
 import abcnets
 from kernels.clock import machine
+from kernels.command import Refused
 
 FILL = "python notebooks/experiment.py table --readme"  # as the README's markers name it
+COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
+WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
 
 # --------------------------------------------------------------------------- Tables as files
 
 
 def read_csv(path: str | Path, columns: list[str] = (), **how) -> pd.DataFrame:
-    """A table of results; an empty cell is NaN, and among a run's options no word.
+    """A table of results; an empty cell is NaN, and among those of words the empty one.
 
     Raises: DataError where there is none, or where it has not those columns.
     """
     try:
-        rows = pd.read_csv(path, **{"dtype": {"options": str}, **how})
+        rows = pd.read_csv(path, **{"dtype": dict.fromkeys(WORDS, str), **how})
     except FileNotFoundError:
         raise DataError(f"the table {path} is missing: nothing has been recorded in it yet") from None
     except ValueError as error:  # pandas' own are such
         raise DataError(f"{path} can't be read as a table: {' '.join(str(error).split())}") from error
     if missing := [name for name in columns if name not in rows]:
         raise DataError(f"{path} is no table of these results: it lacks the columns {', '.join(missing)}")
-    return rows.fillna({"options": ""}) if "options" in rows else rows
+    return rows.fillna({name: "" for name in WORDS if name in rows})
 
 
 def write_csv(path: str | Path, rows: pd.DataFrame | list[dict]) -> None:
@@ -46,53 +60,49 @@ def write_csv(path: str | Path, rows: pd.DataFrame | list[dict]) -> None:
 
 
 def keep_rows(path: str | Path, rows: list[dict], by: list[str]) -> None:
-    """Write rows in place of those that have the same `by`; the others stay to the letter, all sorted by `by`."""
+    """Write rows in place of those that have the same `by`; the others stay to the letter, all sorted by `by`.
+
+    Many processes may do so at once.
+    """
     path, rows = Path(path), pd.DataFrame(rows, dtype=object)
-    if path.exists():
-        old = read_csv(path, by, dtype=str, keep_default_na=False)
-        new = pd.MultiIndex.from_frame(rows[by].astype(str))
-        rows = pd.concat([old[~pd.MultiIndex.from_frame(old[by]).isin(new)], rows])
-    write_csv(path, rows.sort_values(by, key=lambda column: column.astype(str), kind="stable"))
+    with locked(path):
+        if path.exists():
+            old = read_csv(path, by, dtype=str, keep_default_na=False)
+            new = pd.MultiIndex.from_frame(rows[by].astype(str))
+            rows = pd.concat([old[~pd.MultiIndex.from_frame(old[by]).isin(new)], rows])
+        write_csv(path, rows.sort_values(by, key=lambda column: column.astype(str), kind="stable"))
 
 
 # --------------------------------------------------------------------------- A run
 
 
-def run_name(dataset: str, M: int | None = None, N: int | None = None, options: str = "", seed: int = 0) -> str:
-    """digits/float, digits/M3-N3, digits/M2 (activations float), digits/M3-N3-per-layer-s1 (an option, seed 1)."""
-    bases = "-".join(f"{letter}{count}" for letter, count in (("M", M), ("N", N)) if count)
-    parts = [bases or "float", *options.split(), *([f"s{seed}"] if seed else [])]
-    return f"{dataset.replace('/', '_').replace(':', '_')}/{'-'.join(parts)}"
-
-
-def pretrained(data: Data, out: str | Path, results: str | Path, *, options: str = "", seed: int = 0,
-               kept: bool = False, **recipe) -> tuple[nn.Module, list[dict]]:  # fmt: skip
+def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool = False, replace: bool = False,
+               **options) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """A float network and its training's history: trained, kept in `out`, recorded in `results`.
 
     What a checkpoint of the same recipe holds is not trained again. Under a launcher all processes call this alike.
 
     Args:
-        options: the words that the command line would need beyond the data set's name: "limit=200".
-        kept: take a network that is in `out` as it is, whatever its recipe; then without a history.
-        **recipe: as in `training.pretrain`.
+        kept: take a network of that name that is in `out` as it is, whatever its epochs; then without a history.
+        replace: whether what is kept of another recipe under that name may be lost.
+        **options: seed, epochs and other fields of `Recipe`.
+
+    Raises: Refused where something is kept of another recipe, or can't be written; KeyboardInterrupt as `train` does.
     """
-    run = run_name(data.name, options=options, seed=seed)
-    path = Path(out) / f"{run}.pt"
+    recipe = Recipe.of(data, **options)
+    path = Path(out) / f"{recipe.name}.pt"
     if kept and path.exists():
-        return load_float(data, out, seed, path), []
-    _check_places(out, results)
-    model, history = pretrain(data, seed=seed, checkpoint=path.with_suffix(".checkpoint"), description=run, **recipe)
-    percent = accuracy(model, data)
-    if is_main_process():
-        save(model.state_dict(), path)
-        record(results, data, model, history, options=options, seed=seed, accuracy=percent)
-        print(f"{run}: {percent:.2f} %, kept in {path}")
+        return load_float(data, out, recipe.seed, path), []
+    _claim(recipe, out, results, replace)
+    model, history = pretrain(data, checkpoint=path.with_suffix(".checkpoint"), key=recipe.key(), replace=replace,
+                              description=recipe.name, **recipe.training())  # fmt: skip
+    _finish(recipe, model, data, out, results, history, recipe.command(), {})
     return model, history
 
 
 def finetuned(model: nn.Module, data: Data, teacher: nn.Module | None, out: str | Path, results: str | Path,
-              M: int | None, N: int | None, *, before: dict, options: str = "", seed: int = 0,
-              **recipe) -> list[dict]:  # fmt: skip
+              M: int | None, N: int | None, *, before: dict, start: nn.Module | None = None, replace: bool = False,
+              **options) -> list[dict]:  # fmt: skip
     """Train a converted network on, in place; keep it in `out`, record it in `results`; returns its history.
 
     What a checkpoint of the same recipe holds is not trained again.
@@ -100,52 +110,37 @@ def finetuned(model: nn.Module, data: Data, teacher: nn.Module | None, out: str 
     Args:
         teacher: as in `training.finetune`, and None for none.
         before: the accuracies that go into the row beside the last one: float, binarized, calibrated.
-        **recipe: as in `training.finetune`.
+        start: the float network that was converted; None: the teacher.
+        replace, raises: as in `pretrained`.
+        **options: seed, epochs and other fields of `Recipe`, those too by which `model` was converted and calibrated.
     """
-    run = run_name(data.name, M, N, options, seed)
-    path = Path(out) / f"{run}.pt"
-    _check_places(out, results)
-    history = finetune(model, data, teacher, seed=seed, checkpoint=path.with_suffix(".checkpoint"), description=run,
-                       **recipe)  # fmt: skip
-    percent = accuracy(model, data)
-    if is_main_process():
-        save(model.state_dict(), path)
-        record(results, data, model, history, M, N, options, seed, **before, accuracy=percent)
-        print(f"{run}: fine-tuned {percent:.2f} %, kept in {path}")
-    return history
+    start = next((network for network in (start, teacher) if network is not None), model)
+    options = {"calibrate": None if "calibrated" in before else 0, **options}
+    options |= {"distill": 0.0} if teacher is None else {}
+    recipe = Recipe.of(data, start, teacher, M=M, N=N, **options)
+    _claim(recipe, out, results, replace)
+    return _tune(recipe, model, data, teacher, out, results, before, replace)
 
 
 def binarized(float_model: nn.Module, data: Data, out: str | Path, results: str | Path, M: int | None, N: int | None, *,
-              convert=abcnets.convert, calibrate: int = 2048, distill: float = 0.5, options: str = "", seed: int = 0,
-              kept: bool = False, **recipe) -> nn.Module:  # fmt: skip
-    """A float network binarized, calibrated on so many images (0: not) and `finetuned`, the float one its teacher.
+              kept: bool = False, replace: bool = False, **options) -> nn.Module:  # fmt: skip
+    """A float network binarized, calibrated and `finetuned`, the float one its teacher.
 
-    Args:
-        convert: convert(float_model, M, N) -> the binarized copy.
-        kept: take a network that is in `out` as it is, whatever its recipe.
+    Args: kept, replace, **options: as in `pretrained`, and so what it raises.
     """
-    run = run_name(data.name, M, N, options, seed)
-    model = convert(float_model, M, N)
-    if kept and (path := Path(out) / f"{run}.pt").exists():
+    recipe = Recipe.of(data, float_model, float_model, M=M, N=N, **options)
+    model = recipe.convert(float_model)
+    if kept and (path := Path(out) / f"{recipe.name}.pt").exists():
         return load_weights(model, path)
-    percent = {"float": accuracy(float_model, data), "binarized": accuracy(model, data)}
-    if calibrate:
-        abcnets.calibrate(model, data.calibration_batches(calibrate))
-        percent["calibrated"] = accuracy(model, data)
+    _claim(recipe, out, results, replace)
+    before = {"float": accuracy(float_model, data), "binarized": accuracy(model, data)}
+    if recipe.calibrate:
+        abcnets.calibrate(model, data.calibration_batches(recipe.calibrate))
+        before["calibrated"] = accuracy(model, data)
     if is_main_process():
-        print(f"{run}: " + ", ".join(f"{name} {value:.2f} %" for name, value in percent.items()), flush=True)
-    finetuned(model, data, float_model if distill else None, out, results, M, N, options=options, seed=seed,
-              before=percent, distill=distill, **recipe)  # fmt: skip
+        print(f"{recipe.name}: " + ", ".join(f"{name} {value:.2f} %" for name, value in before.items()), flush=True)
+    _tune(recipe, model, data, float_model if recipe.distill else None, out, results, before, replace)
     return model
-
-
-def _check_places(out: str | Path, results: str | Path) -> None:
-    """Before hours of training: whether their results can be written."""
-    if is_main_process():
-        writable(Path(out))
-        writable(Path(results))
-        if (table := Path(results) / "runs.csv").exists():
-            read_csv(table, ["run"])
 
 
 def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:
@@ -154,39 +149,77 @@ def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | No
     return load_weights(model, path or Path(out) / f"{run_name(data.name, seed=seed)}.pt")
 
 
-def record(
-    results: str | Path,
-    data: Data,
-    model: nn.Module,
-    history: list[dict],
-    M: int | None = None,
-    N: int | None = None,
-    options: str = "",
-    seed: int = 0,
-    **accuracies: float,
-) -> dict:
-    """Write a run's row into results/runs.csv, in place of an earlier one of the same name, and its curve beside it.
+def _claim(recipe: Recipe, out: str | Path, results: str | Path, replace: bool) -> None:
+    """Before hours of training: whether its results can be written, and in place of nothing else.  Raises: Refused."""
+    if not is_main_process():
+        return
+    writable(Path(out))
+    writable(Path(results))
+    if (others := _others(recipe, Path(out) / f"{recipe.name}.pt", Path(results) / "runs.csv")) and not replace:
+        raise Refused(f"{others[0]}: {OTHER_RECIPE}")
+    for other in others:
+        print(f"{other}: it will be replaced", flush=True)
 
-    Options are the words that the command line would need beyond M and N: "per-layer distill=0".
-    Accuracies: float, binarized, calibrated and, the one that every run has, accuracy.
-    """
-    run = run_name(data.name, M, N, options, seed)
-    bases = f" --weight-bases {M or 'none'} --activation-bases {N or 'none'}" if M or N else ""
-    flags = "".join(f" --{word.replace('=', ' ')}" for word in [*options.split(), *([f"seed={seed}"] if seed else [])])
+
+def _others(recipe: Recipe, path: Path, table: Path) -> list[str]:
+    """What is kept of another recipe under this name, in words."""
+    others, checkpoint = [], path.with_suffix(".checkpoint")
+    state = load_checkpoint(checkpoint)
+    if state and (differing := difference(state["key"], recipe.key())):
+        others.append(f"{checkpoint} is of another recipe ({differing})")
+    elif state is None and path.exists():
+        others.append(f"{path} is there, without a checkpoint to say by which recipe")
+    rows = read_csv(table, ["run"]) if table.exists() else pd.DataFrame(columns=["run"])
+    for row in rows[rows.run == recipe.name].to_dict("records"):
+        if (known := row.get("recipe")) != recipe.short:
+            others.append(f"{table} has a row of {recipe.name} by another recipe ({known or 'unknown'}, "
+                          f"{row.get('epochs')} epochs; not {recipe.short}, {recipe.epochs})")  # fmt: skip
+    return others
+
+
+def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | None, out: str | Path,
+          results: str | Path, before: dict, replace: bool) -> list[dict]:  # fmt: skip
+    checkpoint, command = Path(out) / f"{recipe.name}.checkpoint", _command(recipe, Path(out))
+    history = finetune(model, data, teacher, checkpoint=checkpoint, key=recipe.key(), replace=replace,
+                       description=recipe.name, **recipe.training())  # fmt: skip
+    _finish(recipe, model, data, out, results, history, command, before)
+    return history
+
+
+def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, results: str | Path, history: list[dict],
+            command: str, before: dict) -> None:  # fmt: skip
+    """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
+    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before, "accuracy": accuracy(model, data)}
+    if not is_main_process():
+        return
+    path = Path(out) / f"{recipe.name}.pt"
+    save(model.state_dict(), path)
     sizes = abcnets.summary(model, next(data.test_batches(1))[0]).total()
     row = {
-        "run": run, "dataset": data.name, "M": M, "N": N, "options": options, "seed": seed, "epochs": len(history),
-        **{name: accuracies.get(name) for name in ("float", "binarized", "calibrated", "accuracy")},
-        "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
+        **recipe.row(), **percent, "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
-        "command": f"python notebooks/experiment.py {'finetune' if bases else 'pretrain'} --dataset {data.name}"
-                   f"{bases}{flags} --epochs {len(history)}",
+        "command": command, "commit": COMMIT, "recipe": recipe.short,
     }  # fmt: skip
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     keep_rows(Path(results) / "runs.csv", [row], by=["run"])
     if history:
-        write_csv(Path(results) / "curves" / f"{run.replace('/', '-')}.csv", history)
-    return row
+        write_csv(Path(results) / "curves" / f"{recipe.name.replace('/', '-')}.csv", history)
+    print(f"{recipe.name}: {'fine-tuned ' * recipe.is_binary}{percent['accuracy']:.2f} %, kept in {path}")
+
+
+def _command(recipe: Recipe, out: Path) -> str:
+    """What repeats a fine-tuning, from wherever in `out` its start network is.
+
+    Empty where it is nowhere: no command has it.
+    """
+    if recipe.start_file:
+        return recipe.command()
+    seed = recipe.seed if recipe.float_seed is None else recipe.float_seed
+    usual = out / f"{run_name(recipe.dataset, seed=seed)}.pt"
+    for path in (usual, *sorted(usual.parent.glob("float*.pt"))):
+        if path.exists() and fingerprint(load(path)) == recipe.start:
+            return recipe.command(None if path == usual else path)
+    return ""
 
 
 # --------------------------------------------------------------------------- All rows

@@ -1,6 +1,7 @@
 """What a training step costs, binarized against float; what torch.compile makes of it; what a forward pass costs.
 
-`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case.
+`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case, into out/results;
+the tracked table is `experiment.py step --results notebooks/results`.
 """
 
 import functools
@@ -94,7 +95,7 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             with torch.multiprocessing.get_context("spawn").Pool(1, use_threads, (threads,)) as pool:
                 mib[name] = pool.apply(step_memory, (kind,), {"mixed": mixed, **common})
         yield {
-            "network": "nine-layer", "M": M, "N": N, "code": ",".join(common["code"]),
+            "network": "nine-layer", "M": M, "N": N, "code": ",".join(dict.fromkeys(common["code"])),
             "precision": "mixed" if mixed else "float32", "batch_size": common["batch_size"],
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),

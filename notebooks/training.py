@@ -1,6 +1,7 @@
-"""The recipes and the training loop, on one device or many; a run that was killed goes on from its checkpoint."""
+"""The training loop and its defaults, on one device or many; a run that was stopped goes on from its checkpoint."""
 
 import copy
+import hashlib
 import math
 import time
 from pathlib import Path
@@ -18,6 +19,15 @@ from torch import Tensor, nn
 
 import abcnets
 from kernels.command import Refused
+
+LR = {"float": 0.1, "binary": 1e-3, "one base": 3e-3}  # the last: of inputs, and so calibrated far below its goal
+WEIGHT_DECAY = {"float": 5e-4, "binary": 0.0}
+LR_ACTIVATION, BATCH_SIZE, WARMUP, EXACT, DISTILL = 1e-3, 128, 0.1, 0.1, 0.5
+OTHER_RECIPE = "choose another --out, or say --replace (in Python: out=, replace=True)"
+
+
+def default_epochs(dataset: str) -> int:
+    return {"digits": 12, "fashion-mnist": 20}.get(dataset, 60)
 
 
 def best_device() -> torch.device:
@@ -85,11 +95,19 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return 100 * (predict(model, data).argmax(1) == data.test_labels).float().mean().item()
 
 
-def pretrain(data: Data, *, epochs: int | None = None, lr: float = 0.1, seed: int = 0, **options):
+def pretrain(
+    data: Data,
+    *,
+    epochs: int | None = None,
+    lr: float = LR["float"],
+    weight_decay: float = WEIGHT_DECAY["float"],
+    seed: int = 0,
+    **options,
+):
     """A float network trained from scratch: (model, history). Options: those of `train`."""
     model = build_network(data, seed).to(data.train_images.device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(_parameter_groups(model, lr, lr, 5e-4), momentum=0.9, nesterov=True)
-    epochs = default_epochs(data) if epochs is None else epochs
+    optimizer = torch.optim.SGD(_parameter_groups(model, lr, lr, weight_decay), momentum=0.9, nesterov=True)
+    epochs = default_epochs(data.name) if epochs is None else epochs
     return model, train(model, data, optimizer, epochs=epochs, seed=seed, **options)
 
 
@@ -100,8 +118,8 @@ def finetune(
     *,
     epochs: int | None = None,
     lr: float | None = None,
-    lr_activation: float = 1e-3,
-    weight_decay: float = 0.0,
+    lr_activation: float = LR_ACTIVATION,
+    weight_decay: float = WEIGHT_DECAY["binary"],
     **options,
 ) -> list[dict]:
     """Train a converted, and best a calibrated, network in place; returns its history. Options: those of `train`.
@@ -109,14 +127,10 @@ def finetune(
     The default lr is 1e-3, and 3e-3 where inputs have one base: such a network is calibrated far below its goal.
     """
     single = any(getattr(layer, "activation_bases", None) == 1 for layer in model.modules())
-    lr = lr or (3e-3 if single else 1e-3)
+    lr = lr or LR["one base" if single else "binary"]
     optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
-    epochs = default_epochs(data) if epochs is None else epochs
+    epochs = default_epochs(data.name) if epochs is None else epochs
     return train(model, data, optimizer, teacher, epochs=epochs, **options)
-
-
-def default_epochs(data: Data) -> int:
-    return {"digits": 12, "fashion-mnist": 20}.get(data.name, 60)
 
 
 def _parameter_groups(model: nn.Module, lr: float, lr_activation: float, weight_decay: float) -> list[dict]:
@@ -150,13 +164,15 @@ def train(
     teacher: nn.Module | None = None,
     *,
     epochs: int,
-    batch_size: int = 128,
+    batch_size: int = BATCH_SIZE,
     accumulate: int = 1,
-    warmup: float = 0.1,
-    exact: float = 0.1,
-    distill: float = 0.5,
+    warmup: float = WARMUP,
+    exact: float = EXACT,
+    distill: float = DISTILL,
     seed: int = 0,
     checkpoint: str | Path | None = None,
+    key: dict | None = None,
+    replace: bool = False,
     description: str = "training",
 ) -> list[dict]:
     """Train in place; returns the history: for each epoch loss, training and test accuracy in percent, and seconds.
@@ -165,22 +181,26 @@ def train(
     Steps are computed in bfloat16 where that is fast, but the last fraction `exact` of them in float32, as inference
     is: which side of a threshold a value falls on hangs on the rounding, and a network gets used to its own.
     With a teacher, that fraction `distill` of the loss is the cross entropy to the teacher's probabilities.
-    With a checkpoint, a run that was killed goes on after its last complete epoch and ends with the very same weights:
-    all that is random in an epoch follows from the seed and the epoch's number. A checkpoint of another recipe is
-    overwritten. Ctrl-C ends early, and what was learned is kept.
+    With a checkpoint, a run that was killed or interrupted goes on after its last complete epoch: all that is random in
+    an epoch follows from the seed and the epoch's number. On a CPU, with as many threads, it ends with the very same
+    weights; on a GPU, whose sums come in no fixed order, with as good ones.
 
     Under `accelerate launch` or `torchrun` every process calls this alike, with the model and the data on its
     `own_device`. An optimizer step sees `batch_size` images in all: each process takes its share, in `accumulate` parts
-    one after the other, and the main process alone writes. With as many processes as before, a killed run ends with
-    the very same weights; with another number it goes on all the same. Ctrl-C ends it like a kill.
+    one after the other, and the main process alone writes. A stopped run may go on with another number of processes;
+    the very same weights it ends with if there are as many as before.
     BatchNorm normalizes by what it sees at once: on several GPUs all their images (torch.nn.SyncBatchNorm, which needs
     GPUs); on several CPU processes each one's own share, and the running statistics are averaged over the processes
     after each epoch; with `accumulate` one part. So there the same seed gives another, no worse network.
 
     Args:
         data: a Data, or anything with its `device`, `train_labels`, `test_labels`, `train_loader` and `test_loader`.
+        key: what the checkpoint is of, as plain values by name; None: the arguments of this call.
+        replace: whether the checkpoint may be one of another key, and is then lost.
 
-    Raises: Refused, a ValueError, as `check_batch` does.
+    Raises:
+        Refused, a ValueError: as `check_batch` does; and where the checkpoint is of another key.
+        KeyboardInterrupt: on Ctrl-C, which costs the epoch that was under way.
     """
     device, images = data.device, len(data.train_labels)
     idle = any(not getattr(layer, "active", True) for layer in model.modules())  # its vs and betas get no gradient
@@ -188,9 +208,18 @@ def train(
     check_batch(batch_size, accumulate, images)
     steps = images // batch_size
     peaks = [group["lr"] for group in optimizer.param_groups]
-    recipe = {"epochs": epochs, "batch_size": batch_size, "warmup": warmup, "exact": exact, "seed": seed,
-              "peaks": peaks, "distill": distill if teacher else None, "images": images}  # fmt: skip
-    history = _resume(checkpoint, recipe, model, optimizer) if checkpoint else []
+    if checkpoint and key is None:
+        key = {"epochs": epochs, "batch_size": batch_size, "accumulate": accumulate, "warmup": warmup, "exact": exact,
+               "seed": seed, "lr": peaks, "weight_decay": [group["weight_decay"] for group in optimizer.param_groups],
+               "images": images, "start": fingerprint(model),
+               **({} if teacher is None else {"teacher": fingerprint(teacher), "distill": distill})}  # fmt: skip
+
+    def keep(history: list[dict]) -> None:
+        if checkpoint and accelerator.is_main_process:
+            save({"key": key, "history": history, "model": model.state_dict(), "optimizer": optimizer.state_dict()},
+                 checkpoint)  # fmt: skip
+
+    history = _resume(checkpoint, key, replace, model, optimizer) if checkpoint else []
     optimizer.zero_grad()
     loader = accelerator.prepare_data_loader(data.train_loader(batch_size, accumulate, seed))
     prepared = accelerator.prepare_model(_twin(model.to(device), synchronized=accelerator.use_distributed))
@@ -229,24 +258,27 @@ def train(
             seconds = time.perf_counter() - started
             _average_statistics(model, accelerator)
             tested = accuracy(model, data)
-            history.append({
+            entry = {
                 "epoch": epoch + 1,
                 "loss": round(accelerator.reduce(loss_sum, "mean").item() / (steps * accumulate), 5),
                 "train_accuracy": round(100 * accelerator.reduce(hits, "sum").item() / (steps * batch_size), 3),
                 "test_accuracy": round(tested, 3),
                 "seconds": round(seconds, 2),
-            })  # fmt: skip
+            }
+            keep([*history, entry])
+            history.append(entry)  # now that it can't be lost
             if accelerator.is_main_process:
-                _show(bar, description, history[-1], epochs)
-                if checkpoint:
-                    save({"recipe": recipe, "history": history, "model": model.state_dict(),
-                          "optimizer": optimizer.state_dict()}, checkpoint)  # fmt: skip
+                _show(bar, description, entry, epochs)
     except KeyboardInterrupt:
-        if accelerator.use_distributed:  # the processes are no longer at one place
-            raise
-        print(f"{description}: stopped after {len(history)} of {epochs} epochs; what was learned is kept")
+        bar.close()
+        if accelerator.is_main_process:
+            how = f"run it again to go on from {checkpoint}" if checkpoint and history else "nothing is kept"
+            print(f"{description}: interrupted after {len(history)} of {epochs} epochs; {how}", flush=True)
+        raise
     finally:
         bar.close()
+    if not history:  # of no epochs: so that the network is known by its key all the same
+        keep([])
     model.eval()
     return history
 
@@ -279,14 +311,40 @@ def _schedule(progress: float, warmup: float) -> float:
     return (1 + math.cos(math.pi * (progress - warmup) / (1 - warmup))) / 2
 
 
-def _resume(checkpoint: str | Path, recipe: dict, model: nn.Module, optimizer: torch.optim.Optimizer) -> list[dict]:
-    state = None
-    if is_main_process() and Path(checkpoint).exists():
-        state = load(checkpoint)
-        if not {"recipe", "history", "model", "optimizer"} <= state.keys():
-            raise DataError(f"{checkpoint} is no checkpoint of a training run: remove it to begin anew")
-    (state,) = broadcast_object_list([state])  # the file need not be on every node
-    if state is None or state["recipe"] != recipe:
+def fingerprint(weights: nn.Module | dict[str, Tensor]) -> str:
+    """A network's weights and statistics, or a state dict's, in twelve letters: other numbers, other letters."""
+    state = weights.state_dict() if isinstance(weights, nn.Module) else weights
+    found = hashlib.sha256()
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        found.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        found.update(value.flatten().view(torch.uint8).numpy())
+    return found.hexdigest()[:12]
+
+
+def load_checkpoint(path: str | Path) -> dict | None:
+    """What `train` kept: key, history, model, optimizer; None where there is nothing.  Raises: DataError."""
+    if not Path(path).exists():
+        return None
+    state = load(path)
+    if not {"key", "history", "model", "optimizer"} <= state.keys():
+        raise DataError(f"{path} is no checkpoint of a training run, or an older version's: remove it to begin anew")
+    return state
+
+
+def difference(kept: dict, wanted: dict) -> str:
+    """Where two keys differ, in words; "" where they don't."""
+    differing = [name for name in {**wanted, **kept} if kept.get(name) != wanted.get(name)]
+    return ", ".join(f"{name} {kept.get(name)}, not {wanted.get(name)}" for name in differing)
+
+
+def _resume(checkpoint: str | Path, key: dict, replace: bool, model: nn.Module, optimizer: torch.optim.Optimizer):
+    (state,) = broadcast_object_list([load_checkpoint(checkpoint) if is_main_process() else None])
+    if state is None:  # the file need not be on every node
+        return []
+    if differing := difference(state["key"], key):
+        if not replace:
+            raise Refused(f"{checkpoint} is of another recipe ({differing}): {OTHER_RECIPE}")
         return []
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])

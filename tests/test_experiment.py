@@ -1,18 +1,24 @@
 """The commands: of experiment.py, and of make."""
 
+import os
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import experiment
+import pandas as pd
 import pytest
 import runs
 import speed
 import torch
 from data import load_data
-from files import ROOT, save
+from files import RESULTS, ROOT, save
 from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
+
+PERCENT = ("float", "binarized", "calibrated", "accuracy")
 
 
 def test_the_command_line_trains_and_evaluates(tmp_path):
@@ -27,16 +33,78 @@ def test_the_command_line_trains_and_evaluates(tmp_path):
     rows = read_csv(tmp_path / "results" / "runs.csv")
     assert rows.M.fillna(0).tolist() == [1, 0] and rows.N.isna().all()
     known = subprocess.run([*command, "table", *where[2:4]], capture_output=True, text=True, check=True).stdout
-    assert "digits/M1-limit=200" in known and "digits/float" not in known
+    assert "digits/M1-limit=200-from=" in known and "digits/float" not in known
     missing = [*command, "pretrain", "--dataset", "folder:nowhere", *where]
     failed = subprocess.run(missing, capture_output=True, text=True)
     assert failed.returncode == 2 and "nowhere" in failed.stderr and len(failed.stderr.splitlines()) == 1
 
 
+BINARY = ["finetune", "--dataset", "digits", "--weight-bases", "1", "--activation-bases", "1", "--calibrate", "0",
+          "--limit", "128", "--batch-size", "64", "--epochs", "3", "--threads", "1", "--device", "cpu"]  # fmt: skip
+RUN = "digits/M1-N1-calibrate=0-batch-size=64-limit=128"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, digits):
+    """The folder of a run from an untrained network."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    threads = torch.get_num_threads()
+    save(build_network(digits).state_dict(), out / "digits/float.pt")
+    experiment.main([*BINARY, "--out", str(out)])
+    torch.set_num_threads(threads)
+    return out
+
+
+def stopped_after_an_epoch(out, signal_number) -> tuple[int, str, str]:
+    """Exit code, last lines and errors of that run, with no network and no row."""
+    save(build_network(load_data("digits")).state_dict(), out / "digits/float.pt")
+    with subprocess.Popen([sys.executable, str(ROOT / "notebooks/experiment.py"), *BINARY, "--out", str(out)],
+                          env={**os.environ, "TQDM_DISABLE": "1"}, text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE) as running:  # fmt: skip
+        assert any("epoch 1/3" in line for line in running.stdout)
+        running.send_signal(signal_number)
+        said, errors = running.communicate()
+    assert not (out / f"{RUN}.pt").exists() and not (out / "results/runs.csv").exists()
+    return running.returncode, said, errors
+
+
+def test_an_interrupted_run_leaves_no_result_and_goes_on_to_the_very_same(uninterrupted, tmp_path, digits, threads,
+                                                                          refused):  # fmt: skip
+    checkpoint, there = tmp_path / f"{RUN}.checkpoint", [*BINARY, "--out", str(tmp_path)]
+    how = f"{RUN}: interrupted after 1 of 3 epochs; run it again to go on from {checkpoint}\n"
+    assert stopped_after_an_epoch(tmp_path, signal.SIGINT) == (130, how, "")
+    kept = checkpoint.read_bytes()
+    first = torch.load(checkpoint)["history"]
+
+    other = tmp_path / "other.pt"
+    save(build_network(digits, seed=1).state_dict(), other)
+    for words in (["--from", other], ["--weight-decay", "0.1"], ["--calibrate", "64"], ["--distill", "0.25"]):
+        options = experiment.command_line().parse_args([*there, *map(str, words)])
+        assert experiment.recipe_of(options, digits, experiment._load_float(options, digits)).name != RUN
+    assert "epochs 3, not 2" in refused(experiment.main, *there, "--epochs", "2")
+    save(build_network(digits, seed=1).state_dict(), tmp_path / "digits/float.pt")
+    said = refused(experiment.main, *there)
+    assert f"{checkpoint} is of another recipe (start " in said and ", teacher " in said and "--replace" in said
+    assert checkpoint.read_bytes() == kept
+
+    save(build_network(digits).state_dict(), tmp_path / "digits/float.pt")
+    experiment.main(there)
+    resumed, whole = (torch.load(out / f"{RUN}.pt") for out in (tmp_path, uninterrupted))
+    assert resumed.keys() == whole.keys() and all(torch.equal(resumed[name], whole[name]) for name in whole)
+    assert len(first) == 1 and torch.load(checkpoint)["history"][:1] == first
+    row, expected = (read_csv(out / "results/runs.csv").drop(columns="seconds") for out in (tmp_path, uninterrupted))
+    assert len(row) == 1 and row.equals(expected)
+
+
+def test_a_terminated_run_is_an_interrupted_one(tmp_path):
+    code, said, errors = stopped_after_an_epoch(tmp_path, signal.SIGTERM)
+    assert code == 143 and "interrupted after 1 of 3 epochs; run it again to go on from" in said and errors == ""
+
+
 ARGUMENTS = {
     "pretrain": {"device": ["nonsense", "meta", "cuda:99"], "threads": ["0", "-1", "x", "99999"], "limit": ["0", "-5"],
                  "epochs": ["0", "-1", "1.5"], "batch-size": ["0"], "accumulate": ["0"], "lr": ["0", "nan", "inf"],
-                 "seed": ["-1"]},
+                 "warmup": ["-1", "1"], "exact": ["2"], "seed": ["-1"]},
     "finetune": {"weight-bases": ["0", "-1", "many"], "activation-bases": ["0"], "epochs": ["-1"], "distill": ["1.5"],
                  "calibrate": ["-1"], "float-seed": ["-1"], "lr-activation": ["0"], "weight-decay": ["-1"],
                  "code": ["", "ternary", "binary,", "binary,uniform,uniform"]},
@@ -116,7 +184,10 @@ def test_a_run_is_named_after_its_code_and_zero(tmp_path, tiny, capsys):
         experiment.main(["finetune", *places, *two, *words, "--calibrate", "100", "--epochs", "0"])
     rows = read_csv(tmp_path / "runs.csv").set_index("run")
     assert sorted(rows.index) == sorted(runs_of)
+    digits, start = load_data("digits"), runs.load_float(load_data("digits"), tmp_path)
     for run, words in runs_of.items():
+        repeated = experiment.command_line().parse_args(rows.command[run].split()[2:])
+        assert experiment.recipe_of(repeated, digits, start).short == rows.recipe[run]
         assert all(word in rows.command[run].split() for word in words)
         capsys.readouterr()
         experiment.main(["evaluate", *places, *two, *words, "--calibrate", "100"])
@@ -160,6 +231,23 @@ def test_a_second_make_installs_nothing(tmp_path):
     assert "pip install" not in asked.stdout and "pytest" in asked.stdout
     fresh = subprocess.run(["make", "-n", "test", f"VENV={tmp_path}/no"], cwd=ROOT, capture_output=True, text=True)
     assert "pip install" in fresh.stdout
+
+
+def test_make_alone_writes_the_tracked_tables(monkeypatch):
+    written = []
+    monkeypatch.setattr(experiment, "read_csv", lambda path, columns: written.append(path.parent) or pd.DataFrame(
+        {"run": ["x"], "dataset": ["x"], "M": [1], "N": [1], **dict.fromkeys(PERCENT, [1.0])}))  # fmt: skip
+    monkeypatch.setattr(experiment, "readme_blocks", lambda results: written.append(results) or {})
+    monkeypatch.setattr(experiment, "refill", lambda *_: None)
+    experiment.main(["table"])
+    experiment.main(["table", "--out", "/there"])
+    experiment.main(["table", "--readme"])
+    assert written == [ROOT / "out/results", Path("/there/results"), RESULTS, RESULTS]
+    for target in ("results", "ablation", "codes"):
+        asked = subprocess.run(["make", "-n", target, "BIN=echo", "INSTALLED="], cwd=ROOT, capture_output=True,
+                               text=True, check=True).stdout  # fmt: skip
+        trains = [words for words in asked.replace("\\\n", "").split("experiment.py ")[1:] if "table" not in words]
+        assert trains and all("--results notebooks/results --replace" in words for words in trains)
 
 
 def test_make_codes_runs_each_choice_with_three_seeds():

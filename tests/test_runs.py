@@ -1,7 +1,11 @@
 """Runs: the row, curve and network that each leaves, and what is asked of all rows."""
 
 import csv
+import dataclasses
+import shlex
 import shutil
+import subprocess
+import sys
 import threading
 
 import pandas as pd
@@ -9,8 +13,15 @@ import pytest
 import runs
 import torch
 import training
-from files import RESULTS, DataError, replacing, save
-from runs import binarized, default_runs, keep_rows, pretrained, read_csv, results_table, write_csv
+from experiment import command_line, recipe_of
+from files import RESULTS, ROOT, DataError, commit, locked, replacing, save
+from networks import build_network
+from recipe import NAMED, Recipe
+from runs import binarized, default_runs, finetuned, keep_rows, pretrained, read_csv, results_table, write_csv
+from torch import nn
+
+import abcnets
+from kernels.command import Refused
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SMALL = {"batch_size": 100, "epochs": 2}
@@ -43,18 +54,31 @@ def test_threads_that_write_one_file_at_once_both_succeed(tmp_path):
     assert path.read_text() in ("a" * 1000, "b" * 1000) and path.stat().st_mode & 0o777 == 0o640
 
 
+def repeated(row: dict, data, start=None) -> Recipe:
+    """The recipe of a row's command, read by the command line's own parser."""
+    python, script, *words = shlex.split(row["command"])
+    assert (python, script) == ("python", "notebooks/experiment.py")
+    return recipe_of(command_line().parse_args(words), data, start)
+
+
 def test_fine_tuning_recovers_and_leaves_a_row(few_digits, tmp_path):
     teacher, history = pretrained(few_digits, tmp_path, tmp_path, batch_size=50, epochs=4)
     model = binarized(teacher, few_digits, tmp_path, tmp_path, 2, 2, calibrate=200, **SMALL)
     tuned = training.accuracy(model, few_digits)
     row, whole = strings(tmp_path / "runs.csv")
-    assert (row["run"], row["M"], row["N"], row["dataset"], row["epochs"]) == ("digits/M2-N2", "2", "2", "digits", "2")
+    assert row["run"] == "digits/M2-N2-calibrate=200-batch-size=100-limit=400"
+    assert (row["M"], row["N"], row["dataset"], row["epochs"]) == ("2", "2", "digits", "2")
+    assert row["commit"] == commit() and row["commit"].strip("+").isalnum()
     assert float(row["calibrated"]) > float(row["binarized"]) + 10 and tuned > float(row["float"]) - 8, row
     assert float(row["accuracy"]) == pytest.approx(tuned, abs=1e-3) and "torch" in row["versions"]
-    assert "--weight-bases 2 --activation-bases 2" in row["command"]
+    float_file = tmp_path / "digits/float-batch-size=50-limit=400.pt"
+    assert f" --from {float_file} " in row["command"]  # these are no usual weights
+    assert repeated(row, few_digits, teacher).short == row["recipe"]
+    assert repeated(whole, few_digits).short == whole["recipe"]
     assert int(row["packed_bytes"]) < int(row["float_bytes"]) / 5
-    assert (whole["run"], whole["M"], whole["binarized"]) == ("digits/float", "", "")
-    assert read_csv(tmp_path / "curves/digits-float.csv").loss.tolist() == [entry["loss"] for entry in history]
+    assert (whole["run"], whole["M"], whole["binarized"]) == ("digits/float-batch-size=50-limit=400", "", "")
+    curve = read_csv(tmp_path / "curves/digits-float-batch-size=50-limit=400.csv")
+    assert curve.loss.tolist() == [entry["loss"] for entry in history]
 
 
 def test_what_is_there_is_not_trained_again(few_digits, tmp_path, monkeypatch):
@@ -68,7 +92,7 @@ def test_what_is_there_is_not_trained_again(few_digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "backward", untrained)
     for kept in (False, True):  # by its checkpoint, and whatever its recipe
-        recipe = {"epochs": 7} if kept else SMALL
+        recipe = {**SMALL, "epochs": 7} if kept else SMALL
         again, seen = pretrained(*places, kept=kept, **recipe)
         assert seen == ([] if kept else history)
         binary = binarized(again, *places, 1, 1, calibrate=0, kept=kept, **recipe)
@@ -121,7 +145,139 @@ def test_default_runs_and_their_table(tmp_path):
 
 def test_names_of_runs():
     assert runs.run_name("folder:a/b") == "folder_a_b/float" and runs.run_name("digits", 3, 3) == "digits/M3-N3"
+    assert runs.run_name("digits", 3, 3, limit=5, seed=1) == Recipe("digits", 3, 3, 1, limit=5).name
     assert runs.run_name("digits", 2, None, "per-layer lr=0.1", 1) == "digits/M2-per-layer-lr=0.1-s1"
+    assert Recipe("fashion-mnist", 3, 3).name == Recipe("fashion-mnist", 3, 3, epochs=6).name == "fashion-mnist/M3-N3"
+    assert Recipe("digits", 2, 2, calibrate=2048, distill=0.5, lr=1e-3, code=("thermometer",) * 2).options == ""
+    assert Recipe("digits", 1, 1, lr=1e-3).options == "lr=0.001"  # where one base is, 0.003 is the default
+    one, same = (Recipe("digits", 2, 2, lr=lr, code=code) for lr, code in ((1, "binary"), (1.0, ("binary", "binary"))))
+    assert one.short == same.short and one.options == same.options == "code=binary lr=1"
+    odd = Recipe("digits", 2, 2, zero=False, code=("binary", "uniform"), distill=0.0, lr=1 / 3, limit=1234567)
+    assert odd.options == f"no-zero code=binary,uniform distill=0 lr={1 / 3!r} limit=1234567"
+
+
+def test_the_recorded_runs_keep_their_names(few_digits):
+    """Each by its own command, as the command line reads it today."""
+    rows = read_csv(RESULTS / "runs.csv").to_dict("records")
+    for row in rows:
+        options = command_line().parse_args(shlex.split(row["command"])[2:])
+        recipe = recipe_of(options, dataclasses.replace(few_digits, name=row["dataset"], limit=options.limit))
+        assert (recipe.name, recipe.options, recipe.epochs) == (row["run"], row["options"], row["epochs"])
+        assert recipe.command() == row["command"]
+
+
+OTHERS = {"per_layer": True, "even_shifts": True, "learn_shifts": True, "scale_gradient": True, "zero": True,
+          "code": ("binary", "binary"), "calibrate": 100, "distill": 0.25, "lr": 0.5, "lr_activation": 0.25,
+          "weight_decay": 0.125, "batch_size": 64, "limit": 400, "float_seed": 0, "accumulate": 2, "warmup": 0.25,
+          "exact": 0.25}  # fmt: skip
+KEYED = {"epochs": 1, "images": 5, "network": "another", "start": "another", "teacher": "another"}
+
+
+def test_what_is_not_the_default_is_in_the_name_and_all_is_in_the_key():
+    assert {*OTHERS} == {*NAMED}
+    base = Recipe("digits", 2, 2)
+    named = {**OTHERS, "dataset": "cifar10", "M": 1, "N": None, "seed": 1}
+    recipes = [dataclasses.replace(base, **{name: value}) for name, value in (named | KEYED).items()]
+    assert {*(named | KEYED), "start_file"} == {field.name for field in dataclasses.fields(Recipe)}
+    assert len({recipe.short for recipe in [base, *recipes]}) == len(recipes) + 1
+    assert len({recipe.name for recipe in recipes}) == len(named) + 1 and recipes[-1].name == base.name
+
+
+@pytest.mark.parametrize("option", [*OTHERS, "epochs", "seed", "start_file"])
+def test_a_command_repeats_its_recipe(option, few_digits, tmp_path):
+    start = build_network(few_digits)
+    others = OTHERS | {"epochs": 1, "seed": 3, "start_file": tmp_path / "some file.pt"}
+    data = few_digits if option == "limit" else dataclasses.replace(few_digits, limit=None)
+    given = {} if option == "limit" else {option: others[option]}
+    for bases in ((2, 3), (None, 1), (2, None)):
+        recipe = Recipe.of(data, start, start, M=bases[0], N=bases[1], **given)
+        again = repeated({"command": recipe.command()}, data, start)
+        assert again == recipe and again.name == recipe.name
+    if option in ("epochs", "seed", "limit", "lr", "weight_decay", "batch_size", "accumulate", "warmup", "exact"):
+        recipe = Recipe.of(data, **given)
+        assert repeated({"command": recipe.command()}, data) == recipe
+
+
+def tiny(data, seed=0) -> nn.Module:
+    """A network small enough for tests in the place of all others."""
+    torch.manual_seed(seed)
+    layers = [layer for channels in (1, 8, 8) for layer in (nn.Conv2d(channels, 8, 3, stride=2), nn.ReLU())]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(32, 10))
+
+
+def test_what_is_kept_of_another_recipe_is_not_lost_unasked(few_digits, tmp_path, monkeypatch, capsys):
+    for module in (runs, training):
+        monkeypatch.setattr(module, "build_network", tiny)
+    places = few_digits, tmp_path, tmp_path / "results"
+    start, _ = pretrained(*places, **SMALL)
+    binarized(start, *places, 2, 2, calibrate=0, **SMALL)
+    name = "digits/M2-N2-calibrate=0-batch-size=100-limit=400"
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    other = tiny(few_digits, seed=1)
+    for call, said in (
+        (lambda **how: pretrained(*places, **SMALL | {"epochs": 1}, **how), "epochs 2, not 1"),
+        (lambda **how: binarized(start, *places, 2, 2, calibrate=0, **SMALL | {"epochs": 1}, **how), "epochs 2, not 1"),
+        (lambda **how: binarized(other, *places, 2, 2, calibrate=0, **SMALL, **how), "start .*, not .*, teacher"),
+    ):
+        with pytest.raises(Refused, match=f"checkpoint is of another recipe .{said}.*: choose another --out, or"):
+            call()
+    model = abcnets.convert(start, 2, 2)
+    with pytest.raises(Refused, match="recipe .teacher .*, not "):
+        finetuned(model, few_digits, other, *places[1:], 2, 2, before={}, start=start, **SMALL)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    with pytest.raises(Refused, match="runs.csv has a row of .* by another recipe .*, 2 epochs; not .*, 1"):
+        binarized(start, few_digits, tmp_path / "else", places[2], 2, 2, calibrate=0, **SMALL | {"epochs": 1})
+    (tmp_path / f"{name}.checkpoint").unlink()
+    with pytest.raises(Refused, match="is there, without a checkpoint"):
+        binarized(start, *places, 2, 2, calibrate=0, **SMALL)
+    capsys.readouterr()
+    binarized(start, *places, 2, 2, calibrate=0, **SMALL | {"epochs": 1}, replace=True)
+    printed = capsys.readouterr().out
+    assert f"{name}.pt is there, without" in printed and printed.count("will be replaced") == 2
+    assert [row["epochs"] for row in strings(places[2] / "runs.csv")] == ["1", "2"]
+
+
+def test_a_trial_on_few_images_has_a_name_of_its_own(few_digits, tmp_path, monkeypatch):
+    """As the notebooks call it: the data alone know that they are few."""
+    for module in (runs, training):
+        monkeypatch.setattr(module, "build_network", tiny)
+    for data in (few_digits, dataclasses.replace(few_digits, limit=None)):
+        start, _ = pretrained(data, tmp_path, tmp_path, epochs=1)
+        tuned = abcnets.convert(start, 2, 2)
+        before = {"float": 1.0, "binarized": 2.0, "calibrated": 3.0}
+        finetuned(tuned, data, start, tmp_path, tmp_path, 2, 2, before=before, epochs=1, seed=0)
+    rows = strings(tmp_path / "runs.csv")
+    names = ["digits/M2-N2", "digits/M2-N2-limit=400", "digits/float", "digits/float-limit=400"]
+    assert [row["run"] for row in rows] == names and all((tmp_path / f"{name}.pt").exists() for name in names)
+    assert [row["run"] for row in default_runs(tmp_path, "digits").to_dict("records")] == [names[0], names[2]]
+    assert [row["options"] for row in rows] == ["", "limit=400"] * 2
+    assert rows[0]["command"].endswith(" --weight-bases 2 --activation-bases 2 --epochs 1")
+
+
+def test_two_processes_that_record_at_once_lose_nothing(tmp_path):
+    code = ("import sys; sys.path[:0] = sys.argv[3:]; from runs import keep_rows\n"
+            "for i in range(20): keep_rows(sys.argv[1], [{'run': f'{sys.argv[2]}{i:02}', 'x': i}], by=['run'])")
+    folders = [str(ROOT), str(ROOT / "notebooks")]
+    both = [subprocess.Popen([sys.executable, "-c", code, tmp_path / "runs.csv", letter, *folders]) for letter in "ab"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert [row["run"] for row in strings(tmp_path / "runs.csv")] == [f"{c}{i:02}" for c in "ab" for i in range(20)]
+    assert [path.name for path in tmp_path.iterdir()] == ["runs.csv"]
+
+
+def test_a_lock_that_nobody_holds_is_said(tmp_path):
+    with locked(tmp_path / "runs.csv"), pytest.raises(DataError, match="runs.csv.lock says since 0.1 s .* remove it"):
+        with locked(tmp_path / "runs.csv", seconds=0.1):
+            pass
+    with locked(tmp_path / "runs.csv", seconds=0.1):
+        pass
+
+
+def test_outside_a_repository_there_is_no_commit(tmp_path, monkeypatch):
+    monkeypatch.setattr("files.ROOT", tmp_path)
+    assert commit() == ""
+    monkeypatch.setenv("PATH", "")
+    assert commit() == ""
 
 
 @pytest.mark.parametrize("content", [b"a,b\n1,2\n", b"\xff\xfe\x00"])
