@@ -55,17 +55,31 @@ def uninterrupted(tmp_path_factory, digits):
     return out
 
 
+STOPPING = f"""
+import os, runpy, sys
+sys.path.insert(0, {str(ROOT / "notebooks")!r})
+import training
+number, sys.argv = int(sys.argv[1]), sys.argv[1:]
+keep = training.save
+
+def keep_and_stop(what, path):
+    keep(what, path)
+    if what["history"]:
+        os.kill(os.getpid(), number)
+
+training.save = keep_and_stop
+runpy.run_path({str(ROOT / "notebooks/experiment.py")!r}, run_name="__main__")
+"""  # the command line in a process that gets a signal as soon as its first epoch is kept
+
+
 def stopped_after_an_epoch(out, signal_number) -> tuple[int, str, str]:
-    """Exit code, last lines and errors of that run, with no network and no row."""
+    """Exit code, last line and errors of that run, with no network and no row."""
     save(build_network(load_data("digits")).state_dict(), out / "digits/float.pt")
-    with subprocess.Popen([sys.executable, str(ROOT / "notebooks/experiment.py"), *BINARY, "--out", str(out)],
-                          env={**os.environ, "TQDM_DISABLE": "1"}, text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE) as running:  # fmt: skip
-        assert any("epoch 1/3" in line for line in running.stdout)
-        running.send_signal(signal_number)
-        said, errors = running.communicate()
+    command = [sys.executable, "-c", STOPPING, str(int(signal_number)), *BINARY, "--out", str(out)]
+    run = subprocess.run(command, env={**os.environ, "TQDM_DISABLE": "1"}, capture_output=True, text=True)
+    assert "epoch 1/3" in run.stdout and "epoch 2/3" not in run.stdout, run.stdout + run.stderr
     assert not (out / f"{RUN}.pt").exists() and not (out / "results/runs.csv").exists()
-    return running.returncode, said, errors
+    return run.returncode, run.stdout.splitlines(keepends=True)[-1], run.stderr
 
 
 def test_an_interrupted_run_leaves_no_result_and_goes_on_to_the_very_same(uninterrupted, tmp_path, digits, threads,
