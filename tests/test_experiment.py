@@ -60,16 +60,15 @@ import os, runpy, sys
 sys.path.insert(0, {str(ROOT / "notebooks")!r})
 import training
 number, sys.argv = int(sys.argv[1]), sys.argv[1:]
-keep = training.save
+show = training._show
 
-def keep_and_stop(what, path):
-    keep(what, path)
-    if what["history"]:
-        os.kill(os.getpid(), number)
+def show_and_stop(*what):
+    show(*what)
+    os.kill(os.getpid(), number)
 
-training.save = keep_and_stop
+training._show = show_and_stop
 runpy.run_path({str(ROOT / "notebooks/experiment.py")!r}, run_name="__main__")
-"""  # the command line in a process that gets a signal as soon as its first epoch is kept
+"""  # the command line in a process that gets a signal as soon as its first epoch is kept and told
 
 
 def stopped_after_an_epoch(out, signal_number) -> tuple[int, str, str]:
