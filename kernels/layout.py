@@ -23,12 +23,22 @@ multiples of 2^k are its own, and the even ones are the bit before; so base n is
 
 In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them.
 
+Uniform levels. Where all betas are equal, only the sum of E_n = popcount(a_n ^ w) counts, and fewer words say it:
+
+    N = 2:   E_1 + E_2       = 2 popcount((a_2 ^ w) | d) - popcount(d),        d = a_1 ^ a_2
+    N = 3:   E_1 + E_2 + E_3 = 2 popcount(carry ^ w) + popcount(sum ^ w),      carry = majority of a_n, sum = their XOR
+
+Where two bases differ, one of them differs from w, whatever w is. Three bits a_n ^ w are added by a full adder, whose
+carry and sum turn round with its inputs. Both hold bit by bit, for bases of any code and order, nested or not, and
+where all a_n are 0, as in padding, so are these words. popcount(d) over a window is the same for all output channels.
+
 Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, T their thresholds, M weight
 bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones),
 so that 1-D, 2-D and 3-D are one case.
 
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
+                                        ...[P][2]                (d, a_2) or (carry, sum) for uniform levels
     file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
     weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
     CPU tiles            uint64 [block of 16 O][M][tap, word][2][8 lanes]     one lane an output channel
@@ -300,6 +310,19 @@ def scales(alphas_MO, betas_N) -> np.ndarray:
 
 
 # --------------------------------------------------------------------------- CPU tiles
+
+
+def counts_as_uniform(betas_N: np.ndarray, groups: int) -> bool:
+    """Whether the CPU engine counts a layer by the forms for uniform levels.
+
+    With groups not for N = 2: popcount(d) would be another for each group.
+    """
+    return len(betas_N) in ((2, 3) if groups == 1 else (3,)) and bool((betas_N == betas_N[0]).all())
+
+
+def image_words(N: int, uniform: bool) -> int:
+    """Words that the padded image holds for 64 channels of a pixel."""
+    return 2 if uniform else N
 
 
 def blocks_of(O: int) -> int:

@@ -306,6 +306,66 @@ def test_thresholds_of_no_code():
         case.run()
 
 
+def in_integers(case) -> Case:
+    """The case with numbers whose sums float32 holds exactly, and equal betas: one wrong count is a difference."""
+    bits, alphas, betas, thresholds, flips, bias, zero = case.tensors
+    whole = (None if t is None else (2 * t).round() for t in (bias, zero))
+    case.tensors = bits, (2 * alphas).round(), torch.full_like(betas, 0.5), thresholds, flips, *whole
+    return case
+
+
+@examples(100)
+@given(st.data(), cases(most_bases=3), st.integers(1, 2))
+def test_uniform_levels(data, case, threads):
+    torch.set_num_threads(threads)
+    in_integers(case)
+    x, N = data.draw(in_memory(case)), len(case.tensors[2])
+    y = case.run(x)
+    assert torch.equal(y.double(), case.expect(x))
+    words = words_of(x, *case.tensors[3:5])
+    assert torch.equal(case.run(words), y)
+    some = torch.Generator().manual_seed(0)  # bases that are not nested, and in no order
+    words = abcnets.pack_bits(torch.rand(N, *words.shape[:-2], case.channels, generator=some) < 0.5, torch.int64)
+    words = words.movedim(0, -1).contiguous()
+    y = case.run(words)
+    assert torch.equal(y, case.expect(words))
+    bases = data.draw(st.integers(1, 3))
+    thresholds = thresholds_of(bases, y.shape[1], some, data.draw(st.booleans())) * y.std(correction=0)
+    case.out = thresholds, torch.rand(y.shape[1], generator=some) < 0.5, bases
+    assert torch.equal(case.run(words), words_of(y, *case.out))
+
+
+@examples(40)
+@given(st.data(), cases(binary=True, most_bases=3, most_channels=130), st.integers(1, 2))
+def test_equal_betas_of_the_binary_code(data, case, threads):
+    torch.set_num_threads(threads)
+    in_integers(case)
+    x = data.draw(in_memory(case))
+    assert torch.equal(case.run(x).double(), case.expect(x))
+    assert torch.equal(case.run(words_of(x, *case.tensors[3:5], len(case.tensors[2]))), case.run(x))
+
+
+@pytest.mark.parametrize("N, groups", [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_betas_that_become_equal_and_a_nan(N, groups):
+    case = small_case(N=N, groups=groups, B=5, zero=True)
+    for betas in (torch.rand(N) + 0.1, torch.full((N,), 0.3), torch.rand(N) + 0.1):
+        case.tensors[2].copy_(betas)
+        assert_right(case)
+    case.tensors[2].fill_(0.3)
+    case.x[2, 3, 4, 5] = math.nan
+    torch.testing.assert_close(case.run(), abcnets.packed_conv(case.x, *case.arguments), equal_nan=True)
+
+
+def test_forms_of_uniform_levels():
+    """The algebra of layout.py, for every word of one bit."""
+    for a, b, c, w in np.ndindex(2, 2, 2, 2):
+        assert (a ^ w) + (b ^ w) == 2 * ((b ^ w) | (a ^ b)) - (a ^ b)
+        assert (a ^ w) + (b ^ w) + (c ^ w) == 2 * ((a + b + c) // 2 ^ w) + (a ^ b ^ c ^ w)
+    assert layout.counts_as_uniform(np.float32([0.3, 0.3]), 1) and layout.counts_as_uniform(np.float32([1, 1, 1]), 4)
+    for betas, groups in (([0.3], 1), ([0.3, 0.4], 1), ([0.3, 0.3], 2), ([1, 1, 2], 1), ([1, 1, 1, 1], 1)):
+        assert not layout.counts_as_uniform(np.float32(betas), groups)
+
+
 @examples(12)
 @given(cases())
 def test_scalar_rung(case):

@@ -44,24 +44,29 @@ class Job(ctypes.Structure):
             "flips",  # words [P]
             "chunks",  # first pixel of every chunk to pack
             "chunk_count",  # of one image; 0 where the input is used as it lies
-            "landing",  # where each input pixel's words go in the padded image
+            "landing",  # which pixel of the padded image each input pixel is
             # the padded image of words
             "words",
+            "pixel_bytes",  # from one pixel of it to the next
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T)
+            "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, uniform)
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, P, masked)
+            "block_kernel",  # address of vector.block_kernel(N, uniform, P, masked)
             "weights",  # words [block][M][tap, word][16]
             "masks",  # words [block][tap, word][16], or 0 without groups
             "block_words",  # where a block's first channel word lies in a pixel, [block]
             "tap_offsets",  # where tap and word lie relative to the window's beginning, [tap, word]
             "tap_count",
+            "window_taps",  # how many pixels each tap lies from the window's beginning
+            "window_tap_count",
+            "window_count",  # one more than the last pixel that a window begins at
             "start",  # -(K // 2), where the popcounts begin
             "weight_bases",  # M
             "scales",  # float32 [block][M][N][16]
             "constants",  # float32 [class][block][16]
-            "pixel_offsets",  # where each output pixel's window begins in the padded image
+            "windows",  # the pixel of the padded image that each output pixel's window begins at
             "pixel_classes",  # where each output pixel's constants begin
             "blocks",
             "output_pixels",
@@ -79,7 +84,8 @@ class Job(ctypes.Structure):
             "thread_number",  # address of omp_get_thread_num,
             "thread_count",  # of omp_get_num_threads
             "barrier",  # and of GOMP_barrier
-            "scratch",  # SCRATCH_BYTES a thread
+            "scratch",  # of each thread: SCRATCH_BYTES, then int32 [window] sums of `differing`
+            "scratch_stride",
             # result
             "saw_nan",
         )

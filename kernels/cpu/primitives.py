@@ -179,6 +179,18 @@ def store_bits_16(typing, address, bits):
     return types.void(types.int64, types.int64), emit
 
 
+@intrinsic
+def store_int(typing, address, number):
+    """Write the low 32 bits of `number` at address."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        emitter.store(emitter.trunc(args[1], I32), args[0], 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
 def _store(context, builder, signature, args):
     address, value = args
     Emitter(builder).store(value, address, value.type.get_abi_alignment(context.target_data))
