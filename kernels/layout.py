@@ -23,24 +23,36 @@ multiples of 2^k are its own, and the even ones are the bit before; so base n is
 
 In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them.
 
+Uniform levels. Where all betas are equal, only the sum of E_n = popcount(a_n ^ w) counts, and fewer words say it:
+
+    N = 2:   E_1 + E_2       = 2 popcount((a_2 ^ w) | d) - popcount(d),        d = a_1 ^ a_2
+    N = 3:   E_1 + E_2 + E_3 = 2 popcount(carry ^ w) + popcount(sum ^ w),      carry = majority of a_n, sum = their XOR
+
+Where two bases differ, one of them differs from w, whatever w is. Three bits a_n ^ w are added by a full adder, whose
+carry and sum turn round with its inputs. Both hold bit by bit, for bases of any code and order, nested or not, and
+where all a_n are 0, as in padding, so are these words. popcount(d) over a window is the same for all output channels.
+
 Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, T their thresholds, M weight
 bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones),
 so that 1-D, 2-D and 3-D are one case.
 
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
+                                        ...[P][2]                (d, a_2) or (carry, sum) for uniform levels
     file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
     weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
-    CPU tiles            uint64 [block of 16 O][M][tap, word][2][8 lanes]     one lane an output channel
+    CPU tiles            uint{16, 32, 64} [block of O][M][tap, unit][Q][512 / bits]   one lane an output channel; a unit
+                                        is as much of a channel word as a lane holds
 """
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 
 import numpy as np
 
-BLOCK = 16  # output channels that one CPU tile computes: two registers of lanes
+BLOCK = 16  # output channels that the CPU engine stores at once, and that the channels of a tile are a multiple of
 
 
 def aligned_zeros(shape, dtype) -> np.ndarray:
@@ -302,28 +314,43 @@ def scales(alphas_MO, betas_N) -> np.ndarray:
 # --------------------------------------------------------------------------- CPU tiles
 
 
-def blocks_of(O: int) -> int:
-    """How many blocks of 16 output channels."""
-    return -(-O // BLOCK)
+def counts_as_uniform(betas_N: np.ndarray, groups: int, uses: int) -> bool:
+    """Whether the CPU engine counts a layer by the forms for uniform levels.
+
+    uses: how often a channel is read, M O taps / groups; 64 times or more pay for making the words. With groups not
+    for N = 2: popcount(d) would be another for each group.
+    """
+    has_form = len(betas_N) in ((2, 3) if groups == 1 else (3,))
+    return has_form and uses >= 64 and bool((betas_N == betas_N[0]).all())
 
 
-def in_blocks(values, axis: int) -> np.ndarray:
-    """Split the output-channel axis into (block, 16), filling up with zeros; the block axis comes first."""
+def image_words(N: int, uniform: bool) -> int:
+    """Words that the padded image holds for 64 channels of a pixel."""
+    return 2 if uniform else N
+
+
+def blocks_of(O: int, block: int = BLOCK) -> int:
+    """How many blocks of 16 (or `block`) output channels."""
+    return -(-O // block)
+
+
+def in_blocks(values, axis: int, block: int = BLOCK) -> np.ndarray:
+    """Split the output-channel axis into (blocks, block), filling up with zeros; the axis of blocks comes first."""
     O = values.shape[axis]
     padding = [(0, 0)] * values.ndim
-    padding[axis] = (0, blocks_of(O) * BLOCK - O)
+    padding[axis] = (0, blocks_of(O, block) * block - O)
     values = np.pad(values, padding)
-    values = values.reshape(*values.shape[:axis], blocks_of(O), BLOCK, *values.shape[axis + 1 :])
+    values = values.reshape(*values.shape[:axis], blocks_of(O, block), block, *values.shape[axis + 1 :])
     return np.moveaxis(values, axis, 0)
 
 
-def word_ranges(masks_OP: np.ndarray) -> tuple:
-    """(first word of each block, width): the channel words a block of 16 outputs sees, as equally wide ranges.
+def word_ranges(masks_OP: np.ndarray, block: int = BLOCK) -> tuple:
+    """(first of each block, width): the channel words, or units, a block of outputs sees, as equally wide ranges.
 
-    Without groups that is every word. With groups a block sees few of them, and skipping the others is what makes a
-    grouped or depthwise convolution cheap.
+    Without groups those are all that have channels. With groups a block sees few of them, and skipping the others is
+    what makes a grouped or depthwise convolution cheap.
     """
-    seen = in_blocks(masks_OP != 0, 0).any(1)  # (block, P)
+    seen = in_blocks(masks_OP != 0, 0, block).any(1)  # (blocks, P)
     P = seen.shape[1]
     first = seen.argmax(1)
     last = P - 1 - seen[:, ::-1].argmax(1)
@@ -331,18 +358,70 @@ def word_ranges(masks_OP: np.ndarray) -> tuple:
     return np.minimum(first, P - width).astype(np.int64), width
 
 
-def tile_weights(words_MOTP: np.ndarray, first: np.ndarray, width: int) -> np.ndarray:
-    """uint64 (M, O, taps, P) -> [block][M][tap, word][2][8 lanes], 64-byte aligned: the tile's reading order."""
-    blocked_GMoTP = in_blocks(words_MOTP, 1)
-    G, M, _, taps, _ = blocked_GMoTP.shape
-    tiles = aligned_zeros((G, M, taps * width, BLOCK), np.uint64)
-    for tile, blocked_MoTP, start in zip(tiles, blocked_GMoTP, first):
-        chosen_MoTp = blocked_MoTP[..., start : start + width]
-        tile[...] = chosen_MoTp.reshape(M, BLOCK, taps * width).transpose(0, 2, 1)
+@dataclass(frozen=True)
+class Lanes:
+    """How a CPU tile counts: Q registers of 512 / bits lanes, one lane an output channel.
+
+    A 64-bit lane holds 64 channels of one tap: of a layer with 16 channels it counts three quarters for nothing. So
+    lanes are as wide as the layer is deep, and there are more of them.
+    """
+
+    bits: int = 64
+    registers: int = 2
+
+    @property
+    def block(self) -> int:
+        """Output channels of a tile, a multiple of 16."""
+        return 512 // self.bits * self.registers
+
+    def units(self, words: np.ndarray) -> np.ndarray:
+        """uint64 (..., P) -> (..., 64 P / bits), the words in pieces of a lane."""
+        return words.view(f"uint{self.bits}")
+
+    def offsets(self, units: np.ndarray, word_bytes: int) -> np.ndarray:
+        """Where units lie in a pixel whose channel words are word_bytes apart."""
+        return units * self.bits // 64 * word_bytes + units * self.bits % 64 // 8
+
+    def cost(self, masks_OP: np.ndarray) -> float:
+        """Registers that a tap takes; infinity where blocks begin within words and see more than the rest of them.
+
+        Broadcasting 16 bits is no load alone on Intel's processors, so there such a register costs a fifth more.
+        """
+        first, width = word_ranges(self.units(masks_OP), self.block)
+        within = first * self.bits % 64
+        if ((within > 0) & (within + width * self.bits > 64)).any():
+            return math.inf
+        return len(first) * self.registers * width * (1.2 if self.bits == 16 else 1)
+
+
+LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1)
+LONG_WINDOW = 16  # words
+
+
+def choose_lanes(masks_OP: np.ndarray, taps: int, widths) -> Lanes:
+    """The cheapest lanes that have a vector popcount (`widths`) and can count to K / 2.
+
+    Of those that cost the same, 64 bits for long windows, since they need fewer broadcasts, and not for short ones,
+    since 64-bit counters are slower to turn into floats.
+    """
+    K = taps * int(np.bitwise_count(masks_OP[0]).sum())
+    fitting = [lanes for lanes in LANES if lanes.bits in widths and (K + 1) // 2 < 1 << (lanes.bits - 1)]
+    long = taps * word_ranges(masks_OP)[1] >= LONG_WINDOW
+    return min(fitting, key=lambda lanes: (lanes.cost(masks_OP), (lanes.bits == 64) != long))
+
+
+def tile_weights(units_MOTU: np.ndarray, first: np.ndarray, width: int, block: int) -> np.ndarray:
+    """(M, O, taps, units) -> [blocks][M][tap, unit][block], 64-byte aligned: the tile's reading order."""
+    blocked_GMoTU = in_blocks(units_MOTU, 1, block)
+    G, M, _, taps, _ = blocked_GMoTU.shape
+    tiles = aligned_zeros((G, M, taps * width, block), units_MOTU.dtype)
+    for tile, blocked_MoTU, start in zip(tiles, blocked_GMoTU, first):
+        chosen_MoTu = blocked_MoTU[..., start : start + width]
+        tile[...] = chosen_MoTu.reshape(M, block, taps * width).transpose(0, 2, 1)
     return tiles
 
 
-def tile_masks(masks_OP: np.ndarray, taps: int, first: np.ndarray, width: int) -> np.ndarray:
-    """uint64 (O, P) -> [block][tap, word][2][8 lanes]: the masks, repeated for every tap, in the weights' order."""
-    repeated_1OTP = np.repeat(masks_OP[None, :, None], taps, axis=2)
-    return tile_weights(repeated_1OTP, first, width)
+def tile_masks(masks_OU: np.ndarray, taps: int, first: np.ndarray, width: int, block: int) -> np.ndarray:
+    """(O, units) -> [blocks][tap, unit][block]: the masks, repeated for every tap, in the weights' order."""
+    repeated_1OTU = np.repeat(masks_OU[None, :, None], taps, axis=2)
+    return tile_weights(repeated_1OTU, first, width, block)

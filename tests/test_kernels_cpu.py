@@ -306,6 +306,113 @@ def test_thresholds_of_no_code():
         case.run()
 
 
+def in_integers(case) -> Case:
+    """The case with numbers whose sums float32 holds exactly, and equal betas: one wrong count is a difference."""
+    bits, alphas, betas, thresholds, flips, bias, zero = case.tensors
+    whole = (None if t is None else (2 * t).round() for t in (bias, zero))
+    case.tensors = bits, (2 * alphas).round(), torch.full_like(betas, 0.5), thresholds, flips, *whole
+    return case
+
+
+@examples(100)
+@given(st.data(), cases(most_bases=3), st.integers(1, 2))
+def test_uniform_levels(data, case, threads):
+    torch.set_num_threads(threads)
+    in_integers(case)
+    x, N = data.draw(in_memory(case)), len(case.tensors[2])
+    y = case.run(x)
+    assert torch.equal(y.double(), case.expect(x))
+    words = words_of(x, *case.tensors[3:5])
+    assert torch.equal(case.run(words), y)
+    some = torch.Generator().manual_seed(0)  # bases that are not nested, and in no order
+    words = abcnets.pack_bits(torch.rand(N, *words.shape[:-2], case.channels, generator=some) < 0.5, torch.int64)
+    words = words.movedim(0, -1).contiguous()
+    y = case.run(words)
+    assert torch.equal(y, case.expect(words))
+    bases = data.draw(st.integers(1, 3))
+    thresholds = thresholds_of(bases, y.shape[1], some, data.draw(st.booleans())) * y.std(correction=0)
+    case.out = thresholds, torch.rand(y.shape[1], generator=some) < 0.5, bases
+    assert torch.equal(case.run(words), words_of(y, *case.out))
+
+
+@examples(40)
+@given(st.data(), cases(binary=True, most_bases=3, most_channels=130), st.integers(1, 2))
+def test_equal_betas_of_the_binary_code(data, case, threads):
+    torch.set_num_threads(threads)
+    in_integers(case)
+    x = data.draw(in_memory(case))
+    assert torch.equal(case.run(x).double(), case.expect(x))
+    assert torch.equal(case.run(words_of(x, *case.tensors[3:5], len(case.tensors[2]))), case.run(x))
+
+
+@pytest.mark.parametrize("N, groups", [(2, 1), (2, 2), (3, 2), (4, 1)])
+def test_betas_that_become_equal_and_a_nan(N, groups):
+    case = small_case(N=N, groups=groups, B=5, zero=True)
+    for betas in (torch.rand(N) + 0.1, torch.full((N,), 0.3), torch.rand(N) + 0.1):
+        case.tensors[2].copy_(betas)
+        assert_right(case)
+    case.tensors[2].fill_(0.3)
+    case.x[2, 3, 4, 5] = math.nan
+    torch.testing.assert_close(case.run(), abcnets.packed_conv(case.x, *case.arguments), equal_nan=True)
+
+
+def test_forms_of_uniform_levels():
+    """The algebra of layout.py, for every word of one bit."""
+    for a, b, c, w in np.ndindex(2, 2, 2, 2):
+        assert (a ^ w) + (b ^ w) == 2 * ((b ^ w) | (a ^ b)) - (a ^ b)
+        assert (a ^ w) + (b ^ w) + (c ^ w) == 2 * ((a + b + c) // 2 ^ w) + (a ^ b ^ c ^ w)
+    for betas, groups in (([0.3, 0.3], 1), ([1, 1, 1], 1), ([1, 1, 1], 4)):
+        assert layout.counts_as_uniform(np.float32(betas), groups, 64)
+        assert not layout.counts_as_uniform(np.float32(betas), groups, 63)  # would not pay
+    for betas, groups in (([0.3], 1), ([0.3, 0.4], 1), ([0.3, 0.3], 2), ([1, 1, 2], 1), ([1, 1, 1, 1], 1)):
+        assert not layout.counts_as_uniform(np.float32(betas), groups, 999)
+
+
+@examples(60)
+@given(st.data(), cases(), st.integers(1, 2), st.booleans())
+def test_lanes_of_any_width_count_the_same(data, case, threads, words_in):
+    torch.set_num_threads(threads)
+    x = words_of(case.x, *case.tensors[3:5]) if words_in else data.draw(in_memory(case))
+    y, results = case.run(x), []
+    thresholds, flips = torch.zeros(2, y.shape[1]), torch.arange(y.shape[1]) % 3 == 0
+    masks = layout.channel_masks(y.shape[1], case.channels, case.groups)
+    for lanes in layout.LANES:
+        if lanes.bits in cpu_system.popcount_lanes() and lanes.cost(masks) < math.inf:
+            case.tensors = tuple(t if t is None else t.clone() for t in case.tensors)  # no table is found
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(layout, "choose_lanes", lambda *_, lanes=lanes: lanes)
+                case.out = (None, None, 0)
+                results.append(case.run(x))
+                case.out = (thresholds, flips, 2)
+                assert torch.equal(case.run(x), words_of(y, *case.out))
+    assert results and all(torch.equal(result, y) for result in results)
+
+
+@pytest.mark.parametrize(
+    "C, O, groups, taps, lanes",
+    [
+        (128, 128, 1, 9, (64, 2)), (128, 128, 1, 1, (32, 1)), (64, 64, 1, 9, (32, 1)), (32, 32, 1, 9, (32, 1)),
+        (16, 32, 1, 9, (16, 1)), (16, 16, 1, 9, (32, 1)), (16, 32, 1, 4095, (16, 1)), (16, 32, 1, 4096, (32, 1)),
+        (256, 256, 16, 9, (32, 1)), (80, 64, 2, 9, (64, 2)),  # 40 channels from the 41st on: over the end of a word
+    ],
+)  # fmt: skip
+def test_lanes_are_as_wide_as_the_layer_is_deep(C, O, groups, taps, lanes):
+    masks = layout.channel_masks(O, C, groups)
+    assert layout.choose_lanes(masks, taps, (64, 32, 16)) == layout.Lanes(*lanes)
+    assert layout.choose_lanes(masks, taps, (64,)) == layout.Lanes(64, 2)
+
+
+def test_counters_of_16_bits_reach_their_ends():
+    case = small_case(C=16, O=32, B=1, M=1, N=1, size=(4095,), kernel=(4095,), padding=(0, 0), bias=False)
+    bits, alphas, betas, thresholds, flips, *rest = case.tensors
+    for filling in (0, 255):
+        case.tensors = torch.full_like(bits, filling), *map(torch.ones_like, (alphas, betas)), thresholds, flips, *rest
+        for x in (torch.full_like(case.x, math.inf), torch.full_like(case.x, -math.inf)):
+            thresholds[:], flips[:] = 0, False
+            product = (1 if filling else -1) * (1 if x[0, 0, 0] > 0 else -1)
+            assert torch.equal(case.run(x), torch.full((1, 32, 1), 16.0 * 4095 * product))
+
+
 @examples(12)
 @given(cases())
 def test_scalar_rung(case):
@@ -493,6 +600,23 @@ assert "float convolutions on cpu" in str(warning.message) and "pip install" in 
 assert abcnets.engines()["cpu"].startswith("float convolutions: ") and not packed.runs_bits()
 """
 
+WITHOUT_A_VECTOR_POPCOUNT = """
+import os, platform, tempfile
+if platform.machine() in ("x86_64", "AMD64"):
+    os.environ["NUMBA_CPU_NAME"] = "haswell"
+    os.environ["NUMBA_CPU_FEATURES"] = "+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt,+f16c"
+with tempfile.TemporaryDirectory() as folder:
+    os.environ["NUMBA_CACHE_DIR"] = folder
+    import torch
+    import tests.test_kernels_cpu as t
+    assert platform.machine() not in ("x86_64", "AMD64") or t.cpu_system.popcount_lanes() == (64,)
+    for C, groups in ((16, 1), (70, 1), (32, 2)):
+        case = t.small_case(C=C, groups=groups, N=2)
+        t.assert_right(case)
+        t.in_integers(case)
+        assert torch.equal(case.run().double(), case.expect())
+"""
+
 IMPORT_LOADS_NO_NUMBA = """
 import sys, abcnets
 assert not {"numba", "abcnets_kernels", "kernels"} & set(sys.modules)
@@ -500,7 +624,7 @@ assert abcnets.engines()["cpu"] == "numba"
 """
 
 
-@pytest.mark.parametrize("script", [IN_A_FORKED_CHILD, WITHOUT_NUMBA, IMPORT_LOADS_NO_NUMBA])
+@pytest.mark.parametrize("script", [IN_A_FORKED_CHILD, WITHOUT_NUMBA, WITHOUT_A_VECTOR_POPCOUNT, IMPORT_LOADS_NO_NUMBA])
 def test_in_a_fresh_process(script, pytestconfig):
     if script is IN_A_FORKED_CHILD and sys.platform == "win32":
         pytest.skip("no fork")

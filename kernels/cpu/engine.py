@@ -146,12 +146,17 @@ class Layer:
     def _make_tables(self, bits, thresholds, flips, out_thresholds, out_flips) -> None:
         self.words_MOTP = layout.weight_words(_numpy(bits), self.groups, self.channels)
         masks_OP = layout.channel_masks(self.O, self.channels, self.groups)
-        first, self.width = layout.word_ranges(masks_OP)
-        self.block_words = first * self.N * 8
-        self.weights = layout.tile_weights(self.words_MOTP, first, self.width)
         taps = self.words_MOTP.shape[2]
-        self.masks = layout.tile_masks(masks_OP, taps, first, self.width) if self.groups > 1 else None
-        self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2))
+        self.lanes = lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes())
+        masks_OU, block = lanes.units(masks_OP), lanes.block
+        first, self.width = layout.word_ranges(masks_OU, block)
+        self.uniform = layout.counts_as_uniform(self.numbers[1], self.groups, self.M * self.O * taps // self.groups)
+        self.word_bytes = 8 * layout.image_words(self.N, self.uniform)  # of the bits of 64 channels
+        self.tiles = len(first)
+        self.tile_units = lanes.offsets(first, self.word_bytes)
+        self.weights = layout.tile_weights(lanes.units(self.words_MOTP), first, self.width, block)
+        self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block) if self.groups > 1 else None
+        self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2, block))
         per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.T, -1), (self.T, self.channels))
         self.thresholds = layout.threshold_table(per_channel, 64)
         self.flips = layout.flip_words(np.zeros(self.channels, bool) if flips is None else _numpy(flips))
@@ -209,7 +214,7 @@ class Plan:
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(layer, shape[0], len(size))
-        self.in_place = kind == WORDS and not any(padding)
+        self.in_place = kind == WORDS and not any(padding) and not layer.uniform
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
 
@@ -220,19 +225,18 @@ class Plan:
         return (B, layer.O, *size)
 
     def _make_tables(self, layer, geometry):
-        pixel_bytes = layer.P * layer.N * 8
-        self.landing = geometry.input_pixels * pixel_bytes
+        self.pixel_bytes = layer.P * layer.word_bytes
         self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
-        word_bytes = np.arange(layer.width) * layer.N * 8
-        self.tap_offsets = (geometry.taps[:, None] * pixel_bytes + word_bytes).reshape(-1)
+        units = layer.lanes.offsets(np.arange(layer.width), layer.word_bytes)
+        self.tap_offsets = (geometry.taps[:, None] * self.pixel_bytes + units).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
         constants = layout.border_constants(
             layer.words_MOTP, *layer.numbers, outside, layer.channels // layer.groups
         )
-        self.constants = np.ascontiguousarray(layout.in_blocks(constants, 1).swapaxes(0, 1))
+        self.constants = np.ascontiguousarray(layout.in_blocks(constants, 1, layer.lanes.block).swapaxes(0, 1))
         # the last tile may reach past the image: it recomputes the last pixel, and its rows are not stored
-        self.pixel_offsets = np.pad(geometry.output_pixels * pixel_bytes, (0, CHUNK), "edge")
-        self.pixel_classes = np.pad(class_of_pixel * (layer.blocks * layout.BLOCK * 4), (0, CHUNK), "edge")
+        self.windows = np.pad(geometry.output_pixels, (0, CHUNK), "edge")
+        self.pixel_classes = np.pad(class_of_pixel * self.constants[0].nbytes, (0, CHUNK), "edge")
 
     def run(self, layer, x) -> tuple:
         """(output, whether a NaN was seen)."""
@@ -268,11 +272,16 @@ class Workspace:
 
     def __init__(self, layer, plan):
         geometry = plan.geometry
-        image_words = prod(geometry.padded) * layer.P * layer.N
+        words_bytes, sums_bytes = prod(geometry.padded) * plan.pixel_bytes, 0
+        if layer.uniform and layer.N == 2:
+            sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
+            words_bytes = -(-words_bytes // 64) * 64
         images = plan.threads if plan.words_by_thread else plan.images
-        self.words = None if plan.in_place else layout.aligned_zeros((images, image_words), np.uint64)
-        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES), np.uint8)
-        self.entry, chunk_kernel, block_kernel = _kernels(layer.N, layer.T, layer.groups > 1)
+        self.words = None if plan.in_place else layout.aligned_zeros((images, words_bytes + sums_bytes), np.uint8)
+        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
+        self.entry, chunk_kernel, block_kernel = _kernels(
+            layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes
+        )
         self.job = job = Job(
             input_kind=plan.kind,
             images=plan.images,
@@ -284,22 +293,29 @@ class Workspace:
             flips=_address(layer.flips),
             chunks=_address(plan.chunks),
             chunk_count=0 if plan.in_place else len(plan.chunks),
-            landing=_address(plan.landing),
+            landing=_address(geometry.input_pixels),
             words=0 if plan.in_place else _address(self.words),
-            words_stride=image_words * 8,
+            pixel_bytes=plan.pixel_bytes,
+            words_stride=words_bytes + sums_bytes,
             words_by_thread=plan.words_by_thread,
+            differing=words_bytes if sums_bytes else 0,
             chunk_kernel=chunk_kernel,
             block_kernel=block_kernel,
+            parts=layer.lanes.block // layout.BLOCK,
+            tiles=layer.tiles,
             weights=_address(layer.weights),
             masks=0 if layer.masks is None else _address(layer.masks),
-            block_words=_address(layer.block_words),
+            tile_units=_address(layer.tile_units),
             tap_offsets=_address(plan.tap_offsets),
             tap_count=len(plan.tap_offsets),
+            window_taps=_address(geometry.taps),
+            window_tap_count=len(geometry.taps),
+            window_count=geometry.output_pixels[-1] + 1,
             start=-(layer.channels // layer.groups * len(geometry.taps) // 2),
             weight_bases=layer.M,
             scales=_address(layer.scales),
             constants=_address(plan.constants),
-            pixel_offsets=_address(plan.pixel_offsets),
+            windows=_address(plan.windows),
             pixel_classes=_address(plan.pixel_classes),
             blocks=layer.blocks,
             output_pixels=prod(geometry.output),
@@ -309,6 +325,7 @@ class Workspace:
             output_bases=layer.out_bases,
             output_threshold_count=layer.out_T,
             scratch=_address(self.scratch),
+            scratch_stride=SCRATCH_BYTES + sums_bytes,
             threads=plan.threads,
         )
         if layer.out_bases:
@@ -320,7 +337,7 @@ class Workspace:
 
 
 @functools.cache
-def _kernels(N: int, T: int, masked: bool) -> tuple:
+def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes) -> tuple:
     """Addresses of the functions that run a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
@@ -330,8 +347,8 @@ def _kernels(N: int, T: int, masked: bool) -> tuple:
 
     functions = (
         vector.run_kernel(),
-        pack.chunk_kernel(N, T),
-        vector.block_kernel(N, vector.TILE_PIXELS[N], int(masked)),
+        pack.chunk_kernel(N, T, int(uniform)),
+        vector.block_kernel(N, int(uniform), int(masked), lanes),
     )
     logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
     return tuple(function.address for function in functions)

@@ -15,8 +15,9 @@ WORDS = 2  # packed words (B, *S, P, N)
 PIXEL_BLOCK = 64  # output pixels between two visits to memory: the rows of one block stay in the first-level cache
 CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit register
 
-ROWS_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
-#                                          stored, and a little more, since the last tile may reach past the block;
+PART_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
+#                                          stored, and a little more, since the last tile may reach past the block,
+ROWS_BYTES = 2 * PART_BYTES  # of the at most 32 channels of a tile;
 PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where an image has fewer pixels than a chunk;
 COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to their pixels
 SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
@@ -44,26 +45,33 @@ class Job(ctypes.Structure):
             "flips",  # words [P]
             "chunks",  # first pixel of every chunk to pack
             "chunk_count",  # of one image; 0 where the input is used as it lies
-            "landing",  # where each input pixel's words go in the padded image
+            "landing",  # which pixel of the padded image each input pixel is
             # the padded image of words
             "words",
+            "pixel_bytes",  # from one pixel of it to the next
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T)
+            "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, uniform)
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, P, masked)
-            "weights",  # words [block][M][tap, word][16]
-            "masks",  # words [block][tap, word][16], or 0 without groups
-            "block_words",  # where a block's first channel word lies in a pixel, [block]
-            "tap_offsets",  # where tap and word lie relative to the window's beginning, [tap, word]
+            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes)
+            "parts",  # of 16 output channels that a tile has
+            "tiles",  # of output channels
+            "weights",  # units [tile][M][tap, unit][16 parts]
+            "masks",  # units [tile][tap, unit][16 parts], or 0 without groups
+            "tile_units",  # where a tile's first unit lies in a pixel, [tile]
+            "tap_offsets",  # where tap and unit lie relative to the window's beginning, [tap, unit]
             "tap_count",
+            "window_taps",  # how many pixels each tap lies from the window's beginning
+            "window_tap_count",
+            "window_count",  # one more than the last pixel that a window begins at
             "start",  # -(K // 2), where the popcounts begin
             "weight_bases",  # M
-            "scales",  # float32 [block][M][N][16]
-            "constants",  # float32 [class][block][16]
-            "pixel_offsets",  # where each output pixel's window begins in the padded image
+            "scales",  # float32 [tile][M][N][16 parts]
+            "constants",  # float32 [class][tile][16 parts]
+            "windows",  # the pixel of the padded image that each output pixel's window begins at
             "pixel_classes",  # where each output pixel's constants begin
-            "blocks",
+            "blocks",  # of 16 output channels that are stored
             "output_pixels",
             # output
             "output",
@@ -79,7 +87,8 @@ class Job(ctypes.Structure):
             "thread_number",  # address of omp_get_thread_num,
             "thread_count",  # of omp_get_num_threads
             "barrier",  # and of GOMP_barrier
-            "scratch",  # SCRATCH_BYTES a thread
+            "scratch",  # of each thread: SCRATCH_BYTES, then int32 [window] sums of `differing`
+            "scratch_stride",
             # result
             "saw_nan",
         )

@@ -10,7 +10,10 @@ thresholds, and the answers already are sixteen bits of the word. Each chunk of 
 
     words [padded pixel][P][N]
 
-whose border words are 0 and are never written. Run this file to check and time it: `python -m kernels.cpu.pack`.
+whose border words are 0 and are never written. For uniform levels it holds other words than the N bases (layout.py):
+wherever a pixel's bits come from, `store_bases` turns them into what the image holds.
+
+Run this file to check and time it: `python -m kernels.cpu.pack`.
 """
 
 import functools
@@ -19,7 +22,7 @@ import numba
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from ..layout import own_thresholds
+from .. import layout
 from .job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
 from .primitives import (
     BITS_16,
@@ -35,7 +38,9 @@ from .primitives import (
     ir,
     load_float,
     load_word,
+    popcount,
     store_float,
+    store_int,
     store_word,
     word_at_least,
 )
@@ -66,7 +71,7 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, 
             emitter.prefetch(emitter.offset(x, 64, 1))
             reached = None
             for n in range(N):
-                for t in own_thresholds(n, N, T):
+                for t in layout.own_thresholds(n, N, T):
                     at = emitter.offset(thresholds, t, row_stride)
                     threshold = emitter.splat(emitter.load(F32, at, 4), FLOATS_16)
                     above = builder.fcmp_ordered(">=", value, threshold)
@@ -90,42 +95,71 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, 
 
 
 @functools.cache
-def chunk_kernel(N, T, stamp=STAMP):
+def chunk_kernel(N, T, uniform, stamp=STAMP):
     """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
+    word_bytes = 8 * layout.image_words(N, uniform)
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def pack_chunk(jobs, image, first, words, scratch):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
-        if job.input_kind == WORDS:
-            copy_words(job, image, first, words)
-            return 0
-        if job.input_kind == INTERLEAVED:
-            return pack_interleaved(job, image, first, words, T)
-        P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
         plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
+        P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
         nan = 0
-        for word in range(P):
-            channels = min(job.channels - 64 * word, 64)
-            x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
-            if count < CHUNK:  # too small to be read sixteen at a time
-                copy_plane(x, job.channel_stride, channels, count, plane)
-                x, stride = plane, 4 * CHUNK
-            nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N, T)
-            flip = load_word(job.flips + 8 * word)
-            send_words(columns, flip, words + 8 * word * N, job.landing + 8 * first, count, N)
+        if job.input_kind == WORDS:
+            copy_words(job, image, first, words, word_bytes, N, uniform)
+        elif job.input_kind == INTERLEAVED:
+            nan = pack_interleaved(job, image, first, words, columns, word_bytes, N, T, uniform)
+        else:
+            for word in range(P):
+                channels = min(job.channels - 64 * word, 64)
+                x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
+                if count < CHUNK:  # too small to be read sixteen at a time
+                    copy_plane(x, job.channel_stride, channels, count, plane)
+                    x, stride = plane, 4 * CHUNK
+                nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N, T)
+                send_words(job, first, columns, load_word(job.flips + 8 * word), words + word * word_bytes, N, uniform)
+        if job.differing != 0:
+            count_differing(job, first, words)
         return nan
 
     return pack_chunk
 
 
 @njit
-def send_words(columns, flip, target, landing, count, N):
+def send_words(job, first, columns, flip, words, N, uniform):
     """columns [N][16] -> each pixel's place in the padded image."""
-    for i in range(count):
-        pixel = target + load_word(landing + 8 * i)
+    for i in range(min(CHUNK, job.pixels)):
+        target = words + load_word(job.landing + 8 * (first + i)) * job.pixel_bytes
+        store_bases(columns + 8 * i, 8 * CHUNK, flip, target, N, uniform)
+
+
+@njit
+def store_bases(source, stride, flip, target, N, uniform):
+    """One pixel's words of N bases, `stride` bytes apart at source, XOR flip -> what the image holds of them."""
+    if not uniform:
         for n in range(N):
-            store_word(pixel + 8 * n, load_word(columns + 8 * (n * CHUNK + i)) ^ flip)
+            store_word(target + 8 * n, load_word(source + n * stride) ^ flip)
+        return
+    a, b = load_word(source) ^ flip, load_word(source + stride) ^ flip
+    if N == 2:
+        store_word(target, a ^ b)
+        store_word(target + 8, b)
+    else:
+        c = load_word(source + 2 * stride) ^ flip
+        store_word(target, (a & b) | (c & (a | b)))
+        store_word(target + 8, a ^ b ^ c)
+
+
+@njit
+def count_differing(job, first, words):
+    """In how many channels a pixel's two bases differ, for each of a chunk's pixels."""
+    for i in range(first, first + min(CHUNK, job.pixels)):
+        pixel = load_word(job.landing + 8 * i)
+        at, total = words + pixel * job.pixel_bytes, 0
+        for word in range(job.channel_words):
+            total += popcount(load_word(at + 16 * word))
+        store_int(words + job.differing + 4 * pixel, total)
 
 
 @njit
@@ -138,43 +172,41 @@ def copy_plane(x, channel_stride, channels, pixels, plane):
 
 
 @njit
-def pack_interleaved(job, image, first, words, T):
-    N, P, pixel_stride = job.bases, job.channel_words, job.pixel_stride
+def pack_interleaved(job, image, first, words, bases, word_bytes, N, T, uniform):
+    P, pixel_stride = job.channel_words, job.pixel_stride
     table, flips, landing = job.thresholds, job.flips, job.landing
     x = job.input + image * job.image_stride + first * pixel_stride
     nan = 0
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        target = words + load_word(landing + 8 * pixel)
+        target = words + load_word(landing + 8 * pixel) * job.pixel_bytes
         for word in range(P):
             channels = job.channels - 64 * word
             nan |= any_nan_64(x + 256 * word, channels)
-            flip = load_word(flips + 8 * word)
-            if T == N:
-                for n in range(N):
+            bits, step = 0, 1 << N
+            for n in range(N):
+                if T == N:
                     bits = word_at_least(x + 256 * word, table + 256 * (n * P + word), channels)
-                    store_word(target + 8 * (word * N + n), bits ^ flip)
-                continue
-            bits, step = flip, 1 << N
-            for n in range(N):  # the binary code: base n goes on from n - 1 (layout.own_thresholds)
-                t = step // 2 - 1
-                while t < T:
-                    bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
-                    t += step
-                store_word(target + 8 * (word * N + n), bits)
-                step //= 2
+                else:  # the binary code: base n goes on from n - 1 (layout.own_thresholds)
+                    t = step // 2 - 1
+                    while t < T:
+                        bits ^= word_at_least(x + 256 * word, table + 256 * (t * P + word), channels)
+                        t += step
+                    step //= 2
+                store_word(bases + 8 * n, bits)
+            store_bases(bases, 8, load_word(flips + 8 * word), target + word * word_bytes, N, uniform)
         x += pixel_stride
     return nan
 
 
 @njit
-def copy_words(job, image, first, words):
-    """Words came in: they only need borders."""
-    count = job.channel_words * job.bases
+def copy_words(job, image, first, words, word_bytes, N, uniform):
+    """Words came in: they only need borders, or to become those of uniform levels."""
+    P = job.channel_words
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        source = job.input + 8 * count * (image * job.pixels + pixel)
-        target = words + load_word(job.landing + 8 * pixel)
-        for i in range(count):
-            store_word(target + 8 * i, load_word(source + 8 * i))
+        source = job.input + 8 * N * P * (image * job.pixels + pixel)
+        target = words + load_word(job.landing + 8 * pixel) * job.pixel_bytes
+        for word in range(P):
+            store_bases(source + 8 * N * word, 8, 0, target + word * word_bytes, N, uniform)
 
 
 def main() -> None:

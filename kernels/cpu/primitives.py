@@ -89,16 +89,25 @@ class Emitter:
 
     def shuffle(self, a, b, lanes):
         """Lanes of a (0, 1, ...) and of b (counted on from a's last), in the order given."""
-        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), lanes))
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(I32, len(lanes)), list(lanes)))
 
     def popcount(self, vector):
-        return self.call_llvm("llvm.ctpop.v8i64", vector.type, vector)
+        lanes, bits = vector.type.count, vector.type.element.width
+        return self.call_llvm(f"llvm.ctpop.v{lanes}i{bits}", vector.type, vector)
 
     def multiply_add(self, a, b, c):
-        return self.call_llvm("llvm.fma.v8f32", c.type, a, b, c)
+        return self.call_llvm("llvm.fma.v16f32", c.type, a, b, c)
 
-    def to_float(self, words):
-        return self.builder.sitofp(words, FLOATS_8)
+    def to_ints(self, counts):
+        """The lanes of registers, which may be 16, 32 or 64 bits wide, as one INTS_16 for every sixteen."""
+        bits = counts[0].type.element.width
+        if bits == 32:
+            return counts
+        if bits == 16:
+            halves = [self.shuffle(count, count, range(i, i + 16)) for count in counts for i in (0, 16)]
+            return [self.builder.sext(half, INTS_16) for half in halves]
+        eights = [self.trunc(count, ir.VectorType(I32, 8)) for count in counts]
+        return [self.shuffle(*pair, range(16)) for pair in zip(eights[::2], eights[1::2])]
 
     def load_floats_16(self, address, count):
         """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
@@ -190,6 +199,18 @@ def store_bits_16(typing, address, bits):
     def emit(context, builder, signature, args):
         emitter = Emitter(builder)
         emitter.store(emitter.trunc(args[1], I16), args[0], 2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def store_int(typing, address, number):
+    """Write the low 32 bits of `number` at address."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        emitter.store(emitter.trunc(args[1], I32), args[0], 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit

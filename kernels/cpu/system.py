@@ -75,13 +75,23 @@ def run(address: int, argument: int, threads: int) -> None:
         _function(address)(argument)
 
 
-@functools.cache
 def has_vector_popcount() -> bool:
     """Whether Numba compiles for a processor that counts the bits of 512-bit registers (AVX512_VPOPCNTDQ)."""
+    return 32 in popcount_lanes()
+
+
+@functools.cache
+def popcount_lanes() -> tuple:
+    """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
     from numba.core import codegen, config
 
     features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    return "+avx512vpopcntdq" in features.split(",")
+    features, lanes = features.split(","), [64]
+    if "+avx512vpopcntdq" in features:
+        lanes.append(32)
+        if "+avx512bitalg" in features:
+            lanes.append(16)
+    return tuple(lanes)
 
 
 LARGE = 32 << 20  # bytes; smaller tensors come from memory that malloc keeps, without page faults

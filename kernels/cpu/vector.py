@@ -9,14 +9,22 @@ counted at once. A weight word is read once for P * N uses, an activation word i
 
     xor, popcount, add      for 8 x 64 = 512 products: 1.5 cycles on a Zen 4 core, which is this engine's bound
 
-After the last tap of weight base m the counters become floats, are scaled and added to 2 * P float registers that live
-on to the next m. So nothing but the result is ever written, whatever M and N are.
+After the last tap of weight base m the counters become floats, are scaled and added to float registers that live on to
+the next m. So nothing but the result is ever written, whatever M and N are.
 
-**The loop nest**: image -> block of 16 output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
-128 channels: 43 KB a base) stay in the second-level cache, one block's weights (9 x 128 bits x 16: 2.3 KB a base) in
-the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, then stored as floats in planes (8 x 8
-transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float tensor is
-written at all.
+**Narrow lanes** (layout.Lanes). Of a layer with 16 or 32 channels a 64-bit lane would be mostly empty. There, lanes are
+16 or 32 bits wide, and one register holds 32 or 16 output channels. The image stays as it is: a broadcast reads a part
+of a word, a unit. Only the order of weights and taps follows.
+
+**Uniform levels** (layout.py). N = 2 is counted once, N = 3 twice: the image holds other words, a tile has fewer
+counters, and their sum, an integer, becomes one float. The window sums that N = 2 takes away are made once an image
+and thread (`sum_windows`), for all windows that could begin at any pixel: sixteen at a time, side by side.
+
+**The loop nest**: image -> a tile's output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
+128 channels: 43 KB a base) stay in the second-level cache, one tile's weights (9 x 128 bits x 16: 2.3 KB a base) in
+the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats in
+planes (8 x 8 transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float
+tensor is written at all.
 
 **Threads** are torch's own (system.py). With several images a thread takes whole images, packs each into a buffer
 of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
@@ -30,19 +38,22 @@ import functools
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from .job import INTERLEAVED, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
+from .. import layout
+from .job import INTERLEAVED, PART_BYTES, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
 from .pack import JOB
 from .primitives import (
-    FLOATS_8,
+    FLOATS_16,
+    I32,
     I64,
+    INTS_16,
     STAMP,
-    WORDS_8,
     Emitter,
     bits_at_least,
     c_function,
     call,
     call_int,
     call_kernel,
+    ir,
     load_float,
     load_word,
     store_bits_16,
@@ -50,105 +61,168 @@ from .primitives import (
     transpose_8x8,
 )
 
-# Pixels in a tile, by N: 2 * P * N counters must leave registers (of 32) for two weights and a few temporaries.
-TILE_PIXELS = {1: 8, 2: 4, 3: 4, 4: 2, 5: 2, 6: 2, 7: 1, 8: 1}
+
+def counters_of(N, uniform) -> int:
+    """How many counters a pixel and a register of output channels need."""
+    return N - 1 if uniform else N
+
+
+def tile_pixels(counters) -> int:
+    """Pixels in a tile, by the counters of each: all must leave registers (of 32) for weights and a few temporaries."""
+    return next(P for P in (8, 4, 2, 1) if P * counters <= 24)
+
 
 # --------------------------------------------------------------------------- the tile
 
 
 @intrinsic(prefer_literal=True)
 def convolve_tile(
-    typing, words, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
-    pixel_offsets, pixel_classes, rows, bases, pixels, masked,
+    typing, words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
+    windows, pixel_classes, differing, rows, bases, is_uniform, masked, lane_bits, registers, pixels,
 ):  # fmt: skip
-    """P pixels x 16 output channels, complete: float32 rows[P][16].
+    """P pixels x 16 R output channels, complete: float32 rows[R][P][16], PART_BYTES from one R to the next.
 
-    words               the image, at the block's first channel word
-    tap_offsets         [tap_count] from a window's beginning to each (tap, word)
-    weights, masks      [M][tap_count][16], [tap_count][16]
-    scales, constants   [M][N][16], [class][block][16] at the block
-    pixel_offsets       [P] from `words` to each pixel's window;  pixel_classes [P] from `constants` to its class
-    bases, pixels       N and P, literal ints: the loops over them are unrolled here, while compiling
-    masked              literal 0 or 1: some lanes see only some of the word's channels (groups)
+    words, pixel_bytes  the image, at the tile's first unit, and from one of its pixels to the next
+    tap_offsets         [tap_count] from a window's beginning to each (tap, unit)
+    weights, masks      [M][tap_count][16 R], [tap_count][16 R] of lanes
+    scales, constants   [M][N][16 R], [class][tile][16 R] at the tile
+    windows             [P] the pixels that the windows begin at;  pixel_classes [P] from `constants` to their classes
+    differing           int32 [pixel] the popcount of d in the window that begins there (uniform levels, N = 2)
+    bases, pixels       N and P, literal ints as all that follow: loops over them are unrolled here, while compiling
+    is_uniform          0 or 1: the image holds words for uniform levels
+    masked              0 or 1: some lanes see only some of the unit's channels (groups)
+    lane_bits           of a lane, which holds an output channel's counter, and of a unit;  registers  Q of them
     """
-    N, P, masked_value = bases.literal_value, pixels.literal_value, masked.literal_value
-    Q = 2  # registers of eight output channels
+    literals = bases, is_uniform, masked, lane_bits, registers, pixels
+    N, uniform, masked_value, L, Q, P = (literal.literal_value for literal in literals)
+    S, counters = layout.image_words(N, uniform), counters_of(N, uniform)
+    UNIT, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), 512 // L)
+    R = 512 // L * Q // 16
 
     def emit(context, builder, signature, args):
-        words, tap_offsets, tap_count, start, weights, masks, M, scales, constants = args[:9]
-        pixel_offsets, pixel_classes, rows = args[9:12]
+        words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants = args[:10]
+        first_windows, pixel_classes, differing, rows = args[10:14]
         emitter = Emitter(builder)
-        windows = [emitter.add(words, emitter.load(I64, emitter.offset(pixel_offsets, p, 8), 8)) for p in range(P)]
+        pixels_P = [emitter.load(I64, emitter.offset(first_windows, p, 8), 8) for p in range(P)]
+        windows = [emitter.offset(words, pixel, pixel_bytes) for pixel in pixels_P]
         classes = [emitter.add(constants, emitter.load(I64, emitter.offset(pixel_classes, p, 8), 8)) for p in range(P)]
-        sums_PQ = [emitter.load(FLOATS_8, emitter.offset(at, q, 32), 4) for at in classes for q in range(Q)]
-        starts_PNQ = [emitter.splat(start, WORDS_8)] * (P * N * Q)
+        sums_PR = [emitter.load(FLOATS_16, emitter.offset(at, r, 64), 4) for at in classes for r in range(R)]
+        starts_PCQ = [emitter.splat(start if L == 64 else emitter.trunc(start, UNIT), REGISTER)] * (P * counters * Q)
 
-        def weight_base(m, sums_PQ):
+        def differences(words_S, weight):
+            """What is to be counted."""
+            if uniform and N == 2:
+                d, a = words_S
+                return [emitter.or_(emitter.xor(a, weight), d)]
+            return [emitter.xor(word, weight) for word in words_S]
+
+        def sums_of_bases(counts_C, p):
+            """Counts that have scales of their own: E[n], or for uniform levels the sum of all."""
+            if not uniform:
+                return counts_C
+            twice = emitter.add(counts_C[0], counts_C[0])
+            if N == 3:
+                return [emitter.add(twice, counts_C[1])]
+            window = emitter.load(I32, emitter.offset(differing, pixels_P[p], 4), 4)
+            return [emitter.sub(twice, emitter.splat(window, INTS_16))]
+
+        def weight_base(m, sums_PR):
             base = emitter.offset(weights, emitter.mul(m, tap_count), 64 * Q)
 
-            def tap(k, counts_PNQ):
-                counts = iter(counts_PNQ)
+            def tap(k, counts_PCQ):
+                new_counts = []
                 to_tap = emitter.load(I64, emitter.offset(tap_offsets, k, 8), 8)
-                weight_Q = [emitter.load(WORDS_8, emitter.offset(base, k, 64 * Q, q, 64), 64) for q in range(Q)]
+                weight_Q = [emitter.load(REGISTER, emitter.offset(base, k, 64 * Q, q, 64), 64) for q in range(Q)]
                 mask_Q = [None] * Q
                 if masked_value:
-                    mask_Q = [emitter.load(WORDS_8, emitter.offset(masks, k, 64 * Q, q, 64), 64) for q in range(Q)]
-                new_counts = []
+                    mask_Q = [emitter.load(REGISTER, emitter.offset(masks, k, 64 * Q, q, 64), 64) for q in range(Q)]
                 for p in range(P):
                     at = emitter.add(windows[p], to_tap)
-                    for n in range(N):
-                        word = emitter.splat(emitter.load(I64, emitter.offset(at, n, 8), 8), WORDS_8)
-                        for weight, mask in zip(weight_Q, mask_Q):
-                            differ = emitter.xor(word, weight)
-                            if mask is not None:
-                                differ = emitter.and_(differ, mask)
-                            new_counts.append(emitter.add(next(counts), emitter.popcount(differ)))
+                    units_S = [emitter.load(UNIT, emitter.offset(at, i, 8), L // 8) for i in range(S)]
+                    words_S = [emitter.splat(unit, REGISTER) for unit in units_S]
+                    differ_QC = [differences(words_S, weight) for weight in weight_Q]
+                    for c in range(counters):
+                        for differ_C, mask in zip(differ_QC, mask_Q):
+                            differ = differ_C[c] if mask is None else emitter.and_(differ_C[c], mask)
+                            count = counts_PCQ[len(new_counts)]
+                            new_counts.append(emitter.add(count, emitter.popcount(differ)))
                 return new_counts
 
-            counts_PNQ = emitter.loop(tap_count, starts_PNQ, tap)
-            sums_PQ = list(sums_PQ)
-            for n in range(N):
-                for q in range(Q):
-                    scale = emitter.load(FLOATS_8, emitter.offset(scales, m, N * Q * 32, n * Q + q, 32), 4)
-                    for p in range(P):
-                        count = emitter.to_float(counts_PNQ[(p * N + n) * Q + q])
-                        sums_PQ[p * Q + q] = emitter.multiply_add(count, scale, sums_PQ[p * Q + q])
-            return sums_PQ
+            counts_PCQ = emitter.loop(tap_count, starts_PCQ, tap)
+            counts_PC = [counts_PCQ[i : i + Q] for i in range(0, P * counters * Q, Q)]
+            ints_PCR = [emitter.to_ints(counts_Q) for counts_Q in counts_PC]
+            sums_PR = list(sums_PR)
+            for p in range(P):
+                for r in range(R):
+                    ints_C = [ints_R[r] for ints_R in ints_PCR[p * counters : (p + 1) * counters]]
+                    for n, count in enumerate(sums_of_bases(ints_C, p)):
+                        scale = emitter.load(FLOATS_16, emitter.offset(scales, m, N * R * 64, n * R + r, 64), 4)
+                        total = builder.sitofp(count, FLOATS_16)
+                        sums_PR[p * R + r] = emitter.multiply_add(total, scale, sums_PR[p * R + r])
+            return sums_PR
 
-        for i, total in enumerate(emitter.loop(M, sums_PQ, weight_base)):
-            emitter.store(total, emitter.offset(rows, i, 32), 4)
+        for i, total in enumerate(emitter.loop(M, sums_PR, weight_base)):
+            emitter.store(total, emitter.offset(rows, i % R, PART_BYTES, i // R, 64), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 12, bases, pixels, masked), emit
+    return types.void(*[types.int64] * 14, *literals), emit
 
 
 @functools.cache
-def block_kernel(N, P, masked, stamp=STAMP):
-    """The tiles of one block of output channels and at most 64 pixels, compiled for N bases and tiles of P pixels.
+def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
+    """The tiles of `lanes.block` output channels and at most 64 pixels, compiled for N bases.
 
-    rows receives float32 [pixel - first][16]; it may be written a little past the block, up to a whole tile.
-    Returns the block's end.
+    rows receives float32 [part][pixel - first][16]; a part may be written a little past its pixels, up to a whole tile.
+    Returns the end of the pixels.
     """
+    lane_bits, registers = lanes.bits, lanes.registers
+    P, tile_bytes, channel_bytes = tile_pixels(counters_of(N, uniform) * registers), 64 * registers, 4 * lanes.block
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
-    def convolve_block(jobs, words, block, first, rows):
+    def convolve_block(jobs, words, tile, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
         M, taps = job.weight_bases, job.tap_count
-        weights = job.weights + block * M * taps * 128
-        masks = job.masks + block * taps * 128
-        scales = job.scales + block * M * N * 64
-        constants = job.constants + block * 64
-        words += load_word(job.block_words + 8 * block)
+        weights = job.weights + tile * M * taps * tile_bytes
+        masks = job.masks + tile * taps * tile_bytes
+        scales = job.scales + tile * M * N * channel_bytes
+        constants = job.constants + tile * channel_bytes
+        words += load_word(job.tile_units + 8 * tile)
         last = min(first + PIXEL_BLOCK, job.output_pixels)
         for pixel in range(first, last, P):
             convolve_tile(
-                words, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
-                job.pixel_offsets + 8 * pixel, job.pixel_classes + 8 * pixel, rows + 64 * (pixel - first), N, P, masked,
+                words, job.pixel_bytes, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
+                job.windows + 8 * pixel, job.pixel_classes + 8 * pixel, rows + SCRATCH_BYTES,
+                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, P,
             )  # fmt: skip
         return last
 
     return convolve_block
+
+
+@intrinsic
+def sum_windows(typing, differing, window_taps, tap_count, count, sums):
+    """(int32 at sums)[i] = sum over taps t of (int32 at differing)[i + window_taps[t]], i < count; 16 at a time."""
+
+    def emit(context, builder, signature, args):
+        differing, window_taps, tap_count, count, sums = args
+        emitter = Emitter(builder)
+        chunks = builder.sdiv(emitter.add(count, emitter.const(15)), emitter.const(16))
+
+        def chunk(i, _):
+            def tap(t, carried):
+                pixels = emitter.load(I64, emitter.offset(window_taps, t, 8), 8)
+                values = emitter.load(INTS_16, emitter.offset(differing, i, 64, pixels, 4), 4)
+                return [emitter.add(carried[0], values)]
+
+            (total,) = emitter.loop(tap_count, [emitter.const(0, INTS_16)], tap)
+            emitter.store(total, emitter.offset(sums, i, 64), 4)
+            return []
+
+        emitter.loop(chunks, [], chunk)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), emit
 
 
 # --------------------------------------------------------------------------- storing results
@@ -213,6 +287,19 @@ def store_binary_bits(job, image, block, first, last, rows):
             step //= 2
 
 
+@njit
+def store_block(job, image, block, first, last, rows):
+    """16 output channels at pixels first..last, as the call wants them."""
+    if job.output_kind == PLANAR:
+        store_planes(job, image, block, first, last, rows)
+    elif job.output_kind == INTERLEAVED:
+        store_interleaved(job, image, block, first, last, rows)
+    elif job.output_threshold_count == job.output_bases:
+        store_bits(job, image, block, first, last, rows)
+    else:
+        store_binary_bits(job, image, block, first, last, rows)
+
+
 # --------------------------------------------------------------------------- one thread's share
 
 
@@ -225,7 +312,7 @@ def image_words(job, image, thread):
 @njit
 def pack_share(job, thread, begin, end):
     """Pack chunks begin..end, counted through all images; non-zero where a NaN was seen."""
-    scratch = job.scratch + thread * SCRATCH_BYTES
+    scratch = job.scratch + thread * job.scratch_stride
     nan = 0
     for task in range(begin, end):
         image = task // job.chunk_count
@@ -236,28 +323,29 @@ def pack_share(job, thread, begin, end):
 
 @njit
 def convolve_share(job, thread, begin, end):
-    """Compute tasks begin..end; a task is one block of channels at 64 pixels of one image."""
-    rows = job.scratch + thread * SCRATCH_BYTES
-    output_pixels, blocks, kind = job.output_pixels, job.blocks, job.output_kind
+    """Compute tasks begin..end; a task is a tile's channels at 64 pixels of one image."""
+    rows = job.scratch + thread * job.scratch_stride
+    output_pixels, tiles = job.output_pixels, job.tiles
     pixel_blocks = (output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK
-    image = begin // (blocks * pixel_blocks)
-    block = begin // pixel_blocks % blocks
+    image = begin // (tiles * pixel_blocks)
+    tile = begin // pixel_blocks % tiles
     first = begin % pixel_blocks * PIXEL_BLOCK
+    summed = -1  # the image whose windows are
     for _ in range(begin, end):
-        last = call_kernel(job.block_kernel, job.address, image_words(job, image, thread), block, first, rows)
-        if kind == PLANAR:
-            store_planes(job, image, block, first, last, rows)
-        elif kind == INTERLEAVED:
-            store_interleaved(job, image, block, first, last, rows)
-        elif job.output_threshold_count == job.output_bases:
-            store_bits(job, image, block, first, last, rows)
-        else:
-            store_binary_bits(job, image, block, first, last, rows)
+        words = image_words(job, image, thread)
+        if job.differing != 0 and summed != image:
+            sum_windows(
+                words + job.differing, job.window_taps, job.window_tap_count, job.window_count, rows + SCRATCH_BYTES
+            )
+            summed = image
+        last = call_kernel(job.block_kernel, job.address, words, tile, first, rows)
+        for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
+            store_block(job, image, block, first, last, rows + (block - tile * job.parts) * PART_BYTES)
         first = last
         if first == output_pixels:
-            first, block = 0, block + 1
-        if block == blocks:
-            block, image = 0, image + 1
+            first, tile = 0, tile + 1
+        if tile == tiles:
+            tile, image = 0, image + 1
 
 
 @functools.cache
@@ -272,7 +360,7 @@ def run_kernel(stamp=STAMP):
         if job.threads > 1:
             thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         nan = 0
-        tasks = job.blocks * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
+        tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
         if job.words_by_thread:
             for image in range(job.images * thread // threads, job.images * (thread + 1) // threads):
                 nan |= pack_share(job, thread, image * job.chunk_count, (image + 1) * job.chunk_count)
