@@ -2257,7 +2257,7 @@ class PackedLayer(nn.Module):
         self.refresh()
 
     def __setstate__(self, state):
-        if "code" not in state:
+        if not {"weight_bases", "code"} <= state.keys():
             raise ValueError("this packed layer was pickled by an older abcnets, which did not say all that is to be "
                              "known of it: pack the model anew, and keep it with save_packed")  # fmt: skip
         super().__setstate__(state)
