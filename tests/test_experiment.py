@@ -264,8 +264,8 @@ def test_make_alone_writes_the_tracked_tables(monkeypatch):
 
 
 def test_make_codes_runs_each_choice_with_three_seeds():
-    asked = subprocess.run(["make", "--no-print-directory", "-n", "codes", "VENV=/nowhere", "BIN=echo", "INSTALLED="], cwd=ROOT,
-                           capture_output=True, text=True, check=True)  # fmt: skip
+    make = ["make", "--no-print-directory", "-n", "codes", "VENV=/nowhere", "BIN=echo", "INSTALLED="]
+    asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     done = subprocess.run(["sh", "-c", asked.stdout.replace("echo/python", "echo")], capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 13, done.stderr
