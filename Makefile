@@ -61,7 +61,7 @@ ablation: $(INSTALLED)
 
 codes: $(INSTALLED)
 	for seed in 0 1 2; do for choice in "1 1" "1 2 --code uniform" "1 2 --code binary" "2 2" "2 2 --code binary,uniform" \
-		"2 2 --code binary" "2 2 --code binary --no-zero" "3 3" "3 3 --zero" "3 3 --code binary" \
+		"2 2 --code binary,thermometer --zero" "2 2 --code binary" "2 2 --code binary --no-zero" "3 3" "3 3 --zero" "3 3 --code binary" \
 		"2 none" "3 none" "2 none --code binary"; do set -- $$choice; M=$$1; N=$$2; shift 2; \
 		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$M --activation-bases $$N $$@ \
 		--limit 20000 --epochs 3 --float-seed 0 --seed $$seed \

@@ -268,7 +268,7 @@ def test_make_codes_runs_each_choice_with_three_seeds():
     asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     done = subprocess.run(["sh", "-c", asked.stdout.replace("echo/python", "echo")], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 13, done.stderr
+    assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 14, done.stderr
     for line in lines:
         assert line.startswith("notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases ")
         assert " --limit 20000 --epochs 3 --float-seed 0 --seed " in line

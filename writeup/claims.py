@@ -119,6 +119,8 @@ def _codes() -> dict[str, bool]:
             there and rows[3, 3, "code=binary"] == max(accuracy for (_, N, _), accuracy in rows.items() if N),
         "the network lies between the thermometers of two and of three: about half a point is lost":
             there and rows[2, 2, ""] < uniform < nested and 0.3 < digits - uniform < 0.7,
+        "Two free scales for the same three levels do not bring it back":
+            there and rows[2, 2, "zero code=binary,thermometer"] < uniform + 0.15,
         "a second bit for the activations is worth more than anything else in the table, uniform or not":
             there and rows[1, 1, ""] + 2 < cheap[0] < cheap[1],
         "For weights alone the code matters little": there and max(weights) - min(weights) < 0.3,

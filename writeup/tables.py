@@ -53,7 +53,8 @@ CHOICES = {
 CODED = {"limit=20000", "float-seed=0"}  # what all runs of `make codes` have in common
 CODES = [  # (M, N, other options) of `make codes`, from the cheapest on
     (1, 1, ""), (1, 2, "code=uniform"), (1, 2, "code=binary"),
-    (2, 2, ""), (2, 2, "code=binary,uniform"), (2, 2, "no-zero code=binary"), (2, 2, "code=binary"),
+    (2, 2, ""), (2, 2, "code=binary,uniform"), (2, 2, "zero code=binary,thermometer"), (2, 2, "no-zero code=binary"),
+    (2, 2, "code=binary"),
     (3, 3, ""), (3, 3, "zero"), (3, 3, "code=binary"),
     (2, None, ""), (3, None, ""), (2, None, "code=binary"),
 ]  # fmt: skip
