@@ -509,11 +509,15 @@ def test_calibrated_levels_are_the_best_that_the_code_has(N):
 
 
 @pytest.mark.parametrize("code", [("thermometer", "thermometer"), ("binary", "binary"), ("binary", "uniform")])
-def test_calibration_knows_the_codes(nine_layer, digits, code):
-    model = abcnets.convert(nine_layer, 2, 2, code=code)
+def test_calibration_knows_the_codes(digits, code):
+    torch.manual_seed(0)
+    middle = [layer for _ in range(3) for layer in (nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1))]
+    network = nn.Sequential(nn.Conv2d(1, 16, 3, padding=1), *middle, nn.Flatten(), nn.LazyLinear(10)).eval()
+    network(next(digits.test_batches(1))[0])
+    model = abcnets.convert(network, 2, 2, code=code)
     images = torch.cat([images for images, _ in digits.test_batches(500)])
     with torch.no_grad():
-        wanted = nine_layer.eval()(images)
+        wanted = network(images)
 
         def error():
             Y = model.eval()(images)
