@@ -146,8 +146,7 @@ def _gaussian_thresholds(M: int) -> tuple[float, ...]:
 
 def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tensor, Tensor]:
     """Thresholds (count,) and levels (count + 1,) of the scalar quantizer with the least squared error on `samples`."""
-    x = samples.detach().flatten().double().cpu().sort().values
-    total = torch.cat([x.new_zeros(1), x.cumsum(0)])
+    x, total = _ordered(samples)
     # Rectified activations pile up at their minimum: spread the start over what lies above it.
     above = x[x > x[0]]
     if len(above) == 0:
@@ -155,10 +154,8 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
     places = (torch.arange(count, dtype=x.dtype, device=x.device) + 0.5) / count
     thresholds = torch.quantile(above[:: max(1, len(above) // 100_000)], places)
     for _ in range(iterations):
-        edges = F.pad(torch.searchsorted(x, thresholds), (1, 1))
-        edges[-1] = len(x)
-        counts = edges.diff()
-        levels = total[edges].diff() / counts
+        counts, sums = _cells(x, total, thresholds)
+        levels = sums / counts
         # A cell that lost all its samples collapses onto its lower edge, and stays harmless there.
         levels = torch.where(counts > 0, levels, torch.cat([x[:1], thresholds]))
         moved = (levels[1:] + levels[:-1]) / 2
@@ -166,6 +163,19 @@ def _lloyd_max(samples: Tensor, count: int, iterations: int = 200) -> tuple[Tens
             break
         thresholds = moved
     return thresholds, levels
+
+
+def _ordered(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """The samples in ascending order (n,), and the sums (n + 1,) of none of them, the first, the first two, ..."""
+    x = samples.detach().flatten().double().cpu().sort().values
+    return x, torch.cat([x.new_zeros(1), x.cumsum(0)])
+
+
+def _cells(x: Tensor, total: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor]:
+    """How many of the `_ordered` samples lie between thresholds, and their sums, (T + 1,) each."""
+    edges = F.pad(torch.searchsorted(x, thresholds), (1, 1))
+    edges[-1] = len(x)
+    return edges.diff(), total[edges].diff()
 
 
 def _fit_activations(samples: Tensor, N: int, constant: bool,
@@ -202,15 +212,12 @@ def _fit_tied_levels(samples: Tensor, N: int, code: str, iterations: int = 200) 
     thresholds, levels = _lloyd_max(samples, _count_of_levels(code, N) - 1)
     if levels[0] == levels[-1]:
         return None
-    x = samples.detach().flatten().double().cpu().sort().values
-    total = torch.cat([x.new_zeros(1), x.cumsum(0)])
+    x, total = _ordered(samples)
     design = F.pad(_design(code, N, x), (0, 1), value=1.0)  # the last column is the constant
     for _ in range(iterations):
-        edges = F.pad(torch.searchsorted(x, thresholds), (1, 1))
-        edges[-1] = len(x)
-        weighted = design * edges.diff()[:, None]
-        inverse = torch.linalg.pinv(design.t() @ weighted, rtol=1e-9, hermitian=True)
-        *scales, constant = inverse @ (design.t() @ total[edges].diff())
+        counts, sums = _cells(x, total, thresholds)
+        inverse = torch.linalg.pinv(design.t() @ (design * counts[:, None]), rtol=1e-9, hermitian=True)
+        *scales, constant = inverse @ (design.t() @ sums)
         # A negative scale would turn the code round: levels are to rise with their numbers.
         scales = torch.stack(scales).clamp(min=0)
         levels = (design[:, :-1] @ scales + constant).sort().values
