@@ -23,7 +23,8 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
 WORDS_8 = ir.VectorType(I64, 8)  # one 512-bit register of channel words
 FLOATS_8 = ir.VectorType(F32, 8)
 FLOATS_16 = ir.VectorType(F32, 16)
@@ -55,7 +56,7 @@ class Emitter:
 
     def __init__(self, builder):
         self.builder = builder
-        for word in ("add", "sub", "mul", "and_", "or_", "xor", "shl", "zext", "trunc", "bitcast", "select"):
+        for word in ("add", "sub", "mul", "and_", "or_", "xor", "shl", "lshr", "zext", "trunc", "bitcast", "select"):
             setattr(self, word, getattr(builder, word))
 
     def const(self, number, type=I64):
@@ -94,6 +95,21 @@ class Emitter:
     def popcount(self, vector):
         lanes, bits = vector.type.count, vector.type.element.width
         return self.call_llvm(f"llvm.ctpop.v{lanes}i{bits}", vector.type, vector)
+
+    def in_order(self, value):
+        """The value. LLVM sums nothing across it in another order, which would take more registers than there are."""
+        same = ir.FunctionType(value.type, [value.type])
+        return self.builder.asm(same, "", "=v,0", [value], False)  # no instruction; v: any vector register of x86
+
+    def widen_into(self, counts, address):
+        """Add the byte lanes of registers to 16-bit counters at address, and return nothing."""
+        for i, count in enumerate(counts):
+            lanes = count.type.count
+            wide = ir.VectorType(I16, lanes // 2)
+            for half in range(2):
+                part = self.zext(self.shuffle(count, count, range(half * lanes // 2, (half + 1) * lanes // 2)), wide)
+                at = self.offset(address, 2 * i + half, lanes)
+                self.store(self.add(self.load(wide, at, 16), part), at, 16)
 
     def multiply_add(self, a, b, c):
         return self.call_llvm("llvm.fma.v16f32", c.type, a, b, c)
@@ -214,6 +230,41 @@ def store_int(typing, address, number):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit
+
+
+def _nibbles(emitter, word):
+    """64 bits as sixteen bytes, a nibble each, the lowest first."""
+    both = emitter.bitcast(emitter.splat(word, ir.VectorType(I64, 1)), ir.VectorType(I8, 8))
+    low, high = emitter.and_(both, emitter.const(15, both.type)), emitter.lshr(both, emitter.const(4, both.type))
+    return emitter.shuffle(low, high, [i for byte in range(8) for i in (byte, 8 + byte)])
+
+
+@intrinsic
+def store_nibbles(typing, address, word):
+    """Write 16 times each of the word's sixteen nibbles at address, as bytes."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        nibbles = _nibbles(emitter, args[1])
+        emitter.store(emitter.shl(nibbles, emitter.const(4, nibbles.type)), args[0], 16)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def store_nibble_pairs(typing, address, a, b):
+    """Write 16 (a + 16 b) at address for each of the two words' sixteen nibbles, as 16 bits each."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        a, b = _nibbles(emitter, args[1]), _nibbles(emitter, args[2])
+        pairs = emitter.or_(a, emitter.shl(b, emitter.const(4, b.type)))
+        wide = emitter.zext(pairs, ir.VectorType(I16, 16))
+        emitter.store(emitter.shl(wide, emitter.const(4, wide.type)), args[0], 16)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), emit
 
 
 def _store(context, builder, signature, args):

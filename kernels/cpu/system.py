@@ -75,23 +75,39 @@ def run(address: int, argument: int, threads: int) -> None:
         _function(address)(argument)
 
 
+@functools.cache
+def features() -> frozenset:
+    """What the processor that Numba compiles for has, such as "avx2"."""
+    from numba.core import codegen, config
+
+    names = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    return frozenset(name[1:] for name in names.split(",") if name.startswith("+"))
+
+
 def has_vector_popcount() -> bool:
     """Whether Numba compiles for a processor that counts the bits of 512-bit registers (AVX512_VPOPCNTDQ)."""
     return 32 in popcount_lanes()
 
 
-@functools.cache
+def tile() -> str:
+    """What counts bits here, by name."""
+    if has_vector_popcount():
+        return "AVX-512 popcount"
+    return {64: "AVX-512 look-up", 32: "AVX2 look-up", 0: "64-bit words"}[look_up_lanes()]
+
+
 def popcount_lanes() -> tuple:
     """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
-    from numba.core import codegen, config
+    if "avx512vpopcntdq" not in features():
+        return (64,)
+    return (64, 32, 16) if "avx512bitalg" in features() else (64, 32)
 
-    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    features, lanes = features.split(","), [64]
-    if "+avx512vpopcntdq" in features:
-        lanes.append(32)
-        if "+avx512bitalg" in features:
-            lanes.append(16)
-    return tuple(lanes)
+
+def look_up_lanes() -> int:
+    """Bytes of the registers in which popcounts are looked up (lookup.py): 32, 64, or 0 where that is not for."""
+    if has_vector_popcount() or "avx2" not in features():
+        return 0
+    return 64 if "avx512bw" in features() else 32
 
 
 LARGE = 32 << 20  # bytes; smaller tensors come from memory that malloc keeps, without page faults
