@@ -368,7 +368,7 @@ def word_ranges(masks_OP: np.ndarray, block: int = BLOCK, step: int = 1) -> tupl
 
 @dataclass(frozen=True)
 class Lanes:
-    """How a CPU tile counts: Q registers of 512 / bits lanes, one lane an output channel.
+    """How a CPU tile counts: Q registers of register_bits / bits lanes, one lane an output channel.
 
     A 64-bit lane holds 64 channels of one tap: of a layer with 16 channels it counts three quarters for nothing. So
     lanes are as wide as the layer is deep, and there are more of them.
@@ -376,12 +376,18 @@ class Lanes:
 
     bits: int = 64
     registers: int = 2
+    register_bits: int = 512
     step = 1  # units that a step of the tile takes
 
     @property
     def block(self) -> int:
         """Output channels of a tile, a multiple of 16."""
-        return 512 // self.bits * self.registers
+        return self.register_bits // self.bits * self.registers
+
+    @property
+    def most(self) -> int:
+        """The largest K whose counts fit: K less K // 2 in a lane, or K in the 16 bits behind a lane of 8."""
+        return (1 << 16) - 1 if self.bits == 8 else (1 << self.bits) - 2
 
     def image(self, uniform: bool) -> int:
         """What the padded image holds."""
@@ -402,27 +408,31 @@ class Lanes:
     def cost(self, masks_OP: np.ndarray) -> float:
         """Registers that a tap takes; infinity where blocks begin within words and see more than the rest of them.
 
-        Broadcasting 16 bits is no load alone on Intel's processors, so there such a register costs a fifth more.
+        Broadcasting 16 bits is no load alone on Intel's processors, so there such a register costs a fifth more. On
+        ARM lanes of 64 bits take five instructions, not three, those of 8 bits are emptied now and then, and few
+        registers have more broadcasts each.
         """
         first, width = word_ranges(self.units(masks_OP), self.block)
         within = first * self.bits % 64
         if ((within > 0) & (within + width * self.bits > 64)).any():
             return math.inf
-        return len(first) * self.registers * width * (1.2 if self.bits == 16 else 1)
+        price = {8: 1 + 0.3 / self.registers, 16: 1.2, 64: 5 / 3 if self.register_bits == 128 else 1}.get(self.bits, 1)
+        return len(first) * self.registers * width * price
 
 
-LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1)
+LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1)  # of AVX-512
+ARM_LANES = Lanes(32, 4, 128), Lanes(8, 4, 128), Lanes(8, 2, 128), Lanes(8, 1, 128), Lanes(64, 8, 128)
 LONG_WINDOW = 16  # words
 
 
-def choose_lanes(masks_OP: np.ndarray, taps: int, widths) -> Lanes:
-    """The cheapest lanes that have a vector popcount (`widths`) and can count to K / 2.
+def choose_lanes(masks_OP: np.ndarray, taps: int, widths, lanes=LANES) -> Lanes:
+    """The cheapest of the lanes that have a vector popcount (`widths`) and whose counters do not overflow.
 
     Of those that cost the same, 64 bits for long windows, since they need fewer broadcasts, and not for short ones,
     since 64-bit counters are slower to turn into floats.
     """
     K = taps * int(np.bitwise_count(masks_OP[0]).sum())
-    fitting = [lanes for lanes in LANES if lanes.bits in widths and (K + 1) // 2 < 1 << (lanes.bits - 1)]
+    fitting = [lanes for lanes in lanes if lanes.bits in widths and K <= lanes.most]
     long = taps * word_ranges(masks_OP)[1] >= LONG_WINDOW
     return min(fitting, key=lambda lanes: (lanes.cost(masks_OP), (lanes.bits == 64) != long))
 
@@ -507,9 +517,10 @@ def look_up_tables(weights: tuple) -> np.ndarray:
 
 
 def choose_look_up(masks_OP: np.ndarray, taps: int, N: int, uniform: bool, lanes: int) -> LookUp | None:
-    """The look-up with the fewest registers a tap, or None where none counts this layer.
+    """The cheapest look-up, or None where none counts this layer.
 
-    That is where groups begin within a nibble, and where 16-bit counters may overflow.
+    That is where groups begin within a nibble, where 16-bit counters may overflow, and where the nibbles of a tile that
+    begins within a word lie further apart than those from a word's start (groups, N >= 3).
     """
     masks_OU = LookUp(lanes).units(masks_OP)
     seen = masks_OU[:, masks_OU.any(0)]
@@ -518,11 +529,16 @@ def choose_look_up(masks_OP: np.ndarray, taps: int, N: int, uniform: bool, lanes
         return None
     found = [LookUp(lanes, registers, step) for registers in (2, 1) for step in (8, 4)]
 
-    def cost(look_up):  # a register more hides loads, a longer step its bookkeeping
+    def cost(look_up):
+        """Registers a tap; few of them do not hide loads, and short steps not their bookkeeping."""
         first, width = word_ranges(masks_OU, look_up.block, look_up.step)
+        within = first % 16
+        if look_up.word_bytes(N, uniform) > 32 and ((within > 0) & (within + width > 16)).any():
+            return math.inf
         return len(first) * look_up.registers * width * (1.25 if look_up.registers == 1 else 1) * (8 + 4 / look_up.step)
 
-    return min(found, key=cost)
+    best = min(found, key=cost)
+    return best if cost(best) < math.inf else None
 
 
 def hide_unseen(nibbles: np.ndarray, masks: np.ndarray) -> np.ndarray:

@@ -91,6 +91,15 @@ def write(device: str, rows: list[dict]) -> None:
     write_readme(device)
 
 
+def write_arm(rows: list[dict], table: str) -> None:
+    """What cpu/assembly.py counts, as results/arm.csv and in the README."""
+    import pandas as pd
+
+    RESULTS.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(RESULTS / "arm.csv", index=False, lineterminator="\n")
+    refill(HERE / "README.md", "python -m kernels.cpu.assembly --write", {"arm": table})
+
+
 def read(device: str):
     """The rows of results/DEVICE.csv as a table; None where nothing was measured yet."""
     import pandas as pd

@@ -1,8 +1,10 @@
 """The CPU engine against the plain torch implementation of the same operators."""
 
+import collections
 import contextlib
 import gc
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -20,9 +22,11 @@ import abcnets
 
 pytest.importorskip("numba")
 from kernels import layout
+from kernels.cpu import assembly
 from kernels.cpu import engine as cpu_engine
 from kernels.cpu import scalar as cpu_scalar
 from kernels.cpu import system as cpu_system
+from kernels.cpu import vector as cpu_vector
 
 abcnets.engines()  # loads them
 
@@ -179,8 +183,11 @@ FEATURES = {  # what a processor has that counts so, of all that decides
     "AVX-512 look-up": {"avx2", "avx512bw"},
     "AVX2 look-up": {"avx2"},
     "64-bit words": set(),
+    "NEON dot product": {"neon", "dotprod"},
+    "NEON bytes": {"neon"},
 }
-HERE = [tile for tile, features in FEATURES.items() if features <= cpu_system.features()]
+ANYWHERE = {"64-bit words", "NEON dot product", "NEON bytes"}  # LLVM lowers their IR to whatever there is
+HERE = [tile for tile in FEATURES if tile in ANYWHERE or FEATURES[tile] <= cpu_system.features()]
 
 
 @contextlib.contextmanager
@@ -377,7 +384,6 @@ def test_equal_betas_of_the_binary_code(data, case, threads):
     assert torch.equal(case.run(words_of(x, *case.tensors[3:5], len(case.tensors[2]))), case.run(x))
 
 
-@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("N, groups", [(2, 1), (2, 2), (3, 2), (4, 1)])
 def test_betas_that_become_equal_and_a_nan(N, groups):
     case = small_case(N=N, groups=groups, B=5, zero=True)
@@ -444,11 +450,11 @@ def test_every_tile_counts_the_same(data, case, threads, words_in, uniform, tile
 
 @pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
 @pytest.mark.parametrize("groups, C, O, looks_up", [
-    (1, 3, 5, True), (2, 8, 70, True), (3, 36, 33, True), (7, 7 * 64, 140, True), (16, 256, 32, True),
-    (2, 6, 8, False), (5, 70, 40, False), (72, 72, 72, False),
+    (1, 3, 5, True), (2, 8, 70, True), (3, 36, 33, True), (7, 84, 70, True), (7, 7 * 64, 140, True),
+    (16, 256, 32, True), (2, 6, 8, False), (5, 70, 40, False), (72, 72, 72, False),
 ])  # fmt: skip
 def test_look_ups_of_groups_that_begin_with_a_nibble(tile, groups, C, O, looks_up):
-    for N, uniform in ((1, False), (2, False), (2, True), (3, True)):
+    for N, uniform in ((1, False), (2, False), (2, True), (3, True), (3, False)):
         case = small_case(groups=groups, C=C, O=O, N=N, size=(4, 5))
         if uniform:
             in_integers(case)
@@ -457,7 +463,8 @@ def test_look_ups_of_groups_that_begin_with_a_nibble(tile, groups, C, O, looks_u
             case.tensors = tuple(t if t is None else t.clone() for t in case.tensors)
             assert torch.equal(case.run(), y)
             lanes = layer_of(case).lanes
-            assert isinstance(lanes, layout.LookUp) == looks_up and lanes.step in ((4, 8) if looks_up else (1,))
+            across_words = (C, N, uniform) == (84, 3, False)  # the groups of an AVX2 tile, which is narrower
+            assert isinstance(lanes, layout.LookUp) == (looks_up and not (across_words and tile == "AVX2 look-up"))
 
 
 @pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
@@ -487,6 +494,21 @@ def test_tables_of_look_ups(weights):
     for index, w in np.ndindex(tables.shape):
         expected = sum(weight * (index >> 4 * i & 15 ^ w).bit_count() for i, weight in enumerate(weights))
         assert tables[index, w] == expected
+
+
+@pytest.mark.parametrize("processor", assembly.PROCESSORS)
+@pytest.mark.parametrize("N, uniform", [(1, False), (2, False), (2, True), (3, True)])
+def test_on_arm_a_step_is_three_instructions_and_nothing_spills(processor, N, uniform):
+    """Compiled for ARM here, not run."""
+    for lanes in (assembly.DOTS, assembly.BYTES) if assembly.PROCESSORS[processor] else (assembly.BYTES,):
+        text, pixels = assembly.tile_assembly(lanes, N, uniform, processor)
+        loop = assembly.inner_loop(text)
+        names = collections.Counter(line.split()[0] for line in loop)
+        vectors = collections.Counter(line.split()[0] for line in loop if re.search(r"\bv\d+\.", line))
+        steps = pixels * cpu_vector.counters_of(N, uniform) * lanes.registers
+        assert names["cnt"] == names["eor"] == steps and names["orr"] == steps * (uniform and N == 2)
+        assert vectors["udot" if lanes is assembly.DOTS else "add"] == steps
+        assert assembly.spills(loop) == 0 and len(loop) < (6 if N == 2 and uniform else 4.5) * steps
 
 
 @pytest.mark.parametrize("codes", [{}, {"code": "binary"}, {"code": ("binary", "uniform")}, {"zero": True}])

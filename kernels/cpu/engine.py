@@ -33,7 +33,10 @@ MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after t
 STAIRCASE_THREADS_PAY_FROM = 32_768  # elements, as where torch's own element-wise operations begin to use them
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-BITS_PAY_UP_TO = {"AVX-512 popcount": 16, "AVX-512 look-up": 8, "AVX2 look-up": 8, "64-bit words": 4}
+BITS_PAY_UP_TO = {
+    "AVX-512 popcount": 16, "AVX-512 look-up": 8, "AVX2 look-up": 8, "64-bit words": 4,
+    "NEON dot product": 4, "NEON bytes": 4,  # not measured
+}  # fmt: skip
 # binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster (bench.py)
 
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
@@ -182,7 +185,8 @@ class Layer:
             if self.lanes is not None:
                 return
         self.uniform = layout.counts_as_uniform(betas, self.groups, self.M * self.O * taps // self.groups)
-        self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes())
+        lanes = layout.ARM_LANES if system.is_arm() else layout.LANES
+        self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes(), lanes)
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""

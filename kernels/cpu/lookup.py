@@ -72,9 +72,7 @@ def look_up_tile(
     C, R, entry = counters_of(N, uniform), L * Q // 16, layout.table_weights(N, uniform)
     pairs, split = len(entry) == 2, len(entry) == 2 and not uniform
     BYTES, TABLE, WORDS = ir.VectorType(I8, L), ir.VectorType(I8, 16), ir.VectorType(I16, L // 2)
-    HALF = ir.VectorType(I16, 16)
     most = 4 if split else 4 * sum(entry)  # that a nibble adds to a counter
-    steps_a_flush = 255 // (most * U)
 
     def emit(context, builder, signature, args):
         image, pixel_bytes, step_offsets, step_count, start, weights, M, scales, constants = args[:9]
@@ -104,8 +102,8 @@ def look_up_tile(
         def added(total, entry):
             return entry if total is None else emitter.in_order(emitter.add(total, entry))
 
-        def count_step(at_weights, at_P, counts_PCQ):
-            """One step's nibbles."""
+        def count_nibbles(at_weights, at_P, counts_PCQ):
+            """Those of one step."""
             counts_PCQ = list(counts_PCQ)
             halves_PQ = [None] * (P * Q)
             for u in range(U):
@@ -130,33 +128,19 @@ def look_up_tile(
 
         def weight_base(m, _):
             base = emitter.offset(weights, emitter.mul(m, step_count), U * Q * L)
-            for i in range(P * C * Q * 2):
-                emitter.store(emitter.const(0, WORDS), emitter.offset(counters, i, L), 16)
 
-            def flush(f, _):
-                first = emitter.mul(f, emitter.const(steps_a_flush))
-                left = emitter.sub(step_count, first)
-                full = emitter.const(steps_a_flush)
-                count = emitter.select(builder.icmp_signed("<", left, full), left, full)
+            def count_step(k, counts_PCQ):
+                to_step = emitter.load(I64, emitter.offset(step_offsets, k, 8), 8)
+                at_P = [emitter.add(window, to_step) for window in windows]
+                return count_nibbles(emitter.offset(base, k, U * Q * L), at_P, counts_PCQ)
 
-                def one(k, counts_PCQ):
-                    k = emitter.add(first, k)
-                    to_step = emitter.load(I64, emitter.offset(step_offsets, k, 8), 8)
-                    at_P = [emitter.add(window, to_step) for window in windows]
-                    return count_step(emitter.offset(base, k, U * Q * L), at_P, counts_PCQ)
-
-                zeros = [emitter.const(0, BYTES)] * (P * C * Q)
-                emitter.widen_into(emitter.loop(count, zeros, one), counters)
-                return []
-
-            flushes = emitter.add(step_count, emitter.const(steps_a_flush - 1))
-            emitter.loop(builder.sdiv(flushes, emitter.const(steps_a_flush)), [], flush)
+            zeros = [emitter.const(0, BYTES)] * (P * C * Q)
+            emitter.count_in_bytes(step_count, 255 // (most * U), zeros, count_step, counters)
             for c in range(C):
                 for r in range(R):
                     scale = emitter.load(FLOATS_16, emitter.offset(scales, m, N * R * 64, c * R + r, 64), 4)
                     for p in range(P):
-                        at = emitter.offset(counters, (p * C + c) * R + r, 32)
-                        count = emitter.add(emitter.zext(emitter.load(HALF, at, 16), INTS_16), start)
+                        count = emitter.add(emitter.byte_counts(counters, (p * C + c) * R + r), start)
                         total = emitter.load(FLOATS_16, row(p, r), 4)
                         total = emitter.multiply_add(builder.sitofp(count, FLOATS_16), scale, total)
                         emitter.store(total, row(p, r), 4)

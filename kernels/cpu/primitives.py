@@ -101,29 +101,49 @@ class Emitter:
         same = ir.FunctionType(value.type, [value.type])
         return self.builder.asm(same, "", "=v,0", [value], False)  # no instruction; v: any vector register of x86
 
-    def widen_into(self, counts, address):
-        """Add the byte lanes of registers to 16-bit counters at address, and return nothing."""
-        for i, count in enumerate(counts):
-            lanes = count.type.count
-            wide = ir.VectorType(I16, lanes // 2)
-            for half in range(2):
-                part = self.zext(self.shuffle(count, count, range(half * lanes // 2, (half + 1) * lanes // 2)), wide)
-                at = self.offset(address, 2 * i + half, lanes)
-                self.store(self.add(self.load(wide, at, 16), part), at, 16)
+    def count_in_bytes(self, count, at_once, zeros, body, counters):
+        """for i in range(count): carried = body(i, carried), from zeros, registers of byte lanes.
+
+        After every `at_once` rounds, before a byte can overflow, they are added to 16-bit counters in memory and begin
+        anew. `byte_counts` reads what was counted, lane by lane of one register after the other.
+        """
+        lanes, at_once = zeros[0].type.count, self.const(at_once)
+        wide = ir.VectorType(I16, lanes // 2)
+        places = [self.offset(counters, i, lanes) for i in range(2 * len(zeros))]
+        for place in places:
+            self.store(self.const(0, wide), place, 16)
+
+        def some(s, _):
+            first = self.mul(s, at_once)
+            left = self.sub(count, first)
+            now = self.select(self.builder.icmp_signed("<", left, at_once), left, at_once)
+            carried = self.loop(now, zeros, lambda i, carried: body(self.add(first, i), carried))
+            halves = [(value, start) for value in carried for start in (0, lanes // 2)]
+            for place, (value, start) in zip(places, halves):
+                part = self.zext(self.shuffle(value, value, range(start, start + lanes // 2)), wide)
+                self.store(self.add(self.load(wide, place, 16), part), place, 16)
+            return []
+
+        self.loop(self.builder.sdiv(self.add(count, self.sub(at_once, self.const(1))), at_once), [], some)
+
+    def byte_counts(self, counters, i):
+        """The i-th sixteen of the counters that `count_in_bytes` leaves, as INTS_16."""
+        return self.zext(self.load(ir.VectorType(I16, 16), self.offset(counters, i, 32), 16), INTS_16)
 
     def multiply_add(self, a, b, c):
         return self.call_llvm("llvm.fma.v16f32", c.type, a, b, c)
 
     def to_ints(self, counts):
         """The lanes of registers, which may be 16, 32 or 64 bits wide, as one INTS_16 for every sixteen."""
-        bits = counts[0].type.element.width
-        if bits == 32:
-            return counts
+        lanes, bits = counts[0].type.count, counts[0].type.element.width
         if bits == 16:
             halves = [self.shuffle(count, count, range(i, i + 16)) for count in counts for i in (0, 16)]
             return [self.builder.sext(half, INTS_16) for half in halves]
-        eights = [self.trunc(count, ir.VectorType(I32, 8)) for count in counts]
-        return [self.shuffle(*pair, range(16)) for pair in zip(eights[::2], eights[1::2])]
+        ints = counts if bits == 32 else [self.trunc(count, ir.VectorType(I32, lanes)) for count in counts]
+        while lanes < 16:
+            lanes *= 2
+            ints = [self.shuffle(*pair, range(lanes)) for pair in zip(ints[::2], ints[1::2])]
+        return ints
 
     def load_floats_16(self, address, count):
         """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
