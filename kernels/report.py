@@ -83,7 +83,7 @@ def refill(page: Path, command: str, values: dict[str, str]) -> None:
 
 
 def write(device: str, rows: list[dict]) -> None:
-    """Rows of "cpu" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
+    """Rows of "cpu", "avx2" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
     import pandas as pd
 
     RESULTS.mkdir(exist_ok=True)
@@ -113,9 +113,11 @@ def write_readme(device: str) -> None:
     rows, page = read(device), HERE / "README.md"
     if device == "cpu":
         command, text, figure = "python -m kernels.bench", cpu_table(rows), cpu_figure
+    elif device == "avx2":
+        command, text, figure = "python -m kernels.bench --isa avx2", avx2_table(rows), None
     else:
         command, text, figure = "python -m kernels.bench --device cuda", cuda_table(rows), cuda_figure
-    if rows is not None:
+    if rows is not None and figure is not None:
         figure(rows, RESULTS / f"{device}.svg")
     if page.exists():  # it does not where the package is installed
         refill(page, command, {device: text})
@@ -178,6 +180,31 @@ def cpu_table(rows) -> str:
             speeds = [medians.loc[contender, threads, n] for n in bases]
             cells = [f"**{row.times_float32:.2f}** / {row.times_int8:.2f}" for row in speeds]
             out.append(f"| median of 3x3, {what} | {threads} | | | " + " | ".join(cells) + " |")
+    return "\n".join(out)
+
+
+def avx2_table(rows) -> str:
+    """The same, of a processor that is held to AVX2, with uniform levels."""
+    if rows is None:
+        return "Not measured yet."
+    first, columns = rows.iloc[0], [("packed", 1), ("uniform", 2), ("packed", 2), ("uniform", 3), ("packed", 3)]
+    heads = [f"M = N = {n}" + ", uniform" * (contender == "uniform") for contender, n in columns]
+    out = [
+        f"{first.hardware}, held to AVX2; {first.versions}. A core's clock is {first.clock_ghz:.2f} GHz and it looks "
+        f"up at most {first.bound_tops:.2f} T bit products a second.",
+        "",
+        "| convolution | threads | float32 | int8 | " + " | ".join(heads) + " |",
+        "|---|---|---|---|" + "---|" * len(columns),
+    ]
+    for (*shape, threads), group in rows.groupby([*SHAPE, "threads"], sort=False):
+        rivals = [group[group.contender.str.startswith(kind)].microseconds.min() for kind in ("float32", "int8")]
+        found = {(row.contender, row.bases): row for row in group.itertuples()}
+        cells = [
+            f"{found[column].times_float32:.2f} / {found[column].times_int8:.2f}" if column in found else "-"
+            for column in columns
+        ]
+        times = [f"{us:,.0f} us" for us in rivals]
+        out.append("| " + " | ".join([_convolution(shape), str(threads), *times, *cells]) + " |")
     return "\n".join(out)
 
 

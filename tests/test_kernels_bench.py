@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ import abcnets
 pytest.importorskip("numba")
 from kernels import bench, check, report
 from kernels.check import Shape
+from kernels.cpu import assembly
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ROOT = Path(__file__).parent.parent
@@ -100,11 +102,60 @@ else:
         packed = rows[(rows.contender == "packed") & (rows.bases == 2)].iloc[0]
         assert abs(packed.operations_per_second - 4e6 * shape.macs / packed.microseconds) < 0.01 * 4e6 * shape.macs
 
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_avx2_rows_and_table(elsewhere):
+        threads = torch.get_num_threads()
+        shape = Shape(16, 16, 3, 6, 1)
+        times = bench.time_shape(shape, 1, bases=(1, 2), seconds=0.01, isa="avx2")
+        torch.set_num_threads(threads)
+        assert {"packed 1", "uniform 2", "float32"} <= times.keys() and "uniform 1" not in times
+        assert not any("onnxruntime" in name or "x86" in name for name in times)
+        page = "<!-- avx2: python -m kernels.bench --isa avx2 -->\nold\n<!-- /avx2 -->\n"
+        (elsewhere / "README.md").write_text(page)
+        about = {"hardware": "a machine", "versions": "torch 0", "clock_ghz": 3.0, "bound_tops": 1.0}
+        report.write("avx2", [row | about for row in bench.rows_of(shape, 1, times, 1e12)])
+        assert files(elsewhere) == ["README.md", "avx2.csv"]
+        text = (elsewhere / "README.md").read_text()
+        assert "a machine, held to AVX2; torch 0" in text and "nan" not in text and "old" not in text
+        (row,) = (line for line in text.splitlines() if line.startswith(f"| {shape} | 1 |"))
+        assert row.count("|") == 10 and row.endswith("| - | - |")
+
+    def test_held_to_avx2_is_a_process_of_its_own(monkeypatch, elsewhere, refused):
+        started = []
+
+        def run(command, cwd, env):
+            started.append((command, env))
+            return subprocess.CompletedProcess(command, 5)
+
+        monkeypatch.setattr(bench.subprocess, "run", run)
+        monkeypatch.setattr(bench.platform, "machine", lambda: "x86_64")
+        with pytest.raises(SystemExit) as left:
+            bench.main(["--isa", "avx2", "--bases", "1"])
+        ((command, environment),) = started
+        assert left.value.code == 5 and command[1:] == ["-m", "kernels.bench", "--isa", "avx2", "--bases", "1"]
+        assert bench.AVX2.items() <= environment.items()
+        monkeypatch.setattr(bench.platform, "machine", lambda: "arm64")
+        assert "AVX2 is for x86, and this is arm64" in refused(bench.main, "--isa", "avx2")
+
+    def test_peak_of_every_way_to_count(monkeypatch):
+        from kernels.cpu import peak, system
+
+        for features in ((), ("avx2",), ("avx2", "avx512bw")):
+            if set(features) <= system.features():
+                with monkeypatch.context() as patch:
+                    patch.setattr(system, "features", lambda features=features: frozenset(features))
+                    assert 1e9 < peak.peak.__wrapped__() < 1e14
+
+    def test_the_readme_shows_what_was_counted_for_arm():
+        rows = pd.read_csv(ROOT / "kernels/results/arm.csv").to_dict("records")
+        text = (ROOT / "kernels/README.md").read_text()
+        assert report.fill(text, "python -m kernels.cpu.assembly --write", {"arm": assembly.table(rows)}) == text
+
+    @pytest.mark.parametrize("device", ["cpu", "avx2", "cuda"])
     def test_the_readme_shows_the_results_that_there_are(device):
         text = (ROOT / "kernels/README.md").read_text()
-        table = {"cpu": report.cpu_table, "cuda": report.cuda_table}[device](report.read(device))
-        command = "python -m kernels.bench" + " --device cuda" * (device == "cuda")
+        tables = {"cpu": report.cpu_table, "avx2": report.avx2_table, "cuda": report.cuda_table}
+        table = tables[device](report.read(device))
+        command = "python -m kernels.bench" + {"cpu": "", "avx2": " --isa avx2", "cuda": " --device cuda"}[device]
         assert report.fill(text, command, {device: table}) == text
 
     @pytest.mark.parametrize("option", ["threads", "bases", "seconds", "batch", "shape"])
