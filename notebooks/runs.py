@@ -189,7 +189,8 @@ def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | Non
 def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, results: str | Path, history: list[dict],
             command: str, before: dict) -> None:  # fmt: skip
     """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
-    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before, "accuracy": accuracy(model, data)}
+    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before,
+               "validation": accuracy(model, data, "validation"), "accuracy": accuracy(model, data)}  # fmt: skip
     if not is_main_process():
         return
     path = Path(out) / f"{recipe.name}.pt"
@@ -225,8 +226,8 @@ def _command(recipe: Recipe, out: Path) -> str:
 # --------------------------------------------------------------------------- All rows
 
 
-COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "binarized", "calibrated", "accuracy",
-           "packed_bytes"]  # fmt: skip  those of a run's row that others ask for
+COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "binarized", "calibrated", "validation",
+           "accuracy", "packed_bytes"]  # fmt: skip  those of a run's row that others ask for
 
 
 def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
