@@ -165,7 +165,7 @@ def test_what_can_not_be_done_is_one_sentence(tmp_path, refused, threads):
         assert f"nothing can be written to the folder {file}/out: " in sentence("pretrain", option, file / "out")
     assert "multiple of 3 " in sentence("pretrain", "--batch-size", "128", "--accumulate", "3")
     assert "at most the 100 training images, got 128" in sentence("pretrain", "--limit", "100")
-    assert "from 1 to the 1297 training images" in sentence("pretrain", "--limit", "1298")
+    assert "from 1 to the 1167 training images" in sentence("pretrain", "--limit", "1168")
     assert f"{file}/train is missing" in sentence("pretrain", "--dataset", f"folder:{file}")
     assert "not in" in sentence("pretrain", "--dataset", "fashion-mnist", "--data", file)
 
