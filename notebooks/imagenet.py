@@ -151,7 +151,7 @@ def float_network(name: str, weights: str, classes: int) -> tuple[nn.Module, boo
 
 
 def top_1_and_5(model: nn.Module, data: ImageFolders) -> tuple[float, float]:
-    """Percentages of the test images (those in val/) whose class is the network's first guess, or among its first five."""
+    """Percentages of the test images, in val/, whose class is the network's first guess, or among its first five."""
     guesses = predict(model, data).topk(min(5, len(data.classes))).indices
     hits = (guesses == data.test_labels[:, None]).float()
     return 100 * hits[:, 0].mean().item(), 100 * hits.sum(1).mean().item()

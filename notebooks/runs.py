@@ -1,16 +1,18 @@
 """A run: its name, its network in `out`, its row and its curve in `results`; and what is asked of all rows.
 
 A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `results/runs.csv` has a row a run,
-`results/curves/` its training curve, `out` its network (`.pt`) and its checkpoint, which knows the recipe.
+`results/curves/` its training curve, `out` its network (`.pt`) and its checkpoint, which knows the recipe. The networks
+of the rows that the README shows are in `trained/` too, small enough to come with the repository.
 """
 
 import math
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 from data import Data
-from files import DataError, commit, load, locked, replacing, save, writable
+from files import TRAINED, DataError, commit, load, locked, replacing, save, writable
 from networks import build_network
 from recipe import Recipe, run_name
 from torch import nn
@@ -23,6 +25,7 @@ from training import (
     is_main_process,
     load_checkpoint,
     load_weights,
+    predict,
     pretrain,
 )
 
@@ -144,9 +147,52 @@ def binarized(float_model: nn.Module, data: Data, out: str | Path, results: str 
 
 
 def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:
-    """The pretrained float network of a data set, from `out` or from another file, on the data's device."""
+    """The pretrained float network of a data set, on the data's device.
+
+    It is that of a file, else the one in `out`, else the one that comes with the repository.
+    """
     model = build_network(data, seed).to(data.device, memory_format=torch.channels_last)
-    return load_weights(model, path or Path(out) / f"{run_name(data.name, seed=seed)}.pt")
+    run = run_name(data.name, seed=seed)
+    usual = Path(out) / f"{run}.pt"
+    if path or usual.exists() or not trained_file(run).exists():
+        return load_weights(model, path or usual)
+    print(f"{run} is the one that comes with the repository: {usual} is missing")
+    return load_weights(model, trained_file(run))
+
+
+def trained_file(run: str, trained: Path = TRAINED) -> Path:
+    """Where the network of a run is that comes with the repository: a float one's tensors, another one packed."""
+    return trained / f"{run.replace('/', '-')}.safetensors"
+
+
+def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> list[Path]:
+    """Bring the networks of a data set's main rows from `out` to where they come with the repository.
+
+    Of a float network all seeds, since others start from it; of the binarized ones the first, packed. Those that are
+    not in `out` are named and stay as they are.
+    """
+    rows = main_runs(results, data.name)
+    kept = []
+    for row in rows[rows.N.isna() & rows.M.isna() | (rows.seed == 0)].to_dict("records"):
+        source, path = out / f"{row['run']}.pt", trained_file(row["run"], trained)
+        if not source.exists():
+            print(f"{row['run']} stays as it is: {source} is missing; `{row['command']}` writes it")
+            continue
+        M, N = (int(count) if count > 0 else None for count in (row["M"], row["N"]))
+        model = build_network(data)
+        if M or N:
+            code = row["options"].removeprefix("code=") or "thermometer"
+            model = abcnets.convert(model, M, N, code=code)
+        load_weights(model, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if M or N:
+            abcnets.save_packed(abcnets.pack(model), path)
+        else:
+            with replacing(path) as temporary:
+                tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+                safetensors.torch.save_file(tensors, temporary)
+        kept.append(path)
+    return kept
 
 
 def _claim(recipe: Recipe, out: str | Path, results: str | Path, replace: bool) -> None:
@@ -191,13 +237,15 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
     percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before,
                "validation": accuracy(model, data, "validation"), "accuracy": accuracy(model, data)}  # fmt: skip
+    least = least_level(model, data)
     if not is_main_process():
         return
     path = Path(out) / f"{recipe.name}.pt"
     save(model.state_dict(), path)
     sizes = abcnets.summary(model, next(data.test_batches(1))[0]).total()
     row = {
-        **recipe.row(), **percent, "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
+        **recipe.row(), **percent, "least_level": least,
+        "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
         "command": command, "commit": COMMIT, "recipe": recipe.short,
     }  # fmt: skip
@@ -206,6 +254,28 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     if history:
         write_csv(Path(results) / "curves" / f"{recipe.name.replace('/', '-')}.csv", history)
     print(f"{recipe.name}: {'fine-tuned ' * recipe.is_binary}{percent['accuracy']:.2f} %, kept in {path}")
+
+
+@torch.no_grad()
+def least_level(model: nn.Module, data: Data) -> float | None:
+    """The least share, in percent, that any level of any layer's activations has of what reaches the layer.
+
+    Over the validation images; None where all activations are float. At 0 there is a threshold that decides nothing,
+    and bits and binary convolutions that are computed for nothing.
+    """
+    counts = {}
+
+    def count(layer, inputs):
+        thresholds = (0.5 - layer.vs.detach()).sort().values  # R >= 1/2 - v is the comparison, in every code
+        levels = torch.bucketize(inputs[0].float().flatten(), thresholds, right=True)
+        counts[layer] = counts.get(layer, 0) + torch.bincount(levels, minlength=len(thresholds) + 1)
+
+    handles = [layer.register_forward_pre_hook(count) for layer in model.modules()
+               if getattr(layer, "activation_bases", None) and getattr(layer, "active", False)]  # fmt: skip
+    predict(model, data, "validation")
+    for handle in handles:
+        handle.remove()
+    return min((100 * (found.min() / found.sum()).item() for found in counts.values()), default=None)
 
 
 def _command(recipe: Recipe, out: Path) -> str:
@@ -235,6 +305,12 @@ def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
     path = Path(path)
     rows = read_csv(path, ["dataset"]) if path.exists() else pd.DataFrame(columns=COLUMNS)
     return rows[rows.dataset == dataset]
+
+
+def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
+    """The rows of a data set's runs in which nothing but bases, code and seed was chosen; M, N are NaN where float."""
+    rows = recorded(Path(results) / "runs.csv", dataset)
+    return rows[rows.options.isin(["", *(f"code={code}" for code in abcnets.CODES)])]
 
 
 def default_runs(results: str | Path, dataset: str, seed: int = 0) -> pd.DataFrame:

@@ -179,7 +179,7 @@ def train(
     replace: bool = False,
     description: str = "training",
 ) -> list[dict]:
-    """Train in place; returns the history: for each epoch loss, training and validation accuracy in percent, and seconds.
+    """Train in place; returns the history: each epoch's loss, training and validation accuracy in percent, and seconds.
 
     The learning rates in `optimizer` are peaks: up in a line for a fraction `warmup` of the time, then down a cosine.
     Steps are computed in bfloat16 where that is fast, but the last fraction `exact` of them in float32, as inference
