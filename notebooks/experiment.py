@@ -36,9 +36,9 @@ import budget
 import torch
 from accelerate import PartialState
 from data import Data, load_data
-from files import RESULTS, ROOT, TRAINED, writable
+from files import ROOT, TRAINED, writable
 from recipe import Recipe
-from runs import FILL, binarized, collect, keep_rows, load_float, pretrained, read_csv, readme_blocks, write_csv
+from runs import binarized, collect, keep_rows, load_float, pretrained, read_csv, write_csv
 from step import measure_compiled, measure_steps, use_threads
 from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
@@ -59,7 +59,6 @@ from kernels.command import (
     interrupt_on_sigterm,
     present_device,
 )
-from kernels.report import refill
 
 
 def run_pretrain(options) -> None:
@@ -99,8 +98,6 @@ def run_table(options) -> None:
         percent = row[["float", "binarized", "calibrated", "accuracy"]]
         cells = ("-" if value != value else f"{value:.2f} %" for value in percent)  # NaN, where nothing was measured
         print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
-    if options.readme:
-        refill(ROOT / "README.md", FILL, readme_blocks(options.results))
 
 
 def run_collect(options) -> None:
@@ -251,7 +248,6 @@ def command_line() -> Parser:
     command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, training, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
-    table.add_argument("--readme", action="store_true", help="write the README's tables too")
     kept = command("collect", run_collect, "the networks of the main rows, from OUT to where the repository has them")
     kept.add_argument("--dataset", default="digits", metavar="NAME", help="default: digits")
     kept.add_argument("--trained", type=Path, default=TRAINED, help="default: notebooks/trained")
@@ -274,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     options = parser.parse_args(arguments)
     if options.results is None:
-        options.results = RESULTS if options.run is run_table and options.readme else options.out / "results"
+        options.results = options.out / "results"
     if "device" in options:
         options.device = own_device(options.device)
         use_threads(options.threads)

@@ -5,7 +5,6 @@ A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `re
 of the rows that the README shows are in `trained/` too, small enough to come with the repository.
 """
 
-import math
 from pathlib import Path
 
 import pandas as pd
@@ -33,7 +32,6 @@ import abcnets
 from kernels.clock import machine
 from kernels.command import Refused
 
-FILL = "python notebooks/experiment.py table --readme"  # as the README's markers name it
 COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
 WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
 
@@ -317,51 +315,3 @@ def default_runs(results: str | Path, dataset: str, seed: int = 0) -> pd.DataFra
     """The rows of a data set's runs with default options; M and N are NaN on a side that is float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
     return rows[(rows.seed == seed) & (rows.options == "")]
-
-
-def results_table(rows: pd.DataFrame, times: dict | None = None) -> str:
-    """Runs as Markdown: accuracies in percent, bytes, epochs.
-
-    times: {(M, N): milliseconds} for one more column, 0 for a side that is float.
-    """
-    head = ["M", "N", "after binarizing", "calibrated, not trained", "fine-tuned (epochs)", "packed"]
-    head += ["an image"] if times else []
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    rows = rows.fillna({"M": 0, "N": 0}).astype({"M": int, "N": int}).to_dict("records")
-    for row in sorted(rows, key=lambda row: (row["M"] == row["N"] == 0, row["M"] != row["N"], row["N"], row["M"])):
-        cells = [str(row[name] or "float") for name in ("M", "N")]
-        cells += ["" if math.isnan(row[name]) else f"{row[name]:.2f} %" for name in ("binarized", "calibrated")]
-        cells.append(f"**{row['accuracy']:.2f} %** ({row['epochs']})" if row["epochs"] else "not trained")
-        cells.append(f"{row['packed_bytes'] / 1000:.0f} kB")
-        if times:
-            cells.append(f"{times[key]:.2f} ms" if (key := (row["M"], row["N"])) in times else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def fastest(rows: pd.DataFrame) -> dict[tuple[int, int], float]:
-    """{(M, N): milliseconds an image} from notebooks/compare.py: 32 at once on one thread, the faster memory layout.
-
-    Without bases, (0, 0): torch in float32, in its best form.
-    """
-    rows = rows[rows.form.isin(["abcnets", "torch float32"]) & (rows.batch == 32) & (rows.threads == 1)]
-    return rows.fillna({"M": 0, "N": 0}).groupby(["M", "N"]).ms_per_image.min().to_dict()
-
-
-def readme_blocks(results: str | Path) -> dict[str, str]:
-    """What the README says of the results: {name of a block: text}, for `kernels.report.fill`."""
-    times, speed, mixed = (read_csv(Path(results) / f"{name}.csv") for name in ("competitors", "speed", "mixed"))
-    times = fastest(times[times.dataset == "fashion-mnist"])
-    blocks = {
-        "results": results_table(default_runs(results, "fashion-mnist"), times),
-        "cifar10-jpeg": results_table(default_runs(results, "cifar10-jpeg")),
-        "speed-hardware": speed.hardware[0],
-    }
-    fused = speed[(speed.network == "ResNet-18") & speed.form.str.contains("bits between layers")]
-    best = fused.groupby(["bases", "batch", "threads"]).times_float32.max().groupby("bases").agg(["min", "max"])
-    for bases, span in best.iterrows():
-        blocks[f"speed-{bases:.0f}"] = f"{span['min']:.1f} to {span['max']:.1f} times"
-    for _, row in mixed[mixed.dataset == "fashion-mnist"].iterrows():
-        for kind in ("uniform", "mixed"):
-            blocks[f"{kind}-{row['uniform']}"] = f"{row[f'{kind}_accuracy']:.2f} %"
-    return blocks

@@ -13,7 +13,7 @@ import runs
 import speed
 import torch
 from data import load_data
-from files import RESULTS, ROOT, save
+from files import ROOT, save
 from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
@@ -247,15 +247,12 @@ def test_a_second_make_installs_nothing(tmp_path):
 
 
 def test_make_alone_writes_the_tracked_tables(monkeypatch):
-    written = []
-    monkeypatch.setattr(experiment, "read_csv", lambda path, columns: written.append(path.parent) or pd.DataFrame(
+    read = []
+    monkeypatch.setattr(experiment, "read_csv", lambda path, columns: read.append(path.parent) or pd.DataFrame(
         {"run": ["x"], "dataset": ["x"], "M": [1], "N": [1], **dict.fromkeys(PERCENT, [1.0])}))  # fmt: skip
-    monkeypatch.setattr(experiment, "readme_blocks", lambda results: written.append(results) or {})
-    monkeypatch.setattr(experiment, "refill", lambda *_: None)
     experiment.main(["table"])
     experiment.main(["table", "--out", "/there"])
-    experiment.main(["table", "--readme"])
-    assert written == [ROOT / "out/results", Path("/there/results"), RESULTS, RESULTS]
+    assert read == [ROOT / "out/results", Path("/there/results")]
     for target in ("results", "ablation", "codes"):
         asked = subprocess.run(["make", "-n", target, "BIN=echo", "INSTALLED="], cwd=ROOT, capture_output=True,
                                text=True, check=True).stdout  # fmt: skip

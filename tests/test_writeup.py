@@ -108,7 +108,7 @@ def test_labels_keep_their_distance():
 
 def test_figures_are_drawn_alike_twice(tmp_path):
     data = figures.figure_data()
-    few = {name: figures.DRAWINGS[name] for name in ("bits", "accuracy", "competitors")}
+    few = {name: figures.DRAWINGS[name] for name in ("bits", "speed", "competitors")}
     pictures = []
     for folder in (tmp_path / "once", tmp_path / "again"):
         figures.DRAWINGS, everything = few, figures.DRAWINGS

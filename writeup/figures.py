@@ -19,14 +19,10 @@ def figure_data() -> dict:
     M = 5
     best, even = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
     rates = arithmetic.CPU_RATES
-    runs = [
-        {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
-        for m, n in [(None, None), *tables.PLANNED] if (run := tables.run_of(m, n))
-    ]  # fmt: skip
     fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
     forms = [
         {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (tables.run_of(form["M"], form["N"]) or {}).get("calibrated")
+         "calibrated": (tables.result(form["M"], form["N"]) or {}).get("calibrated")
          if form["name"] == "abcnets" else None}
         for form in tables.competitors()
     ]  # fmt: skip
@@ -47,7 +43,6 @@ def figure_data() -> dict:
                    "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
                    "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
-        "accuracy": {"runs": runs},
         "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
                   "measured": measured, "int8": int8},
@@ -136,34 +131,6 @@ def draw_threshold(plt, data):
         ax.set(xlabel="x, what the convolution puts out", title=f"BatchNorm's scale {scale:+g}".replace("-", "−"),
                xlim=(-3, 3), ylim=(0, 3.5))  # fmt: skip
     axes[0].set_ylabel("R = ReLU(BatchNorm(x))")
-    return fig
-
-
-def draw_accuracy(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 3.2))
-    kinds = (("binary weights and activations", "#0072B2", "o"), ("binary weights, float activations", "#E69F00", "s"),
-             ("float", "#333333", "D"))  # fmt: skip
-    shown = set()
-    for run in data["runs"]:
-        label, color, marker = kinds[2 if run["M"] is None else 1 if run["N"] is None else 0]
-        ax.plot(run["kB"], run["accuracy"], marker, color=color, markersize=6, linestyle="none",
-                label=None if label in shown else label)  # fmt: skip
-        shown.add(label)
-        name = "float" if run["M"] is None else f"{run['M']}, {run['N'] or 'float'}"
-        left, below = run["N"] is None and run["M"] is not None, run["N"] not in (None, run["M"])  # of its neighbours
-        ax.annotate(name, (run["kB"], run["accuracy"]), (-5 if left else 5, -10 if below else 4), fontsize=8,
-                    textcoords="offset points", ha="right" if left else "left")  # fmt: skip
-        if run["calibrated"] is not None and run["calibrated"] >= 80:
-            ax.plot(run["kB"], run["calibrated"], marker, color=color, markersize=5, fillstyle="none", linestyle="none")
-            ax.plot([run["kB"]] * 2, [run["calibrated"], run["accuracy"]], color=color, linewidth=0.7, linestyle=":")
-    ax.set(xscale="log", xlabel="size of the packed file, kB", ylabel="test accuracy, %")
-    sizes = [20, 50, 100, 200, 500, 1000]
-    ax.set_xticks(sizes, [str(size) for size in sizes])
-    ax.minorticks_off()
-    ax.set_xlim(20, 1200)
-    ax.margins(y=0.12)
-    if shown:
-        ax.legend(fontsize=8, loc="lower right")
     return fig
 
 
@@ -332,7 +299,7 @@ def draw_roofline(plt, data):
 
 
 DRAWINGS = {
-    "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold, "accuracy": draw_accuracy,
+    "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold,
     "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 

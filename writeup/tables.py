@@ -4,6 +4,7 @@
 its words that the numbers must bear out are in claims.py. A row that was never run is said to be missing.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -38,7 +39,11 @@ CPU = read("kernels/results/cpu.csv")
 CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
 
 DATASET = "fashion-mnist"
-PLANNED = [(1, 1), (2, 2), (3, 3), (5, 5), (1, 3), (3, 1), (1, None), (2, None), (3, None)]  # (M, N) of `make results`
+SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
+    (1, 1, "thermometer"), (1, 2, "binary"), (2, 2, "thermometer"), (2, 2, "binary"), (3, 3, "thermometer"),
+    (3, 3, "binary"), (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
+    (1, None, "thermometer"), (2, None, "thermometer"), (2, None, "binary"), (3, None, "thermometer"),
+]  # fmt: skip
 BASES = 1, 2, 3, 5  # M = N of the tables
 ABLATED = {"calibrate=512", "limit=6000", "float-seed=0"}  # what all runs of `make ablation` have in common
 CHOICES = {
@@ -63,16 +68,44 @@ CODES = [  # (M, N, other options) of `make codes`, from the cheapest on
 # --------------------------------------------------------------------------- Of rows
 
 
-def run_of(M, N, dataset=DATASET) -> dict | None:
-    """The recorded run with these bases and no other options, of the lowest seed."""
-    found = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, None)]
-    return min(found, key=lambda row: row["seed"], default=None)
+def result(M=None, N=None, code="thermometer", dataset=DATASET) -> dict | None:
+    """What the runs with these bases and this code found, and no other options: the row of the first seed, but that
+
+    `accuracy` and `calibrated` are means over the seeds, `least_level` is the least; and `lowest`, `highest`, `seeds`.
+    """
+    options = None if code == "thermometer" else f"code={code}"
+    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, options)]
+    if not runs:
+        return None
+    accuracies = [run["accuracy"] for run in runs]
+    found = min(runs, key=lambda run: run["seed"]) | {
+        "code": code, "accuracy": mean(accuracies), "lowest": min(accuracies), "highest": max(accuracies),
+        "seeds": len(runs),
+    }  # fmt: skip
+    for name, summary in (("calibrated", mean), ("least_level", min)):
+        values = [run[name] for run in runs if run.get(name) is not None]
+        found[name] = summary(values) if values else None
+    return found
 
 
-def best_run() -> dict | None:
-    """The most accurate run with both sides binary."""
-    runs = [run for M, N in PLANNED if N and (run := run_of(M, N))]
-    return max(runs, key=lambda run: (run["accuracy"], run["M"]), default=None)
+def results(dataset=DATASET) -> list[dict]:
+    """Those of the float network and of all settings that were run."""
+    return [found for case in [(), *SETTINGS] if (found := result(*case, dataset=dataset))]
+
+
+def best_result() -> dict | None:
+    """The most accurate setting with both sides binary."""
+    return max((found for found in results() if found["N"]), key=lambda found: found["accuracy"], default=None)
+
+
+def named(M, N, code="thermometer") -> str:
+    """Bases and codes in words: "1 × binary 2", "thermometer 3 × 3", "binary 2 × float"; code: of both, or two."""
+    codes = code.split(",")
+    sides = list(zip((M, N), (codes[0], codes[-1])))
+    names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
+    if (M or 0) > 1:
+        names[1] = names[1].removeprefix(f"{codes[0]} ")  # once is enough
+    return " × ".join(names)
 
 
 def competitors() -> list[dict]:
@@ -213,28 +246,39 @@ def calibration_table() -> str:
     return table(head, rows, "rrrrrr")
 
 
-def accuracies(runs: list[tuple]) -> str:
-    """The table of the runs in [(M, N, run or None)]."""
-    rows = []
-    for M, N, run in runs:
-        run = run or {}
-        trained = percent(run.get("accuracy"))
-        if run:
-            trained = f"{trained} ({run['epochs']})" if run["epochs"] else "not trained"
-        before = [percent(run.get(key)) if M or N else "" for key in ("binarized", "calibrated")]
-        size = kB(run["packed_bytes"]) if run else MISSING
-        rows.append([f"{M or 'float'}", f"{N or 'float'}", *before, trained, size])
-    return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "tensors"], rows, "rrrrrr")
+def accuracies(found: list[dict], ms: dict | None = None) -> str:
+    """The table of some `results`; ms: {(M, N, code): milliseconds an image} for one more column."""
+    rows, whole = [], next((run["accuracy"] for run in found if not run["M"] and not run["N"]), None)
+    for run in found:
+        case = run["M"], run["N"], run["code"]
+        is_float = not run["M"] and not run["N"]
+        spread = f"{run['lowest']:.2f} to {run['highest']:.2f} ({run['seeds']})" if run["seeds"] > 1 else "one seed"
+        calibrated = "" if is_float else percent(run["calibrated"])
+        below = "" if is_float or whole is None else f"{whole - run['accuracy']:.2f}"
+        cells = ["float" if is_float else named(*case), calibrated, f"**{percent(run['accuracy'])}**", spread, below,
+                 kB(run["packed_bytes"])]  # fmt: skip
+        rows.append([*cells, *([f"{ms[case]:.2f} ms" if case in ms else MISSING] if ms is not None else [])])
+    head = ["weights × activations", "calibrated", "trained, mean", "from, to (seeds)", "below float", "tensors"]
+    head += ["an image"] if ms is not None else []
+    return table(head, rows, "l" + "r" * (len(head) - 1))
 
 
 def accuracy_table() -> str:
-    return accuracies([(M, N, run_of(M, N)) for M, N in [(None, None), *PLANNED]])
+    return accuracies(results())
+
+
+def timed_accuracy_table() -> str:
+    """Beside the accuracies, how long an image takes: 32 at once on one thread, float in torch's best form."""
+    ms = {}
+    for row in COMPETITORS:
+        if row["form"] in ("abcnets", "torch float32") and (row["batch"], row["threads"]) == (32, 1):
+            case = row["M"], row["N"], row.get("code") or "thermometer"
+            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+    return accuracies(results(), ms)
 
 
 def cifar_table() -> str:
-    runs = [r for r in RUNS if r["dataset"] == "cifar10-jpeg" and r["seed"] == 0 and not r["options"]]
-    runs = sorted(runs, key=lambda run: (run["M"] or 9, run["N"] or 9))
-    return accuracies([(run["M"], run["N"], run) for run in runs])
+    return accuracies(results("cifar10-jpeg"))
 
 
 def mixed_table() -> str:
@@ -280,21 +324,18 @@ def codes_table() -> str:
     rows = []
     for M, N, options in CODES:
         runs, words = coded_runs(M, N, options), options.split()
-        code = next((word[5:] for word in words if word.startswith("code=")), "thermometer").split(",")
-        sides = list(zip((M, N), (code[0], code[-1])))
-        names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
-        if M > 1:
-            names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
+        code = next((word[5:] for word in words if word.startswith("code=")), "thermometer")
+        sides = list(zip((M, N), (code.split(",")[0], code.split(",")[-1])))
         levels = " × ".join("float" if count is None else str(2**count if kind == "binary" else count + 1)
                             for count, kind in sides)  # fmt: skip
-        zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"
+        zero = "" if N in (None, 1) else "yes" if "zero" in words or sides[1][1] != "thermometer" else "no"
         zero = "no" if "no-zero" in words else zero
         measured = [MISSING] * 4
         if runs:
             trained = [run["accuracy"] for run in runs]
             spread = f"{min(trained):.2f} to {max(trained):.2f} ({len(runs)})"
             measured = [percent(runs[0]["calibrated"]), percent(mean(trained)), spread, kB(runs[0]["packed_bytes"])]
-        rows.append([" × ".join(names), levels, zero, str(M * N if N else "-"), *measured])
+        rows.append([named(M, N, code), levels, zero, str(M * N if N else "-"), *measured])
     head = ["weights × activations", "levels", "0 stays 0", "binary conv.", "calibrated", "trained, mean",
             "from, to (seeds)", "tensors"]  # fmt: skip
     return table(head, rows, "lccrrrrr")
@@ -435,7 +476,7 @@ def bases_of(row: dict | None) -> str:
 
 def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
-    reference, best, gains = run_of(None, None), best_run(), per_channel_gains()
+    reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
     steps = {row["precision"]: row for row in STEP}
     cpu = CPU[0] if CPU else None
@@ -451,12 +492,12 @@ def for_writeup() -> dict[str, str]:
         "runs_machine": say("{hardware}, {versions}", reference),
         "float_accuracy": say("{accuracy:.2f} %", reference),
         "float_size": kB(reference["float_bytes"]) if reference else MISSING,
-        "best_bases": bases_of(best),
+        "best_setting": named(best["M"], best["N"], best["code"]) if best else MISSING,
         "best_accuracy": say("{accuracy:.2f} %", best),
         "best_size": say("{kB}", best),
-        "best_epochs": say("{epochs}", best),
         "best_loss": points_lost(best),
-        "accuracy_33": say("{accuracy:.2f} %", run_of(3, 3)),
+        "epochs": say("{epochs}", reference),
+        "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
         "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
         "cpu_shapes": str(len(shapes)),
         "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
@@ -472,7 +513,7 @@ def for_writeup() -> dict[str, str]:
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
     }
     for M in (1, 2, 3):
-        values[f"weights_only_{M}"] = points_lost(run_of(M, None))
+        values[f"weights_only_{M}"] = points_lost(result(M))
     for n in BASES:
         speed = on_one_thread("times_int8").get(n)
         values[f"times_int8_{n}"] = f"{speed:.2f}" if speed else NOT_MEASURED
@@ -482,9 +523,9 @@ def for_writeup() -> dict[str, str]:
     return values
 
 
-def points_lost(run: dict | None) -> str:
-    """What a run of the nine-layer network lost against the float network."""
-    return f"{run_of(None, None)['accuracy'] - run['accuracy']:.2f}" if run and run_of(None, None) else MISSING
+def points_lost(found: dict | None) -> str:
+    """What a setting of the nine-layer network loses against the float network."""
+    return f"{result()['accuracy'] - found['accuracy']:.2f}" if found and result() else MISSING
 
 
 def per_channel_gains() -> list[float]:
@@ -501,7 +542,7 @@ def crossover(column: str) -> str:
 
 
 def for_readme() -> dict[str, str]:
-    """{marker: text} of the README's opening: the most accurate network of each kind beside float32 and int8."""
+    """{marker: text} of the README; its opening has the most accurate network of each kind beside float32 and int8."""
 
     def most_accurate(forms):
         return max(forms, key=lambda form: form["accuracy"], default=None)
@@ -512,11 +553,18 @@ def for_readme() -> dict[str, str]:
     for name, form in (("best", best), ("weights", weights), ("float", rival("torch float32")),
                        ("int8", rival("onnxruntime int8"))):  # fmt: skip
         values |= {f"{name}_accuracy": say("{accuracy:.2f} %", form), f"{name}_size": say("{kB}", form)}
-    speeds = resnet_speeds(1)
+    for bases in (1, 2, 3):
+        speeds = resnet_speeds(bases)
+        values[f"speed_{bases}"] = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})"
+    mixed = {row["uniform"]: row for row in MIXED if row["dataset"] == DATASET}
+    for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
+        values[f"{kind}_{bases}"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(bases))
     return values | {
         "best_bases": bases_of(best),
         "weights_bases": bases_of(weights),
         "codes_table": codes_table(),
-        "resnet_speed": f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})",
+        "timed_accuracy_table": timed_accuracy_table(),
+        "cifar_table": cifar_table(),
+        "speed_hardware": say("{hardware}", next(iter(SPEED), None), NOT_MEASURED),
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
     }
