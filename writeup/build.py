@@ -32,6 +32,9 @@ PAGES = {WRITEUP: (tables.for_writeup, claims.of_writeup), README: (tables.for_r
 # --------------------------------------------------------------------------- Pages
 
 
+CITATION = r"<!-- (@\w+(?:; @\w+)*) -->"  # <!-- @lin2017 --> behind a link: what GitHub does not show
+
+
 def without_markers(text: str) -> str:
     return re.sub(r"<!-- .*? -->", "", text)
 
@@ -92,6 +95,7 @@ def typst_source(text: str, data: dict) -> str:
     text = re.sub(r"!\[[^\]]*\]\((\S+)\)\n\n\*Figure \d+\. (.*?)\*\n", r"![\2](\1)\n", text, flags=re.S)
     # Links to files of the repository lead nowhere from a PDF: their text stays.
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
+    text = re.sub(CITATION, r" [\1]", text)
     text = without_markers(text)
     text = re.sub(r"```math\n(.*?)\n```", r"$$ \1 $$", text, flags=re.S)
     text = re.sub(r" *\\tag\{\d+\}", "", text)  # typst counts them itself, in the same order

@@ -426,11 +426,11 @@ def gpu_table() -> str:
 def references() -> str:
     """What GitHub shows; the PDF has its own from the same file."""
     lines = []
-    for key, entry in bibliography().items():
+    for entry in bibliography().values():
         where = entry.get("booktitle") or entry.get("journal") or entry.get("institution") or entry.get("howpublished")
-        authors = _authors(entry["author"]).removesuffix(".")
         year = f", {entry['year']}" if "year" in entry else ""
-        lines.append(f"- **{key}**: {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
+        authors = _authors(entry["author"])
+        lines.append(f"- {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
     return "\n".join(lines)
 
 
@@ -446,9 +446,8 @@ def _plain(text: str) -> str:
 
 
 def _authors(text: str) -> str:
-    names = [_plain(name).split(", ")[0] for name in text.split(" and ")]
-    if len(names) > 3 or "others" in names:
-        return f"{names[0]} et al."
+    """All of them, first names first."""
+    names = [" ".join(reversed(_plain(name).split(", "))) for name in text.split(" and ")]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
