@@ -57,7 +57,8 @@ TEMPLATE = r"""
 #show heading.where(level: 1): it => block(above: 1.3em, below: 0.7em, text(size: 12.5pt, it))
 #show heading.where(level: 2): it => block(above: 1.1em, below: 0.6em, text(size: 10.5pt, it))
 #show link: it => text(fill: rgb("#0B4F7D"), it)
-#show raw.where(block: true): it => block(fill: luma(246), inset: 7pt, radius: 2pt, width: 100%, text(size: 8.4pt, it))
+#show raw.where(block: true): it => block(
+  fill: luma(246), inset: 7pt, radius: 2pt, width: 100%, breakable: false, text(size: 8.4pt, it))
 #show raw.where(block: false): set text(size: 8.8pt)
 #set table(stroke: (x, y) => if y == 0 { (top: 0.8pt) }, inset: (x: 5pt, y: 3pt))
 #show table: set text(size: 8.6pt)

@@ -10,7 +10,7 @@ from writeup import arithmetic, tables
 
 
 def of_writeup() -> dict[str, bool]:
-    return _examples() | _estimates() | _weights() | _calibration() | _codes() | _results()
+    return _examples() | _estimates() | _weights() | _calibration() | _codes() | _choices() | _results()
 
 
 def of_readme() -> dict[str, bool]:
@@ -125,6 +125,18 @@ def _codes() -> dict[str, bool]:
             there and rows[1, 1, ""] + 2 < cheap[0] < cheap[1],
         "For weights alone the code matters little": there and max(weights) - min(weights) < 0.3,
     }
+
+
+def _choices() -> dict[str, bool]:
+    """What the ablation says of the shifts."""
+    default, even = (tables.ablated(frozenset(options)) for options in ((), ("even-shifts",)))
+    there = bool(default and even)
+    spread = [run["accuracy"] for run in default + even]
+    return {
+        "even shifts calibrate to a little more, and after training the two are alike":
+            there and 0 < even[0]["calibrated"] - default[0]["calibrated"] < 1
+            and abs(tables.mean_accuracy(default) - tables.mean_accuracy(even)) < max(spread) - min(spread),
+    }  # fmt: skip
 
 
 def _results() -> dict[str, bool]:

@@ -11,6 +11,10 @@ from statistics import median
 
 from writeup import arithmetic, tables
 
+REPAIRS = {  # a column of calibration.csv: its name in the figure
+    "binarized": "as it falls", "thresholds": "thresholds alone", "norms": "BatchNorm alone", "both": "both",
+    "all": "and weights moved",
+}  # fmt: skip
 STYLE = Path(__file__).resolve().parent.parent / "notebooks" / "abcnets.mplstyle"
 
 
@@ -42,6 +46,7 @@ def figure_data() -> dict:
         "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
                    "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
                    "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
+        "calibration": {"rows": [{key: row[key] for key in ("M", *REPAIRS, "float")} for row in tables.CALIBRATION]},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
         "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
@@ -109,6 +114,21 @@ def draw_levels(plt, data):
     right.set_yticks([0.05, 0.1, 0.2, 0.4], ["0.05", "0.1", "0.2", "0.4"])
     right.minorticks_off()
     right.legend(fontsize=8)
+    return fig
+
+
+def draw_calibration(plt, data):
+    fig, ax = plt.subplots(figsize=(7, 2.7))
+    colors = ("#BBBBBB", "#E69F00", "#56B4E9", "#0072B2", "#D55E00")
+    for i, ((key, name), color) in enumerate(zip(REPAIRS.items(), colors)):
+        places = [place + (i - 2) * 0.16 for place in range(len(data["rows"]))]
+        bars = ax.bar(places, [row[key] for row in data["rows"]], 0.15, color=color, label=name)
+        ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    if data["rows"]:
+        ax.axhline(data["rows"][0]["float"], color="#333333", linestyle=":", linewidth=1, label="float")
+    ax.set_xticks(range(len(data["rows"])), [f"M = N = {row['M']}" for row in data["rows"]])
+    ax.set(ylabel="test accuracy, %", ylim=(0, 106))
+    ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
     return fig
 
 
@@ -299,7 +319,7 @@ def draw_roofline(plt, data):
 
 
 DRAWINGS = {
-    "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold,
+    "bits": draw_bits, "levels": draw_levels, "calibration": draw_calibration, "threshold": draw_threshold,
     "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 

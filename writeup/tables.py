@@ -292,15 +292,20 @@ def mixed_table() -> str:
     return table(head, rows, "llrrrr")
 
 
+def ablated(choice: frozenset) -> list[dict]:
+    """The runs of `make ablation` that differ from the default in this choice, one a seed."""
+    runs = [(set((run["options"] or "").split()), run) for run in RUNS if run["M"] == run["N"] == 2]
+    return [run for options, run in runs if "limit=6000" in options and options - ABLATED == choice]
+
+
+def mean_accuracy(runs: list[dict]) -> float:
+    return mean(run["accuracy"] for run in runs)
+
+
 def ablation_table() -> str:
-    chosen = {}
-    for run in RUNS:
-        options = set((run["options"] or "").split())
-        if "limit=6000" in options and run["M"] == run["N"] == 2:
-            chosen.setdefault(frozenset(options - ABLATED), []).append(run)
     rows = []
     for options, name in CHOICES.items():
-        if runs := chosen.get(options):
+        if runs := ablated(options):
             last, start = [run["accuracy"] for run in runs], runs[0]["calibrated"]
             spread = f"{min(last):.2f} to {max(last):.2f}"
             before = percent(runs[0]["binarized"] if start is None else start)
@@ -317,7 +322,7 @@ def coded_runs(M, N, options: str) -> list[dict]:
 def coded_accuracy(M, N, options: str = "") -> float | None:
     """The mean over the seeds."""
     runs = coded_runs(M, N, options)
-    return mean(run["accuracy"] for run in runs) if runs else None
+    return mean_accuracy(runs) if runs else None
 
 
 def codes_table() -> str:
