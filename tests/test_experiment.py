@@ -13,10 +13,13 @@ import runs
 import speed
 import torch
 from data import load_data
+from experiment import command_line
 from files import ROOT, save
 from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
+
+from writeup import tables
 
 PERCENT = ("float", "binarized", "calibrated", "accuracy")
 
@@ -256,16 +259,39 @@ def test_make_alone_writes_the_tracked_tables(monkeypatch):
     for target in ("results", "ablation", "codes"):
         asked = subprocess.run(["make", "-n", target, "BIN=echo", "INSTALLED="], cwd=ROOT, capture_output=True,
                                text=True, check=True).stdout  # fmt: skip
-        trains = [words for words in asked.replace("\\\n", "").split("experiment.py ")[1:] if "table" not in words]
+        commands = asked.replace("\\\n", "").split("experiment.py ")[1:]
+        trains = [words for words in commands if words.startswith(("pretrain", "finetune"))]
         assert trains and all("--results notebooks/results --replace" in words for words in trains)
 
 
-def test_make_codes_runs_each_choice_with_three_seeds():
-    make = ["make", "--no-print-directory", "-n", "codes", "VENV=/nowhere", "BIN=echo", "INSTALLED="]
+def run_by_make(target: str) -> list[str]:
+    make = ["make", "--no-print-directory", "-n", target, "VENV=/nowhere", "BIN=echo", "INSTALLED="]
     asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     done = subprocess.run(["sh", "-c", asked.stdout.replace("echo/python", "echo")], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 14, done.stderr
+    assert done.returncode == 0 and len(lines) == len(set(lines)), done.stderr
+    return lines
+
+
+def test_make_results_runs_the_settings_of_the_tables():
+    lines = run_by_make("results")
+    tuned = [line for line in lines if line.startswith("notebooks/experiment.py finetune")]
+    floats = [line for line in lines if line.startswith("notebooks/experiment.py pretrain")]
+    assert len(floats) == 5  # of four networks: one is asked for again, before the settings with one seed
+    for dataset, seeds in ((tables.DATASET, 3), ("cifar10-jpeg", 1)):
+        ran = [line.removeprefix(f"notebooks/experiment.py finetune --dataset {dataset} ") for line in tuned
+               if f"--dataset {dataset} " in line]  # fmt: skip
+        options = command_line()
+        parsed = [options.parse_args(["finetune", *line.split()]) for line in ran]
+        settings = {(found.M, found.N, found.code[0] if found.code else "thermometer") for found in parsed}
+        assert settings <= {*tables.SETTINGS} and all(found.replace for found in parsed)
+        assert dataset != tables.DATASET or settings == {*tables.SETTINGS}
+        assert {found.seed for found in parsed} == set(range(seeds))
+
+
+def test_make_codes_runs_each_choice_with_three_seeds():
+    lines = run_by_make("codes")
+    assert len(lines) == 3 * 14
     for line in lines:
         assert line.startswith("notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases ")
         assert " --limit 20000 --epochs 3 --float-seed 0 --seed " in line
