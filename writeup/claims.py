@@ -58,9 +58,10 @@ def _estimates() -> dict[str, bool]:
     return {
         f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
         f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {math.isqrt(int(bits // int8))}$": True,
-        f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {3, 5} <= measured.keys()
-        and measured[3] > 1 > measured[5],
-        "On one thread, with floats in and out, the largest $M N$": tables.cpu_threads()[:1] == [1],
+        f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {9, 25} <= measured.keys()
+        and measured[9] > 1 > measured[25],
+        "On one thread, with floats in and out, the largest $M N$":
+            bool(tables.CPU) and tables.cpu_threads(tables.cpu_machines()[0][1])[0] == 1,
         "int8 does four times the products of float32": int8 == 4 * float32,
         "does half of what the TF32 tensor core does": 2 * units["popcount"] == units["TF32 tensor core"],
         "$M = N = 1$ writing a float result takes three times as long as computing it":

@@ -30,17 +30,16 @@ def figure_data() -> dict:
          if form["name"] == "abcnets" else None}
         for form in tables.competitors()
     ]  # fmt: skip
-    measured = {
-        str(threads): {form: tables.cpu_medians(form, "times_float32", threads) for form in ("packed", "words")}
-        for threads in tables.cpu_threads()
-    }
-    int8 = {}
-    for threads in tables.cpu_threads():
-        rows = [r for r in tables.CPU if r["K"] == 3 and r["threads"] == threads and r["contender"].startswith("int8")]
+    measured = {}
+    for machine, rows in tables.cpu_machines():
+        fewest_of_it = min(tables.cpu_threads(rows))
+        speeds = {form: tables.by_products(rows, form, "times_float32", fewest_of_it) for form in ("packed", "words")}
         shapes = {}
         for r in rows:
-            shapes.setdefault(tuple(r[k] for k in ("C", "O", "size", "stride", "B")), []).append(r["times_float32"])
-        int8[str(threads)] = median(max(times) for times in shapes.values()) if shapes else None
+            if (r["K"], r["threads"]) == (3, fewest_of_it) and r["contender"].startswith("int8"):
+                shapes.setdefault(tuple(r[k] for k in ("C", "O", "size", "stride", "B")), []).append(r["times_float32"])
+        speeds["int8"] = median(max(times) for times in shapes.values()) if shapes else None
+        measured[machine] = speeds
     return _rounded({
         "bits": {"a": arithmetic.A, "w": arithmetic.W},
         "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
@@ -50,7 +49,7 @@ def figure_data() -> dict:
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
         "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
-                  "measured": measured, "int8": int8},
+                  "measured": measured},
         "roofline": {"roof": arithmetic.GPU_UNITS, "bytes": arithmetic.GPU_BYTES,
                      "tiles": {f"{n} {out}": arithmetic.tile(n, out == "bits")["intensity"] for n in (1, 2, 3)
                                for out in ("floats", "bits")}},
@@ -266,18 +265,16 @@ def draw_speed(plt, data):
     ax.axhline(data["int8_estimate"], color="#009E73", linestyle=":", label="int8, estimate")
     ax.axhline(1, color="#777777", linewidth=0.9)
     ax.text(28, 1.05, "float32", fontsize=8, color="#555555", ha="right")
-    marks = iter((("#0072B2", "o", "-"), ("#56B4E9", "s", "-"), ("#D55E00", "^", "-."), ("#E69F00", "v", "-.")))
-    names = {"packed": "floats in and out", "words": "bits in and out"}
-    for contender, name in names.items():
-        for threads, contenders in data["measured"].items():
-            color, marker, style = next(marks, ("#333333", "x", ":"))
-            medians = contenders[contender]
-            ax.plot([int(n) ** 2 for n in medians], list(medians.values()), color=color, marker=marker, linestyle=style,
-                    label=f"{name}, {threads} thread{'s' * (threads != '1')}")  # fmt: skip
-    for threads, times in data["int8"].items():
-        if times:
-            ax.plot([29], [times], "<" if threads == "1" else "o", fillstyle="none", color="#009E73",
-                    label=f"int8, measured, {threads} thread{'s' * (threads != '1')}", linestyle="none")  # fmt: skip
+    colors = iter(("#0072B2", "#D55E00", "#009E73", "#CC79A7"))
+    forms = {"packed": ("o", "-", "floats in and out"), "words": ("s", "--", "bits in and out")}
+    for machine, speeds in data["measured"].items():
+        color = next(colors, "#333333")
+        for form, (marker, style, name) in forms.items():
+            line = {int(products): times for products, times in speeds[form].items()}
+            ax.plot(line.keys(), line.values(), color=color, marker=marker, markersize=4, linestyle=style,
+                    label=f"{machine}: {name}")  # fmt: skip
+        if speeds["int8"]:
+            ax.plot([29], [speeds["int8"]], "<", fillstyle="none", color=color, label=f"{machine}: int8")
     if not data["measured"]:
         ax.text(0.5, 0.9, "not measured yet", transform=ax.transAxes, fontsize=11, color="#A04000", ha="center")
     ax.set(xlabel="binary convolutions, M × N", ylabel="times as fast as float32", xscale="log", yscale="log",

@@ -146,19 +146,40 @@ def faster_than_int8(form: dict) -> set[tuple[int, int]]:
     return {case for case, ms in form["ms"].items() if ms < best.get(case, 0)}
 
 
-def cpu_medians(contender: str, column: str, threads: int) -> dict[int, float]:
-    """{M = N: median over the 3 x 3 convolutions}"""
-    rows = [r for r in CPU if r["contender"] == contender and r["K"] == 3 and r["threads"] == threads]
-    return {n: median(r[column] for r in rows if r["bases"] == n) for n in sorted({r["bases"] for r in rows})}
+def cpu_machines() -> list[tuple[str, list[dict]]]:
+    """[(hardware and instruction set, its rows)]"""
+    machines = {}
+    for row in CPU:
+        machines.setdefault(f"{row['hardware']}, {row['isa']}", []).append(row)
+    return list(machines.items())
 
 
-def cpu_threads() -> list[int]:
-    return sorted({row["threads"] for row in CPU})
+def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:
+    """{(M, N, code): median over the 3 x 3 convolutions}, the cheapest first."""
+    values = {}
+    for row in rows:
+        if (row["contender"], row["K"], row["threads"]) == (contender, 3, threads):
+            values.setdefault((row["M"], row["N"], row["code"]), []).append(row[column])
+    return {case: median(values[case]) for case in sorted(values, key=lambda case: (case[0] * case[1], case))}
+
+
+def cpu_threads(rows: list[dict]) -> list[int]:
+    return sorted({row["threads"] for row in rows})
+
+
+def by_products(rows: list[dict], contender: str, column: str, threads: int) -> dict[int, float]:
+    """{M N: median of the fastest setting with free scales}, which is every code but uniform levels."""
+    found = {}
+    for (M, N, code), value in cpu_medians(rows, contender, column, threads).items():
+        if code != "uniform":
+            found[M * N] = max(value, found.get(M * N, 0))
+    return found
 
 
 def on_one_thread(column: str) -> dict[int, float]:
-    """What the sentences are about: floats in and out, the fewest threads. {M = N: times as fast}"""
-    return cpu_medians("packed", column, min(cpu_threads())) if CPU else {}
+    """What the sentences are about: the first machine, floats in and out, the fewest threads. {M N: times as fast}"""
+    rows = cpu_machines()[0][1] if CPU else []
+    return by_products(rows, "packed", column, min(cpu_threads(rows))) if rows else {}
 
 
 def resnet_speeds(bases: int) -> list[float]:
@@ -371,17 +392,26 @@ def cpu_estimate() -> str:
     return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
 
 
+CPU_SETTINGS = [(1, 1, "thermometer"), (1, 2, "uniform"), (2, 2, "uniform"), (2, 2, "binary"), (3, 3, "binary")]
+
+
 def cpu_table() -> str:
-    bases = sorted({row["bases"] for row in CPU if row["bases"]}) or BASES
+    """Of a setting that a machine did not run, the same bases in the thermometer code, whose counting is the same."""
     rows = []
-    for contender, what in (("packed", "floats in and out"), ("words", "bits in and out")):
-        for threads in cpu_threads():
-            columns = ("times_float32", "times_int8", "share_of_bound")
-            float32, int8, share = (cpu_medians(contender, column, threads) for column in columns)
-            cells = [f"{float32[n]:.2f} / {int8[n]:.2f} ({share[n]:.0%})" for n in bases]
-            rows.append([what, str(threads), *cells])
-    head = ["3 × 3 convolutions", "threads", *(f"$M=N={n}$" for n in bases)]
-    return table(head, rows, "lr" + "r" * len(bases), NOT_MEASURED)
+    for machine, here in cpu_machines():
+        for contender, what in (("packed", "floats"), ("words", "bits")):
+            for threads in cpu_threads(here):
+                columns = ("times_float32", "times_int8", "share_of_bound")
+                found = [cpu_medians(here, contender, column, threads) for column in columns]
+                cells = []
+                for M, N, code in CPU_SETTINGS:
+                    case = (M, N, code) if (M, N, code) in found[0] else (M, N, "thermometer")
+                    is_there = case in found[0] and (code != "uniform" or case[2] == code)
+                    values = [one.get(case) for one in found]
+                    cells.append("{:.2f} / {:.2f} ({:.0%})".format(*values) if is_there else MISSING)
+                rows.append([machine, what, str(threads), *cells])
+    head = ["machine", "in and out", "threads", *(named(*setting) for setting in CPU_SETTINGS)]
+    return table(head, rows, "llr" + "r" * len(CPU_SETTINGS), NOT_MEASURED)
 
 
 def network_table() -> str:
@@ -519,7 +549,7 @@ def for_writeup() -> dict[str, str]:
     for M in (1, 2, 3):
         values[f"weights_only_{M}"] = points_lost(result(M))
     for n in BASES:
-        speed = on_one_thread("times_int8").get(n)
+        speed = on_one_thread("times_int8").get(n * n)
         values[f"times_int8_{n}"] = f"{speed:.2f}" if speed else NOT_MEASURED
     for precision in ("float32", "mixed"):
         for what, column in (("time", "ratio"), ("memory", "memory_ratio")):
@@ -541,7 +571,7 @@ def per_channel_gains() -> list[float]:
 def crossover(column: str) -> str:
     """The largest measured M N at which bits still win."""
     speeds = on_one_thread(column)
-    winning = [n * n for n, times in speeds.items() if times >= 1]
+    winning = [products for products, times in speeds.items() if times >= 1]
     return (str(max(winning)) if winning else "none") if speeds else NOT_MEASURED
 
 
