@@ -236,7 +236,7 @@ def command_line() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    epochs = "default: 12 for digits, 20 for fashion-mnist, else 60"
+    epochs = "default: 12 for digits, 20 (fine-tuning 10) for fashion-mnist, else 30 (15)"
     train = command("pretrain", run_pretrain, "train a float network", dataset, training, where)
     train.add_argument("--epochs", type=COUNT, help=epochs)
     tune = command("finetune", run_finetune, "binarize a float network, calibrate it, train it on", dataset, bases,

@@ -531,6 +531,7 @@ def for_writeup() -> dict[str, str]:
         "best_size": say("{kB}", best),
         "best_loss": points_lost(best),
         "epochs": say("{epochs}", reference),
+        "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
         "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
         "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
         "cpu_shapes": str(len(shapes)),
