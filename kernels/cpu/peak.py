@@ -62,14 +62,17 @@ def count_products(typing, words, count):
 
 @intrinsic(prefer_literal=True)
 def look_up_products(typing, tables, count, lanes):
-    """count rounds of LOOK_UPS x (look-up, add) of `lanes` bytes, in four of eight tables; returns some of the sum."""
+    """count rounds of LOOK_UPS x (look-up, add) of `lanes` bytes, in four of eight tables; returns some of the sum.
+
+    Behind the tables lie two registers of weights: of constants LLVM would make another instruction.
+    """
     L = lanes.literal_value
 
     def emit(context, builder, signature, args):
         tables, count, _ = args
         emitter = Emitter(builder)
         BYTES, TABLE = ir.VectorType(I8, L), ir.VectorType(I8, 16)
-        weights = [emitter.const(3 * i + 1, BYTES) for i in range(2)]
+        weights = [emitter.load(BYTES, emitter.offset(tables, 128 + i * L, 1), 16) for i in range(2)]
 
         def once(i, counts):
             at = emitter.offset(tables, emitter.and_(i, emitter.const(3)), 16)
@@ -124,7 +127,7 @@ def peak() -> float:
     """The bit products a second that one core counts at best."""
     count = 300_000
     if lanes := system.look_up_lanes():
-        tables = layout.aligned_zeros((8, 16), np.uint8)
+        tables = layout.aligned_zeros((128 + 2 * lanes,), np.uint8)
         return count * LOOK_UPS * 4 * lanes / _best(look_ups_loop(lanes), tables.ctypes.data, count)
     words = np.arange(8, dtype=np.uint64) * np.uint64(0x0123456789ABCDEF)
     return count * REGISTERS * PRODUCTS / _best(products_loop, words.ctypes.data, count)
