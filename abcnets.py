@@ -2680,7 +2680,7 @@ def fused_for(name: str, value, wanted) -> None:
                          f"for {got}")  # fmt: skip
 
 
-def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
+def export_onnx(model: nn.Module, example_input: Tensor, path, *, activations: str | None = None, calibration=None):
     """Write a model as one ONNX file, which runs without torch; replaces the file atomically.
 
     Takes a model with ABC layers (its quantized weights become float32 constants), what `pack` or `load_packed`
@@ -2707,4 +2707,4 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
         (logits,) = session.run(None, {"input": images.numpy()})
     """
     _check_own(model)
-    _kernels("export").export_onnx(_this_file(), model, example_input, path)
+    return _kernels("export").export_onnx(_this_file(), model, example_input, path, activations, calibration)
