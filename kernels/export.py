@@ -10,16 +10,32 @@ from torch import Tensor, nn
 
 def export_onnx(abcnets, model: nn.Module, example_input: Tensor, path, activations: str | None, calibration):
     """What `abcnets.export_onnx` documents; abcnets is the module whose layers the model is made of."""
+    if activations not in (None, "int8"):
+        raise ValueError(f"activations must be None, which leaves them float, or 'int8'; got {activations!r}")
+    if (activations is None) != (calibration is None):
+        raise ValueError("calibration batches belong to activations='int8', which needs them and nothing else does")
+    _onnx()  # before minutes of calibration
+    if activations is None:
+        program, report = _plain_program(abcnets, model, example_input), None
+    else:
+        program, report = int8_program(abcnets, model, example_input, calibration)
+    write(abcnets, program, path)
+    return report
+
+
+def _onnx():
     try:
         import onnx_ir
         import onnx_ir.passes.common
         from onnxscript.optimizer import optimize_ir
     except ImportError as error:
         raise ImportError(f"export_onnx needs two more packages, `pip install onnx onnxscript`: {error}") from None
-    if activations not in (None, "int8"):
-        raise ValueError(f"activations must be None, which leaves them float, or 'int8'; got {activations!r}")
-    if (activations is None) != (calibration is None):
-        raise ValueError("calibration batches belong to activations='int8', which needs them and nothing else does")
+    return onnx_ir, optimize_ir
+
+
+def write(abcnets, program: torch.export.ExportedProgram, path) -> None:
+    """A program as an ONNX file; what unpacks bits, and what integers mean, stays operators in it."""
+    onnx_ir, optimize_ir = _onnx()
 
     def from_integers(node) -> bool | None:  # folded into a constant, they would be up to 32 times as large
         kept = (onnx_ir.DataType.UINT8, onnx_ir.DataType.INT8)
@@ -29,21 +45,16 @@ def export_onnx(abcnets, model: nn.Module, example_input: Tensor, path, activati
     names = {"input_names": ["input"], "output_names": ["output"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about torch's own code
-        if activations is None:
-            report, plain = None, _plain_program(abcnets, _inference_copy(model), example_input)
-        else:
-            plain, report = _int8_program(abcnets, model, example_input, calibration)
-        program = torch.onnx.export(plain, **names, optimize=False, verbose=False)
-    optimize_ir(program.model, should_fold=from_integers)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # stack traces, longer than a small network
-    graph = program.model.graph
+        exported = torch.onnx.export(program, **names, optimize=False, verbose=False)
+    optimize_ir(exported.model, should_fold=from_integers)
+    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(exported.model)  # stack traces, longer than a small network
+    graph = exported.model.graph
     for value in (*graph.initializers.values(), *(value for node in graph for value in node.outputs)):
         if not value.is_graph_output():  # types and shapes, as long again, that follow from others
             value.type = value.shape = None
             value.metadata_props.clear()
     with abcnets._replacing(path) as temporary:
-        program.save(temporary, external_data=False)
-    return report
+        exported.save(temporary, external_data=False)
 
 
 def _inference_copy(model: nn.Module) -> nn.Module:
@@ -53,6 +64,7 @@ def _inference_copy(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def _plain_program(abcnets, model: nn.Module, example: Tensor) -> torch.export.ExportedProgram:
     """The model as operations that every exporter knows, for batches of any size."""
+    model = _inference_copy(model)
     kinds = (abcnets.ABCConv1d, abcnets.ABCConv2d, abcnets.ABCConv3d, abcnets.ABCLinear)
     for layer in model.modules():
         if isinstance(layer, kinds) and layer.active:
@@ -68,13 +80,16 @@ def _plain_program(abcnets, model: nn.Module, example: Tensor) -> torch.export.E
 
 
 @torch.no_grad()
-def _int8_program(abcnets, model: nn.Module, example: Tensor, calibration) -> tuple:
-    """The model with 8-bit activations, and what became of its layers."""
+def int8_program(abcnets, model: nn.Module, example: Tensor, calibration) -> tuple:
+    """The model with 8-bit activations, which torch can run too, and a report of what became of its layers."""
     from . import int8
 
     _check_example(example)
     batches = list(_batches(calibration, example))
     model = _inference_copy(model)
+    others = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} - {torch.float32}
+    if others:
+        raise ValueError(f"activations='int8' takes a model in float32, got {others.pop()}")
     if any(m.active and m.us is not None for m in model.modules() if isinstance(m, abcnets._ABCLayer)):
         model = abcnets.pack(model)
     for layer in model.modules():
@@ -119,7 +134,9 @@ def _exported(model: nn.Module, example: Tensor, decompositions: dict) -> torch.
     # torch.export takes sizes 0 and 1 for constants: the example must be a batch of two or more.
     example = example.detach().cpu().expand(max(2, len(example)), *example.shape[1:])
     try:
-        program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
-        return program.run_decompositions(decompositions)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch's exporter about torch's own code
+            program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+            return program.run_decompositions(decompositions)
     except Exception as error:
         raise ValueError(f"export_onnx traces the model with torch.export, which failed: {error}") from error

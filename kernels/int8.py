@@ -5,12 +5,13 @@ eight bases, beta = s (128, 64, ..., 1) / 2. Weights become int8 with one scale 
 rounded passes a pair quantize -> dequantize (QDQ), and so do weights and biases: in torch the graph simulates, in
 float, what ONNX Runtime computes in integers once it has fused each convolution with the pairs around it.
 
-    _lowered            each convolution and linear layer is a `_Layer`, each code on activations a `_Staircase`
-    _fold_norms         BatchNorm becomes a part of the convolution before it, or a convolution of its own
-    _advance_relus      ReLU moves ahead of max-pool and reshaping: behind the layer it costs nothing
-    _on_the_grid        which values are codes
-    _observed           their ranges on calibration batches (torch.ao's histogram observer)
-    _insert_pairs       the pairs
+    lower                       each convolution and linear layer is a `_Layer`, each code of activations a `_Staircase`
+    fold_norms                  BatchNorm becomes part of the convolution before it
+    make_layers_of_norms        or else a convolution of its own
+    advance_relus               ReLU goes ahead of max-pool and reshaping: right behind a layer it costs nothing
+    on_the_grid, paired         which values are codes, and where they are rounded
+    scales                      in which steps: by torch.ao's histogram observer, on calibration batches
+    insert_pairs                the pairs
 """
 
 import copy
@@ -28,8 +29,8 @@ _LEVELS = 127  # of the largest weight of a channel, on either side of 0
 _LEVELS_OF_SIGNS = 64  # where M = 1: exact as well, and no two products with a code exceed 16 bits
 _BITS_UP_TO = 7  # bases; eight take as many bytes as int8
 
-
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+
 
 # --------------------------------------------------------------------------- Layers
 
@@ -124,7 +125,7 @@ class _Bits(nn.Module):
 
 
 class _Staircase(nn.Module):
-    """Aq of a layer with a code on its activations, less the level of zero where it has one: a uint8 code for each level.
+    """Aq of a layer with a code on its activations, less the level of zero where it has one: a uint8 for each level.
 
     Levels are rounded to multiples of one scale, as coarse as they allow: 0, and what has equal distances, stay what
     they are. A NaN takes the lowest level.
@@ -207,7 +208,7 @@ _PASSING = _MAX_POOLS.keys() | {
     _aten.transpose.int, _aten.squeeze.dims, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.clone.default,
     _aten.slice.Tensor, _aten.select.int,
 }  # fmt: skip
-_RELUS = {_aten.relu.default, _aten.hardtanh.default}
+_RELUS = {_aten.relu.default, _aten.relu6.default, _aten.hardtanh.default}
 _POOLS = {
     _aten.avg_pool1d.default, _aten.avg_pool2d.default, _aten.avg_pool3d.default, _aten.adaptive_avg_pool1d.default,
     _aten.adaptive_avg_pool2d.default, _aten.adaptive_avg_pool3d.default,
@@ -230,6 +231,8 @@ def quantized(abcnets, program: torch.export.ExportedProgram, batches) -> tuple[
 
 
 class _Quantization:
+    """A program's graph, from floats to pairs."""
+
     def __init__(self, abcnets, graph_module: torch.fx.GraphModule):
         self.abcnets, self.graph_module, self.graph = abcnets, graph_module, graph_module.graph
         self.why = {}  # a node has no int8 form, where there is more to say than that
@@ -296,10 +299,11 @@ class _Quantization:
         if dims:
             defaults = [[1] * dims, [0] * dims, [1] * dims, 1]
             stride, padding, *rest = [*geometry, *defaults[len(geometry) :]]
-            pairs = [(0, 0)] * dims if padding == "valid" else [(p, p) for p in padding]
             if padding == "same":
                 totals = [d * (k - 1) for d, k in zip(rest[0], weight.shape[2:])]
                 pairs = [(total // 2, total - total // 2) for total in totals]
+            else:
+                pairs = [(p, p) for p in ([0] * dims if padding == "valid" else padding)]
             x, geometry = self.padded(x, pairs, node, stride, *rest)
         name = weight_node.target.rpartition(".")[0]
         self.replace(node, self.call(f"{name}.int8".lstrip("."), _Layer(self.abcnets, weight, bias, geometry), x, node))
@@ -499,7 +503,7 @@ class _Observing(torch.fx.Interpreter):
 
     def __init__(self, graph_module: torch.fx.GraphModule, observers: dict):
         super().__init__(graph_module)
-        self.observers = observers
+        self.observers, self.extra_traceback = observers, False
 
     def run_node(self, node):
         value = super().run_node(node)
