@@ -1996,7 +1996,7 @@ def _staircase_backward_fake(R, G, thresholds, half_steps, zero):
     return torch.empty_like(R), *(thresholds.new_empty(thresholds.shape, dtype=dtype) for _ in range(2))
 
 
-_INTERFACE = 3  # of the operators, and of what this file and abcnets_kernels ask of one another
+_INTERFACE = 4  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
