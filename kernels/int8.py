@@ -204,7 +204,7 @@ _NORM = _aten._native_batch_norm_legit_no_training.default
 _MAX_POOLS = {_aten.max_pool1d.default: 1, _aten.max_pool2d.default: 2, _aten.max_pool3d.default: 3}
 # What hands values on as they are: codes stay codes.
 _PASSING = _MAX_POOLS.keys() | {
-    _aten.view.default, _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default,
+    _aten.reshape.default, _aten.flatten.using_ints, _aten.permute.default,
     _aten.transpose.int, _aten.squeeze.dims, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.clone.default,
     _aten.slice.Tensor, _aten.select.int,
 }  # fmt: skip
@@ -284,7 +284,9 @@ class _Quantization:
     def lower(self) -> None:
         """Make a `_Layer` of each convolution and linear layer whose weight is a constant."""
         for node in list(self.graph.nodes):
-            if node.target in _CONVOLUTIONS or node.target is _aten.linear.default:
+            if node.target in (_aten.view.default, _aten._unsafe_view.default):
+                node.target = _aten.reshape.default  # the layers in front may lay out their output in another order
+            elif node.target in _CONVOLUTIONS or node.target is _aten.linear.default:
                 self.lower_float(node)
             elif node.target is torch.ops.abcnets.packed_conv.default:
                 self.lower_packed(node)
