@@ -1710,7 +1710,9 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     where that of the weights is another than that of the activations), parameters, bits (stored by binarized weights
     once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
     (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
-    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
+    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would). Where only the
+    weights are binary that is "float" here; ONNX Runtime runs them faster, in int8, where the processor has a dot
+    product of bytes: see `export_onnx`.
     """
     _check_own(model)
     rows: dict[nn.Module, dict] = {}

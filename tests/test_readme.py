@@ -31,13 +31,15 @@ def run(code, folder):
 
 
 def test_the_first_examples_run_as_they_stand_one_after_the_other(tmp_path):
-    assert "ABCConv2d" in run("\n".join(examples()[:3]), tmp_path)
+    printed = run("\n".join(examples()[:4]), tmp_path)
+    assert "ABCConv2d" in printed and "int8" in printed
     assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.safetensors").stat().st_size + 20_000
+    run(examples()[4] + "\nimport sys\nassert not {'torch', 'abcnets'} & set(sys.modules) and len(logits) == 8", tmp_path)
 
 
 def test_the_example_of_any_model_runs_without_a_network(tmp_path):
     """As it stands, but for the trained weights: they would be downloaded."""
-    code = examples()[3]
+    code = examples()[5]
     assert code.count('weights="DEFAULT"') == 1
     printed = run("import networks; networks.import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
     assert "last layer" not in printed and "settings say no" in printed and "packed_bytes" in printed

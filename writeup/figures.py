@@ -26,7 +26,7 @@ def figure_data() -> dict:
     fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
     forms = [
         {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (tables.result(form["M"], form["N"]) or {}).get("calibrated")
+         "calibrated": (tables.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
          if form["name"] == "abcnets" else None}
         for form in tables.competitors()
     ]  # fmt: skip
@@ -162,6 +162,7 @@ def draw_competitors(plt, data):
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
         "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+        tables.IN_INT8: ("#009E73", "v", "these with int8 activations"),
     }  # fmt: skip
     worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
     labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
@@ -195,13 +196,16 @@ def draw_competitors(plt, data):
 
 
 def _kind(form) -> str:
+    if form["name"] == tables.IN_INT8:
+        return form["name"]
     return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
 
 
 def _form_label(form) -> str:
-    if form["name"] != "abcnets":
+    if form["name"] not in ("abcnets", tables.IN_INT8):
         return form["name"]
-    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+    bases = f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+    return bases if form["code"] == "thermometer" else f"{bases} {form['code'][0]}"
 
 
 def _nice_log_ticks(ax, xs) -> None:

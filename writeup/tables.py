@@ -39,6 +39,7 @@ CPU = read("kernels/results/cpu.csv")
 CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
 
 DATASET = "fashion-mnist"
+IN_INT8 = "abcnets in int8"  # as compare.py calls our networks with 8-bit activations
 SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
     (1, 1, "thermometer"), (1, 2, "binary"), (2, 2, "thermometer"), (2, 2, "binary"), (3, 3, "thermometer"),
     (3, 3, "binary"), (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
@@ -109,27 +110,35 @@ def named(M, N, code="thermometer") -> str:
 
 
 def competitors() -> list[dict]:
-    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+    """Each form of the network once: name, M, N, code, accuracy, bytes, and ms an image by (batch, threads).
 
     A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
     """
     forms = {}
     for row in COMPETITORS:
-        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+        forms.setdefault((row["form"], row["M"], row["N"], row.get("code") or "thermometer"), []).append(row)
     shown = []
-    for (name, M, N), rows in forms.items():
+    for (name, M, N, code), rows in forms.items():
         best = max(row["accuracy"] for row in rows)
         rows = [row for row in rows if row["accuracy"] == best]
         ms = {}
         for row in rows:
             case = row["batch"], row["threads"]
             ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
-        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+        size = min(row["bytes"] for row in rows)
+        shown.append({"name": name, "M": M, "N": N, "code": code, "accuracy": best, "bytes": size, "ms": ms})
     return shown
 
 
 def ours() -> list[dict]:
     return [form for form in competitors() if form["name"] == "abcnets"]
+
+
+def ours_in_int8() -> list[tuple[dict, dict | None]]:
+    """Our networks with 8-bit activations, each with the same one as it was."""
+    before = {(form["M"], form["N"], form["code"]): form for form in ours()}
+    forms = (form for form in competitors() if form["name"] == IN_INT8)
+    return [(form, before.get((form["M"], form["N"], form["code"]))) for form in forms]
 
 
 def rival(name: str) -> dict | None:
@@ -369,17 +378,42 @@ def codes_table() -> str:
 
 def competitors_table() -> str:
     """In bold what is faster than int8."""
-    cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
-    rows = []
-    for form in competitors():
+    forms = [form for form in competitors() if form["name"] != IN_INT8]
+    cases, rows = _cases(forms), []
+    for form in forms:
         bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
         bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        bases += f", {form['code']}" if form["code"] != "thermometer" else ""
         faster = faster_than_int8(form)
-        times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
-        times = [f"**{time}**" if case in faster else time for case, time in zip(cases, times)]
+        times = [f"**{time}**" if case in faster else time for case, time in zip(cases, _times(form, cases))]
         rows.append([form["name"] + bases, percent(form["accuracy"]), kB(form["bytes"]), *times])
-    head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
-    return table(head, rows, "lrr" + "r" * len(cases))
+    return table(["form", "accuracy", "file", *map(_in_words, cases)], rows, "lrr" + "r" * len(cases))
+
+
+def int8_table() -> str:
+    """onnxruntime's own int8 network, and ours with 8-bit activations; none without ours."""
+    ours, rows = ours_in_int8(), []
+    cases = _cases([form for form, _ in ours])
+    for form, before in [(rival("onnxruntime int8"), rival("onnxruntime float32")), *ours] if ours else []:
+        name = named(form["M"], form["N"], form["code"]) if form["M"] or form["N"] else "float, by onnxruntime's quantizer"
+        as_before = percent(before and before["accuracy"])
+        rows.append([name, as_before, percent(form["accuracy"]), kB(form["bytes"]), *_times(form, cases)])
+    head = ["weights × activations", "as trained", "in int8", "file", *map(_in_words, cases)]
+    return table(head, rows, "lrrr" + "r" * len(cases))
+
+
+def _cases(forms: list[dict]) -> list[tuple[int, int]]:
+    """The (batch, threads) that forms were timed at."""
+    return sorted({case for form in forms for case in form["ms"]}, key=lambda case: (case[1], case[0]))
+
+
+def _times(form: dict, cases) -> list[str]:
+    return [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
+
+
+def _in_words(case: tuple[int, int]) -> str:
+    batch, threads = case
+    return f"{batch} image{'s' * (batch > 1)}, {threads} thr."
 
 
 def cpu_estimate() -> str:
@@ -491,7 +525,7 @@ def _authors(text: str) -> str:
 
 TABLES = (
     bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
-    gpu_estimate, gpu_tile, accuracy_table, competitors_table, cifar_table, ablation_table, codes_table, code_errors,
+    gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table, code_errors,
     mixed_table, references,
 )  # fmt: skip
 
@@ -505,7 +539,8 @@ def bases_of(row: dict | None) -> str:
     if not row:
         return MISSING
     M, N = row["M"], row["N"]
-    return f"M = {M}" if not N else f"M = N = {M}" if M == N else f"M = {M}, N = {N}"
+    code = f", {row['code']}" if row.get("code", "thermometer") != "thermometer" else ""
+    return (f"M = {M}" if not N else f"M = N = {M}" if M == N else f"M = {M}, N = {N}") + code
 
 
 def for_writeup() -> dict[str, str]:
@@ -600,6 +635,7 @@ def for_readme() -> dict[str, str]:
         "codes_table": codes_table(),
         "timed_accuracy_table": timed_accuracy_table(),
         "cifar_table": cifar_table(),
+        "int8_table": int8_table(),
         "speed_hardware": say("{hardware}", next(iter(SPEED), None), NOT_MEASURED),
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
     }
