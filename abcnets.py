@@ -2693,7 +2693,7 @@ def export_onnx(model: nn.Module, example_input: Tensor, path, *, activations: s
     the layers of a fused model it hands on booleans.
 
     With `activations="int8"` the file is as small, and ONNX Runtime runs its convolutions and linear layers in
-    integers (QLinearConv, QGemm), which is several times as fast where the processor has a dot product of 8-bit
+    integers (QLinearConv, QGemm), which is a few times as fast where the processor has a dot product of 8-bit
     numbers. It is what binary weights with float activations are for: a value of eight bits is a sum of eight bases,
     R ~ s (q - z), which such an instruction counts at once.
 

@@ -281,6 +281,25 @@ def test_norms_first_as_in_the_network_for_cifar(tmp_path):
         assert distance(y, model(x)) < 0.1
 
 
+def test_resnet_18(tmp_path):
+    """Of torchvision. Its thousand classes have half a million weights: in int8 too, but kept as bits of four bases."""
+    networks.import_torchvision()
+    from torchvision.models import resnet18
+
+    torch.manual_seed(0)
+    network, x = randomized(resnet18()), torch.randn(8, 3, 64, 64)
+    settings = {"fc": {"weight_bases": 4, "activation_bases": None}}
+    model, path = abcnets.convert(network, 1, None, settings=settings).eval(), tmp_path / "model.onnx"
+    both, report = exported(model, x, path)
+    simulated, y = both(x)
+    with torch.no_grad():
+        assert distance(y, simulated) < 0.05 and distance(y, model(x)) < 0.15
+    counts = optimized(path, tmp_path)
+    assert (counts["QLinearConv"], counts["QLinearAdd"], counts["QGemm"]) == (20, 8, 1) and "Conv" not in counts
+    assert [row["stored"] for row in report if row["runs"] == "int8"] == ["int8", *["bits"] * 20]
+    assert path.stat().st_size < 4 * sum(p.numel() for p in network.parameters()) / 25
+
+
 def test_a_layer_that_is_called_twice_takes_in_two_norms(tmp_path):
     class Twice(nn.Module):
         def __init__(self):

@@ -395,7 +395,8 @@ def int8_table() -> str:
     ours, rows = ours_in_int8(), []
     cases = _cases([form for form, _ in ours])
     for form, before in [(rival("onnxruntime int8"), rival("onnxruntime float32")), *ours] if ours else []:
-        name = named(form["M"], form["N"], form["code"]) if form["M"] or form["N"] else "float, by onnxruntime's quantizer"
+        is_binary = form["M"] or form["N"]
+        name = named(form["M"], form["N"], form["code"]) if is_binary else "float, by onnxruntime's quantizer"
         as_before = percent(before and before["accuracy"])
         rows.append([name, as_before, percent(form["accuracy"]), kB(form["bytes"]), *_times(form, cases)])
     head = ["weights × activations", "as trained", "in int8", "file", *map(_in_words, cases)]
@@ -525,8 +526,8 @@ def _authors(text: str) -> str:
 
 TABLES = (
     bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
-    gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table, code_errors,
-    mixed_table, references,
+    gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table,
+    code_errors, mixed_table, references,
 )  # fmt: skip
 
 
