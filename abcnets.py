@@ -1659,8 +1659,8 @@ def _progress_bar(total: int, description: str = "calibrate", unit: str = "layer
 
 
 class Summary(list):
-    """What `summary` and `plan` return: a list of dicts, one a layer. Prints as a table, in Jupyter as an HTML one;
-    `pandas.DataFrame(summary)` works."""
+    """What `summary`, `plan` and `export_onnx` return: a list of dicts, one a layer. Prints as a table, in Jupyter as
+    an HTML one; `pandas.DataFrame(summary)` works."""
 
     def total(self) -> dict:
         """The sums of the countable columns."""
@@ -1695,7 +1695,7 @@ class Summary(list):
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
 
 
-_WORDS = ("layer", "kind", "code", "why")  # columns of a Summary that read from the left
+_WORDS = ("layer", "kind", "code", "stored", "runs", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:

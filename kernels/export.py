@@ -82,15 +82,21 @@ def _plain_program(abcnets, model: nn.Module, example: Tensor) -> torch.export.E
 @torch.no_grad()
 def int8_program(abcnets, model: nn.Module, example: Tensor, calibration) -> tuple:
     """The model with 8-bit activations, which torch can run too, and a report of what became of its layers."""
-    from . import int8
-
+    try:
+        from . import int8
+    except ImportError as error:
+        raise ImportError(f"activations='int8' needs torch.ao, which this torch {torch.__version__} lacks: {error}"
+                          ) from None  # fmt: skip
     _check_example(example)
     batches = list(_batches(calibration, example))
     model = _inference_copy(model)
     others = {t.dtype for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()} - {torch.float32}
     if others:
         raise ValueError(f"activations='int8' takes a model in float32, got {others.pop()}")
-    if any(m.active and m.us is not None for m in model.modules() if isinstance(m, abcnets._ABCLayer)):
+    active = [layer for layer in model.modules() if isinstance(layer, abcnets._ABCLayer) and layer.active]
+    coded = [layer for layer in active if layer.us is None and layer.vs is not None]
+    model = abcnets._replace(model, {layer: _Coded(abcnets, layer) for layer in coded})
+    if any(layer.us is not None for layer in active):
         model = abcnets.pack(model)
     for layer in model.modules():
         if isinstance(layer, abcnets.PackedLayer):
@@ -100,6 +106,19 @@ def int8_program(abcnets, model: nn.Module, example: Tensor, calibration) -> tup
             layer.engine = "bits"  # one operator for each layer in the trace
     graph, report = int8.quantized(abcnets, _exported(model, example, {}), batches)
     return _exported(graph, example, {}), abcnets.Summary(report)
+
+
+class _Coded(nn.Module):
+    """A layer with float weights and a code on its activations, which is one operator in the trace."""
+
+    def __init__(self, abcnets, layer: nn.Module):
+        super().__init__()
+        self.register_buffer("thresholds", abcnets._thresholds(layer.vs, layer.code[1]))
+        self.register_buffer("half_steps", abcnets._half_steps(layer.betas, len(layer.vs)))
+        layer.active, self.layer = False, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(torch.ops.abcnets.staircase.default(x, self.thresholds, self.half_steps, self.layer.zero))
 
 
 def _batches(calibration, example: Tensor):

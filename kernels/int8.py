@@ -61,6 +61,8 @@ class _Layer(nn.Module):
 
     def quantized(self, input_scale: float) -> "_Int8Layer":
         """The layer with rounded weights and bias, for an input of that scale."""
+        if not all(tensor.isfinite().all() for tensor in (self.weight, self.bias) if tensor is not None):
+            raise ValueError("export_onnx can't round weights that are not finite, and a layer or its norm has such")
         most = _LEVELS_OF_SIGNS if self.M == 1 else _LEVELS
         scale = self.weight.abs().flatten(1).amax(1) / most
         if self.bias is not None:  # one beside which the weights are next to nothing must not exceed int32
@@ -290,6 +292,11 @@ class _Quantization:
                 self.lower_float(node)
             elif node.target is torch.ops.abcnets.packed_conv.default:
                 self.lower_packed(node)
+            elif node.target is torch.ops.abcnets.staircase.default:
+                x, *tensors, zero = node.args
+                tensors = [self.tensor_of(tensor) for tensor in tensors]
+                staircase = _Staircase(*tensors, self.abcnets._level_of_zero(*tensors) if zero else None)
+                self.replace(node, self.call(f"{_path(node.args[1].target)}.code".lstrip("."), staircase, x, node))
 
     def lower_float(self, node) -> None:
         x, weight_node, bias_node, *geometry = [*node.args, None][: max(3, len(node.args))]
@@ -307,12 +314,12 @@ class _Quantization:
             else:
                 pairs = [(p, p) for p in ([0] * dims if padding == "valid" else padding)]
             x, geometry = self.padded(x, pairs, node, stride, *rest)
-        name = weight_node.target.rpartition(".")[0]
+        name = _path(weight_node.target)
         self.replace(node, self.call(f"{name}.int8".lstrip("."), _Layer(self.abcnets, weight, bias, geometry), x, node))
 
     def lower_packed(self, node) -> None:
         x, *tensors, channels, stride, padding, dilation, groups, _, _, _ = node.args
-        name = node.args[1].target.rpartition(".")[0]
+        name = _path(node.args[1].target)
         bits, alphas, betas, thresholds, _, bias, zero = map(self.tensor_of, tensors)
         if len(betas):
             steps = self.abcnets._half_steps(betas, len(thresholds))
@@ -360,7 +367,7 @@ class _Quantization:
                 dims = _ndim(norm.args[0]) - 2
                 geometry = [1] * dims, [0] * dims, [1] * dims, len(scale)
                 layer = _Layer(self.abcnets, scale.view(-1, *[1] * (dims + 1)), shift, geometry)
-                name = norm.args[3].target.rpartition(".")[0]
+                name = _path(norm.args[3].target)
                 node = self.call(f"{name}.int8".lstrip("."), layer, norm.args[0], norm)
                 self.replace(output, node)
                 self.graph.erase_node(norm)
@@ -382,7 +389,7 @@ class _Quantization:
             while node.target in _RELUS and node.args[0].target in _PASSING and len(node.args[0].users) == 1:
                 chooses = node.args[0]
                 with self.graph.inserting_before(chooses):
-                    earlier = self.graph.call_function(node.target, (chooses.args[0], *node.args[1:]))
+                    earlier = self.graph.call_function(node.target, (chooses.args[0], *node.args[1:]), node.kwargs)
                 earlier.meta = dict(chooses.args[0].meta)
                 chooses.replace_input_with(chooses.args[0], earlier)
                 self.replace(node, chooses)
@@ -490,13 +497,14 @@ class _Quantization:
             if layer is not None:
                 kind = "Linear" if layer.dims == 0 else f"Conv{layer.dims}d"
                 stored = "bits" if layer.keeps_bits else "int8"
-                rows.append({"layer": _path(node.target), "kind": kind, "M": layer.M, "stored": stored, "runs": "int8"})
+                names = {"layer": _path(node.target), "kind": kind, "M": layer.M}
+                rows.append({**names, "stored": stored, "runs": "int8", "why": None})
             elif node.op == "call_function" and node not in grid and _is_float(node) and node.target not in _PASSING:
                 names = [_path(source.target) for source in node.all_input_nodes if source.op == "get_attr"]
                 kind = node.target.__name__.partition(".")[0]
                 why = self.why.get(node, "no int8 form here")
-                layer = names[0] if names else node.name
-                rows.append({"layer": layer, "kind": kind, "M": None, "stored": None, "runs": "float", "why": why})
+                names = {"layer": names[0] if names else node.name, "kind": kind, "M": None}
+                rows.append({**names, "stored": None, "runs": "float", "why": why})
         return rows
 
 

@@ -208,6 +208,19 @@ def test_codes_on_both_sides(N, code, tmp_path, digits, nine_layer):
         assert (y.argmax(1) == expected.argmax(1)).float().mean() > 0.8
 
 
+def test_float_weights_behind_a_code(tmp_path):
+    torch.manual_seed(0)
+    options = {"weight_bases": None, "activation_bases": 2, "code": "binary", "active": True}
+    model = randomized(nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), ABCConv2d(8, 8, 3, padding=1, **options)))
+    x = torch.randn(16, 3, 8, 8).to(memory_format=torch.channels_last)
+    both, report = exported(model, x, tmp_path / "model.onnx")
+    simulated, y = both(x)
+    with torch.no_grad():
+        assert distance(y, simulated) < 0.01 and distance(y, model(x)) < 0.1
+    assert [(row["stored"], row["runs"]) for row in report] == [("int8", "int8")] * 2
+    assert model[2].active and optimized(tmp_path / "model.onnx", tmp_path)["QLinearConv"] == 2
+
+
 # Models
 
 
@@ -260,6 +273,7 @@ def test_sums_norms_and_what_stays_float(tmp_path):
     counts = optimized(tmp_path / "model.onnx", tmp_path)
     assert counts["QLinearConv"] == 6 and counts["QLinearAdd"] == 2 and counts["QGemm"] == 1  # one norm is a layer
     assert "BatchNormalization" not in counts
+    assert "conv_transpose2d" in str(report) and "no int8 form here" in str(report)
     floats = {row["layer"]: row["kind"] for row in report if row["runs"] == "float"}
     assert floats == {"up": "conv_transpose2d", "silu": "silu"}
     kept = {row["layer"]: row["stored"] for row in report if row["runs"] == "int8"}
@@ -371,3 +385,6 @@ def test_what_can_not_be_is_said_in_a_sentence(tmp_path):
             return layer(1 / (x - 1))
 
     assert "not finite" in sentence(model=Endless())
+    broken = nn.Linear(3, 3)
+    nn.init.constant_(broken.weight[1], torch.inf)
+    assert "weights that are not finite" in sentence(model=broken)
