@@ -93,9 +93,10 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
     """
     recipe = Recipe.of(data, **options)
     path = Path(out) / f"{recipe.name}.pt"
-    if kept and (found := next((file for file in (path, trained_file(recipe.name)) if file.exists()), None)):
-        print(f"{recipe.name}: {found}, as it is")
-        return load_float(data, out, recipe.seed, found), []
+    for file, whose in ((path, path), (trained_file(recipe.name), "the one that comes with the repository")):
+        if kept and file.exists():
+            print(f"{recipe.name}: {whose}, as it is")
+            return load_float(data, out, recipe.seed, file), []
     _claim(recipe, out, results, replace)
     model, history = pretrain(data, checkpoint=path.with_suffix(".checkpoint"), key=recipe.key(), replace=replace,
                               description=recipe.name, **recipe.training())  # fmt: skip
