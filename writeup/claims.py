@@ -14,19 +14,7 @@ def of_writeup() -> dict[str, bool]:
 
 
 def of_readme() -> dict[str, bool]:
-    """int8 against all of ours, on the fewest threads."""
-    int8, ours = tables.rival("onnxruntime int8"), tables.ours()
-    if not int8 or not ours:
-        return {"int8 is the rival to beat": False}
-    fewest = min(threads for _, threads in int8["ms"])
-    faster = {
-        batch: [tables.bases_of(form) for form in ours if form["ms"][batch, fewest] < int8["ms"][batch, fewest]]
-        for batch, threads in int8["ms"] if threads == fewest
-    }  # fmt: skip
-    words = "it is faster than all of these one image at a time and than all of these but M = N = 1 in batches of 32"
     return {
-        f"on {fewest} thread{'s' * (fewest > 1)} {words}": faster == {1: [], 32: ["M = N = 1"]},
-        "int8 is the rival to beat": int8["accuracy"] > max(form["accuracy"] for form in ours),
         "Two digits on each side do what three nested bases do, with four binary convolutions in the place of nine":
             abs((tables.coded_accuracy(2, 2, "code=binary") or 0) - (tables.coded_accuracy(3, 3) or math.inf)) < 0.25,
     }

@@ -26,7 +26,7 @@ def figure_data() -> dict:
     fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
     forms = [
         {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (tables.result(form["M"], form["N"]) or {}).get("calibrated")
+         "calibrated": (tables.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
          if form["name"] == "abcnets" else None}
         for form in tables.competitors()
     ]  # fmt: skip
@@ -42,6 +42,7 @@ def figure_data() -> dict:
         measured[machine] = speeds
     return _rounded({
         "bits": {"a": arithmetic.A, "w": arithmetic.W},
+        "idea": {"rows": tables.FILTER},
         "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
                    "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
                    "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
@@ -86,6 +87,34 @@ def draw_bits(plt, data):
     ax.text(8.25, -0.7, "grey: bit 0", va="center", color="#555555")
     ax.set(xlim=(-1.6, 12.2), ylim=(-2.8, 1.0), aspect="equal")
     ax.axis("off")
+    return fig
+
+
+def draw_idea(plt, data):
+    fig, axes = plt.subplots(1, 4, figsize=(7, 1.9), layout="none")
+    fig.subplots_adjust(left=0.01, right=0.965, bottom=0.02, top=0.86, wspace=0.3)
+    rows = data["rows"]
+    side = math.isqrt(len(rows) // 9) if rows else 1  # of a square of channels, each 3 x 3
+
+    def show(ax, values, title, limit, colors):
+        image = [[math.nan] * (4 * side - 1) for _ in range(4 * side - 1)]
+        for row, value in zip(rows, values):
+            down, right = divmod(row["channel"], side)
+            image[4 * down + row["row"]][4 * right + row["column"]] = value
+        ax.imshow(image, cmap=colors, vmin=-limit, vmax=limit)
+        ax.set_title(title, fontsize=11, loc="center")
+        ax.axis("off")
+
+    if not rows:
+        axes[0].text(0, 0, "not measured yet", color="#A04000")
+        return fig
+    a, b = rows[0]["alpha_1"], rows[0]["alpha_2"]
+    quantized = [a * row["B_1"] + b * row["B_2"] for row in rows]
+    largest = 1.3 * max(map(abs, quantized))
+    show(axes[0], [row["W"] for row in rows], "W, a trained filter", largest, "RdBu")
+    show(axes[1], [row["B_1"] for row in rows], f"≈   {a:.2f} · B₁", 1.6, "RdBu")
+    show(axes[2], [row["B_2"] for row in rows], f"+   {b:.2f} · B₂", 1.6, "RdBu")
+    show(axes[3], quantized, "=   Wq, in four levels", largest, "RdBu")
     return fig
 
 
@@ -162,6 +191,7 @@ def draw_competitors(plt, data):
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
         "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+        "abcnets in int8": ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
     }  # fmt: skip
     worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
     labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
@@ -195,13 +225,17 @@ def draw_competitors(plt, data):
 
 
 def _kind(form) -> str:
-    return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
+    if form["name"] == "abcnets":
+        return "abcnets" if form["N"] else "weights"
+    return form["name"] if form["name"].startswith("abcnets") else form["name"].split()[0]
 
 
 def _form_label(form) -> str:
-    if form["name"] != "abcnets":
+    """1 x b2: one base for the weights, two digits for the activations; t: thermometer; 1: binary weights alone."""
+    if not form["M"] and not form["N"]:
         return form["name"]
-    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+    sides = [f"{form['code'][0] if count > 1 else ''}{count}" if count else "float" for count in (form["M"], form["N"])]
+    return " × ".join(sides) if form["N"] else sides[0]
 
 
 def _nice_log_ticks(ax, xs) -> None:
@@ -316,8 +350,8 @@ def draw_roofline(plt, data):
 
 
 DRAWINGS = {
-    "bits": draw_bits, "levels": draw_levels, "calibration": draw_calibration, "threshold": draw_threshold,
-    "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
+    "bits": draw_bits, "idea": draw_idea, "levels": draw_levels, "calibration": draw_calibration,
+    "threshold": draw_threshold, "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 
 

@@ -35,6 +35,7 @@ MIXED = read("notebooks/results/mixed.csv")
 COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")
+FILTER = read("writeup/results/filter.csv")
 CPU = read("kernels/results/cpu.csv")
 CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
 
@@ -109,22 +110,23 @@ def named(M, N, code="thermometer") -> str:
 
 
 def competitors() -> list[dict]:
-    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+    """Each form of the network once: name, M, N, code, accuracy, bytes, and ms an image by (batch, threads).
 
     A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
     """
     forms = {}
     for row in COMPETITORS:
-        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+        forms.setdefault((row["form"], row["M"], row["N"], row.get("code") or "thermometer"), []).append(row)
     shown = []
-    for (name, M, N), rows in forms.items():
+    for (name, M, N, code), rows in forms.items():
         best = max(row["accuracy"] for row in rows)
         rows = [row for row in rows if row["accuracy"] == best]
         ms = {}
         for row in rows:
             case = row["batch"], row["threads"]
             ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
-        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+        size = min(row["bytes"] for row in rows)
+        shown.append({"name": name, "M": M, "N": N, "code": code, "accuracy": best, "bytes": size, "ms": ms})
     return shown
 
 
@@ -372,12 +374,11 @@ def competitors_table() -> str:
     cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
     rows = []
     for form in competitors():
-        bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
-        bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        setting = f", {named(form['M'], form['N'], form['code'])}" if form["M"] or form["N"] else ""
         faster = faster_than_int8(form)
         times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
         times = [f"**{time}**" if case in faster else time for case, time in zip(cases, times)]
-        rows.append([form["name"] + bases, percent(form["accuracy"]), kB(form["bytes"]), *times])
+        rows.append([form["name"] + setting, percent(form["accuracy"]), kB(form["bytes"]), *times])
     head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
     return table(head, rows, "lrr" + "r" * len(cases))
 
@@ -576,18 +577,71 @@ def crossover(column: str) -> str:
     return (str(max(winning)) if winning else "none") if speeds else NOT_MEASURED
 
 
+FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
+    ("float32", None, None, "thermometer"), ("onnxruntime int8", None, None, "thermometer"),
+    ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 3, 3, "binary"),
+    ("abcnets in int8", 1, None, "thermometer"),
+]  # fmt: skip
+
+
+def fastest_float32() -> dict | None:
+    """The faster of torch and onnxruntime, case by case, as one of `competitors`."""
+    forms = [form for form in competitors() if form["name"].endswith("float32")]
+    if not forms:
+        return None
+    cases = set().union(*(form["ms"] for form in forms))
+    ms = {case: min(form["ms"].get(case, math.inf) for form in forms) for case in cases}
+    return min(forms, key=lambda form: form["bytes"]) | {"name": "float32", "ms": ms}
+
+
+def contender(name: str, M=None, N=None, code="thermometer") -> dict | None:
+    if name == "float32":
+        return fastest_float32()
+    case = name, M, N, code
+    return next((f for f in competitors() if (f["name"], f["M"], f["N"], f["code"]) == case), None)
+
+
+def first_table() -> str:
+    """What one would choose from: accuracy of all seeds, file, time on one thread."""
+    whats = {"float32": "float32", "onnxruntime int8": "int8", "abcnets": "", "abcnets in int8": ", in ONNX Runtime"}
+    rows = []
+    for name, M, N, code in FIRST_SCREEN:
+        form, found = contender(name, M, N, code), result(M, N, code)
+        what = whats[name] if name in ("float32", "onnxruntime int8") else f"**{named(M, N, code)}**{whats[name]}"
+        if form is None:
+            rows.append([what, *[MISSING] * 4])
+            continue
+        accuracy = found["accuracy"] if found and name in ("float32", "abcnets") else form["accuracy"]
+        times = [f"{form['ms'][batch, 1]:.2f} ms" if (batch, 1) in form["ms"] else MISSING for batch in (1, 32)]
+        rows.append([what, percent(accuracy), kB(form["bytes"]), *times])
+    head = ["weights × activations", "accuracy", "file", "1 image", "of 32, each"]
+    return table(head, rows, "lrrrr")
+
+
+def five_lines() -> str:
+    """The README's first lines of use, and what each step makes of the nine-layer network."""
+    found, form, floats = result(2, 2, "binary"), contender("abcnets", 2, 2, "binary"), fastest_float32()
+    times = [one["ms"].get((32, 1), math.nan) if one else math.nan for one in (form, floats, rival("onnxruntime int8"))]
+    sizes = [kB(one["bytes"]) if one else MISSING for one in (form, floats)]
+    lines = [
+        ('binary = abcnets.convert(model, 2, 2, code="binary")',
+         "M = N = 2: " + say("{float:.2f} % becomes {binarized:.2f} %", found)),
+        ("abcnets.calibrate(binary, images)", "no training, no labels: " + say("{calibrated:.2f} %", found)),
+        ("...", "or train it on, like any other network: " + say("{accuracy:.2f} %", found)),
+        ("packed = abcnets.pack(binary)", "a bit for each weight and base; the same outputs"),
+        ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
+        ("logits = abcnets.fuse(packed)(images)", "{:.2f} ms an image, float32 {:.2f}, int8 {:.2f}".format(*times)),
+    ]  # fmt: skip
+    return "\n".join(["```python", *(f"{code:<52}# {comment}" for code, comment in lines), "```"])
+
+
 def for_readme() -> dict[str, str]:
-    """{marker: text} of the README; its opening has the most accurate network of each kind beside float32 and int8."""
-
-    def most_accurate(forms):
-        return max(forms, key=lambda form: form["accuracy"], default=None)
-
-    best = most_accurate(form for form in ours() if form["N"])
-    weights = most_accurate(form for form in ours() if not form["N"])
-    values = {}
-    for name, form in (("best", best), ("weights", weights), ("float", rival("torch float32")),
-                       ("int8", rival("onnxruntime int8"))):  # fmt: skip
-        values |= {f"{name}_accuracy": say("{accuracy:.2f} %", form), f"{name}_size": say("{kB}", form)}
+    """{marker: text} of the README."""
+    values = {"first_table": first_table(), "five_lines": five_lines(), "smaller": MISSING}
+    forms = [form for case in FIRST_SCREEN if case[0].startswith("abcnets") and (form := contender(*case))]
+    if forms and (floats := fastest_float32()):
+        smaller = [round(floats["bytes"] / form["bytes"]) for form in forms]
+        values["smaller"] = f"{min(smaller)} to {max(smaller)}"
     for bases in (1, 2, 3):
         speeds = resnet_speeds(bases)
         values[f"speed_{bases}"] = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})"
@@ -595,8 +649,6 @@ def for_readme() -> dict[str, str]:
     for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
         values[f"{kind}_{bases}"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(bases))
     return values | {
-        "best_bases": bases_of(best),
-        "weights_bases": bases_of(weights),
         "codes_table": codes_table(),
         "timed_accuracy_table": timed_accuracy_table(),
         "cifar_table": cifar_table(),
