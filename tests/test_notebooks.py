@@ -237,7 +237,7 @@ def test_a_verdict_is_what_its_table_says(notebooks, executed):
     alike = ((ablation["min"] <= usual["max"]) & (ablation["max"] >= usual["min"])).sum() - 1
     assert f"**{alike} of {len(ablation) - 1} choices make no difference" in said(notebooks["Eval"], "ablation-4")
     forms = read_csv(executed / "results" / "competitors.csv").query("threads == 1 and batch == 32")
-    size, time = said(notebooks["Eval"], "trade-5").split("\n\n")[:2]
+    size, time = said(notebooks["Eval"], "trade-6").split("\n\n")[:2]
     for unbeaten, cost in ((size, "bytes"), (time, "ms_per_image")):
         assert f"({forms.accuracy.max():.2f} %)" in unbeaten  # the most accurate of all
         least = forms.sort_values([cost, "accuracy"], ascending=[True, False]).iloc[0]
@@ -258,10 +258,10 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
         names = {"Path": Path, "pd": pd, "runs": runs, "results": str(folder), "seed": 0, "Markdown": str}
         names |= {"data": SimpleNamespace(name="x"), "M": 2, "N": 2}
         exec(cells["names-1"].split("\n\n\n")[1], names)
-        for id in ("recorded-1", "recorded-2", "recorded-3", "trade-1", "trade-2a", "trade-3", "trade-5", "ablation-1",
-                   "ablation-3", "ablation-4", "coded-1", "coded-3", "coded-4"):  # fmt: skip
+        for id in ("recorded-1", "recorded-2", "recorded-3", "trade-1", "trade-2a", "trade-3", "trade-5", "trade-6",
+                   "ablation-1", "ablation-3", "ablation-4", "coded-1", "coded-3", "coded-4"):  # fmt: skip
             exec(cells[id], names)
-            if id in ("trade-5", "ablation-4", "coded-4"):
+            if id in ("trade-6", "ablation-4", "coded-4"):
                 assert names["verdict"].startswith("There are no such ") and names["verdict"].endswith("no verdict.")
         main, missing, timed, *others = capsys.readouterr().out.splitlines()
         assert main == f"0 runs on x, from {folder / 'runs.csv'}"
