@@ -2116,7 +2116,10 @@ def _look_for_engine(device: str) -> None:
 
 
 def engines() -> dict[str, str]:
-    """What runs packed layers on each device, such as {"cpu": "numba", "cuda": "float convolutions: no NVIDIA GPU"}."""
+    """What runs packed layers on each device, and how it counts bits.
+
+    Such as {"cpu": "numba (AVX2 look-up)", "cuda": "float convolutions: no NVIDIA GPU"}.
+    """
     found = {device: _engine(device) for device in ("cpu", "cuda")}
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
