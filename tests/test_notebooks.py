@@ -141,6 +141,7 @@ def follow(statements: list, taken: set, given: set) -> None:
                 for node in ast.walk(child)]  # fmt: skip
         own = {node.arg for node in head if isinstance(node, ast.arg)}  # names of functions and comprehensions
         own |= names([statement], ast.Store) if is_function else set()
+        own |= {node.name for node in head if isinstance(node, ast.FunctionDef)}
         for part in [] if is_function else [node.target for node in head if isinstance(node, ast.comprehension)]:
             own |= names([part], ast.Store)
         taken |= names(head, ast.Load) - own - given
