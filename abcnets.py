@@ -376,6 +376,9 @@ def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str =
         dL/du_j = h_j sum(dL/dWq [|z_j| <= 1])     thermometer: z_j = (W - mean(W)) / std(W) + u_j
                                                    binary, uniform: z_j = W / rms(W) + u_j
 
+    Where abcnets_kernels has an engine for the CPU, float32 weights are fitted in one pass, with sums in float64; in
+    `fit_weight` and `weight_bases` too, so that packing finds the bases that were trained.
+
     Shape: as `weight_bases` -> like W. A NaN weight makes its channel NaN.
     Raises: as `weight_bases`; ValueError where us of another code than the thermometer's requires grad, but is only
         where the search for the nearest levels begins.
@@ -799,45 +802,51 @@ class _QuantizedProduct(torch.autograd.Function):
             thresholds, half_steps = _thresholds(vs_in_order), (rises * betas).sum(1)
         else:
             thresholds, half_steps = _thresholds(vs), _half_steps(betas, len(vs))
-        ctx.save_for_backward(R, vs, betas, W, us, bias, Wq, thresholds, half_steps, order, rises)
+        ctx.save_for_backward(R, vs, betas, Wq, thresholds, half_steps, order, rises)
+        ctx.parameters = W, us, bias  # which may change before the backward pass: it needs Wq
         ctx.options = activation_options, weight_options, geometry
         return _product(_quantized(R, thresholds, half_steps, zero), Wq, bias, geometry)
 
     @staticmethod
     def backward(ctx, G):
-        R, vs, betas, W, us, bias, Wq, thresholds, half_steps, order, rises = ctx.saved_tensors
-        (_, zero), _, geometry = ctx.options
         if torch.is_grad_enabled():
             return _QuantizedProduct._differentiable_backward(ctx, G)
+        R, vs, betas, Wq, thresholds, half_steps, order, rises = ctx.saved_tensors
+        (_, zero), _, geometry = ctx.options
         *staircase, W_wanted, _, bias_wanted, _, _, _ = ctx.needs_input_grad
         # G has the type that autocast gave the product, and with it both operands.
         Aq = _quantized(R, thresholds, half_steps, zero).to(G.dtype)
         wanted = [any(staircase), W_wanted, bias_wanted]
         G_Aq, G_Wq, G_bias = _product_gradients(G, Aq, Wq.to(G.dtype), geometry, wanted)
         del Aq
-        G_R, near, G_h = torch.ops.abcnets.staircase_backward.default(
-            R, G_Aq.to(R.dtype), thresholds, half_steps, zero
-        )
+        W, _, bias = ctx.parameters
+        G_W = None if G_Wq is None else G_Wq.to(W.dtype)
+        G_bias = None if G_bias is None else G_bias.to(bias.dtype)
+        if G_Aq is None:
+            return None, None, None, G_W, None, G_bias, None, None, None
+        backward = torch.ops.abcnets.staircase_backward.default
+        G_R, near, G_betas = backward(R, G_Aq.to(R.dtype), thresholds, half_steps, zero)
         G_vs = half_steps * near
         if order is not None:
             G_vs = torch.empty_like(G_vs).scatter_(0, order, G_vs)
-        if rises is not None:
-            G_h = (rises * G_h[:, None]).sum(0)
+            G_betas = (rises * G_betas[:, None]).sum(0)
         elif len(betas) < len(vs):
-            G_h = G_h.sum(0, keepdim=True)
-        G_W = None if G_Wq is None else G_Wq.to(W.dtype)
-        return G_R, G_vs, G_h, G_W, None, None if G_bias is None else G_bias.to(bias.dtype), None, None, None
+            G_betas = G_betas.sum(0, keepdim=True)
+        return G_R, G_vs, G_betas, G_W, None, G_bias, None, None, None
 
     @staticmethod
     def _differentiable_backward(ctx, G):
         """Where a gradient of the gradient is wanted: by torch's own rules, from the layer's parts once more."""
-        inputs = ctx.saved_tensors[:6]
-        R, vs, betas, W, us, bias = inputs
+        R, vs, betas, kept_Wq, *_ = ctx.saved_tensors
+        W, us, bias = ctx.parameters
         (code, zero), weight_options, geometry = ctx.options
         Aq = quantize_activation(R, vs, betas, code, zero)
         Wq = W if us is None else quantize_weight(W, us, *weight_options)
+        if not torch.allclose(Wq, kept_Wq, rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError("a layer's weight was modified by an inplace operation after the forward pass, and a "
+                               "gradient of its gradient needs it as it was")  # fmt: skip
         operands = [None if x is None else x.to(G.dtype) for x in (Aq, Wq, bias)]
-        chosen = [x for x, wanted in zip(inputs, ctx.needs_input_grad) if wanted]
+        chosen = [x for x, wanted in zip((R, vs, betas, W, us, bias), ctx.needs_input_grad) if wanted]
         found = iter(torch.autograd.grad(_product(*operands, geometry), chosen, G, create_graph=True))
         return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:6]), None, None, None
 
@@ -951,6 +960,7 @@ class _ABCLayer(nn.Module):
         if self.vs is None or geometry is None or not _keeps_input(input, self.vs, self.betas, self.weight, self.us):
             return self._multiply(self.quantized_input(input), self.quantized_weight())
         self._check_input(input)
+        _check_activations(input, self.vs, self.betas, self.code[1])
         weight_options = None if self.us is None else self._weight_options()[1:]
         rows = input if geometry or input.ndim == 2 else input.flatten(0, -2)
         output = _QuantizedProduct.apply(rows, self.vs, self.betas, self.weight, self.us, self.bias,
@@ -1149,6 +1159,9 @@ class ABCConv2d(_ABCConv, nn.Conv2d):
             equal distance; or a pair of these for weights and activations. With one base all are the same.
         zero: whether a 0 that comes in stays 0, like those of padding: the layer convolves Aq - Aq(0). Default: yes,
             except in the thermometer code, the paper's.
+
+    Training keeps R for the backward pass. With an engine for the CPU that is all it keeps of R's size (and so do 1-D,
+    3-D and linear layers; not where padding is other than zeros, or in torch.func's transforms): Aq is made again.
 
     Shape: input (B, C, H, W) -> (B, O, H', W'), as nn.Conv2d. Under autocast, what torch does with conv2d.
 

@@ -5,6 +5,9 @@ out/results. `make step` writes the tracked table, notebooks/results/step.csv.
 """
 
 import functools
+import itertools
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,15 +69,33 @@ def inference(form: str, M: int, N: int, batch_size: int, device: torch.device, 
     return run
 
 
-def step_memory(kind: tuple, **options) -> float:
-    """MiB that three steps need at their peak beyond what a step on one image does; call it in a fresh process."""
-    peak = torch.cuda.max_memory_allocated if options["device"].type == "cuda" else _peak_resident
+def step_memory(kind: tuple, **options) -> tuple[float, float]:
+    """(MiB of tensors at a step's peak, MiB that the process holds at its peak beyond what a step on one image needs).
+
+    Call it in a fresh process. The first is what the step needs, to the byte. The second has the gaps in malloc's heap
+    too, which differ from run to run. On a GPU both are what torch's allocator gave out.
+    """
+    on_gpu = options["device"].type == "cuda"
+    peak = torch.cuda.max_memory_allocated if on_gpu else _peak_resident
     training_step(*kind, **{**options, "batch_size": 1})()
     before = peak()
     step = training_step(*kind, **options)
     for _ in range(3):
         step()
-    return (peak() - before) / 2**20
+    held = (peak() - before) / 2**20
+    return (held if on_gpu else _peak_of_tensors(step)), held
+
+
+def _peak_of_tensors(step) -> float:
+    """MiB of CPU tensors that a step makes and needs at the same time, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events)) / 2**20
 
 
 def _peak_resident() -> int:
@@ -103,8 +124,10 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             "threads": torch.get_num_threads(),
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),
-            "float_mib": round(mib["float"]), "binarized_mib": round(mib["binarized"]),
-            "memory_ratio": round(mib["binarized"] / mib["float"], 3), **machine(common["device"]),
+            "float_mib": round(mib["float"][0], 1), "binarized_mib": round(mib["binarized"][0], 1),
+            "memory_ratio": round(mib["binarized"][0] / mib["float"][0], 3),
+            "float_held_mib": round(mib["float"][1]), "binarized_held_mib": round(mib["binarized"][1]),
+            **machine(common["device"]),
         }  # fmt: skip
 
 

@@ -441,6 +441,18 @@ def test_what_changes_in_place(keeping):
     R.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(y.sum(), [layer.weight])
+    y = layer(x.requires_grad_())
+    wanted = torch.autograd.grad(y.square().sum(), [x], retain_graph=True)[0]
+    with torch.no_grad():
+        layer.weight.add_(1)
+    (G,) = torch.autograd.grad(y.square().sum(), [x], retain_graph=True)  # of the weights that there were
+    assert torch.equal(G, wanted)
+    with pytest.raises(RuntimeError, match="weight was modified"):
+        torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+    layer.betas = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="one entry per activation base"):
+        layer(x)
+    layer = abcnets.ABCConv2d(4, 6, 3, active=True)
     for module, shape in ((layer, (2, 4, 7, 7)), (abcnets.ABCLinear(8, 6, active=True), (2, 5, 8))):
         x = torch.randn(shape, requires_grad=True)
         results = []

@@ -1,4 +1,5 @@
-"""The CPU engine: the operators of abcnets (`packed_conv`, `packed_max_pool`; `staircase`, to train) on Numba kernels.
+"""The CPU engine: abcnets' operators on Numba kernels (`packed_conv`, `packed_max_pool`; to train, `staircase` and its
+backward pass, `fit_levels`).
 
 This file is what happens around a kernel: who may use it, what is prepared once and kept, how a call is described.
 
@@ -8,7 +9,8 @@ This file is what happens around a kernel: who may use it, what is prepared once
                 each take one from the plan's list, so threads never share one.
 
 Float64 input, more than eight activation bases (four in the binary code, which then has fifteen thresholds), float
-activations (no bases) and NaN go to the plain implementation. Of the staircase: all but float32 and bfloat16.
+activations (no bases) and NaN go to the plain implementation. Of the staircase: all but float32 and bfloat16, and more
+than fifteen thresholds; of the levels: all but float32.
 """
 
 import ctypes
