@@ -376,7 +376,7 @@ def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str =
         dL/du_j = h_j sum(dL/dWq [|z_j| <= 1])     thermometer: z_j = (W - mean(W)) / std(W) + u_j
                                                    binary, uniform: z_j = W / rms(W) + u_j
 
-    Where abcnets_kernels has an engine for the CPU, float32 weights are fitted in one pass, with sums in float64; in
+    Where abcnets_kernels has an engine for the CPU, float32 weights are fitted in one call, and sums rounded less; in
     `fit_weight` and `weight_bases` too, so that packing finds the bases that were trained.
 
     Shape: as `weight_bases` -> like W. A NaN weight makes its channel NaN.
@@ -622,6 +622,11 @@ def _rises(N: int, like: Tensor) -> Tensor:
     return _signs("binary", N, like).diff(dim=0) / 2
 
 
+@functools.cache
+def _numbers_of_rises(N: int) -> list[list[float]]:
+    return _apart(lambda: _rises(N, torch.zeros((), dtype=torch.float32, device="cpu")).tolist())
+
+
 def _thresholds(vs: Tensor, code: str = "thermometer") -> Tensor:
     """t = 1/2 - v, in float32 or wider: the one place where v becomes a threshold, in training and packing.
 
@@ -798,7 +803,7 @@ class _QuantizedProduct(torch.autograd.Function):
         order = rises = None
         if code == "binary":
             vs_in_order, order = vs.sort(descending=True)
-            rises = _rises(len(betas), betas)
+            rises = torch.tensor(_numbers_of_rises(len(betas)), dtype=torch.float32, device="cpu")
             thresholds, half_steps = _thresholds(vs_in_order), (rises * betas).sum(1)
         else:
             thresholds, half_steps = _thresholds(vs), _half_steps(betas, len(vs))

@@ -8,9 +8,10 @@
 In plain torch that is some ninety calls a layer with three rounds, each of which is done before it has begun: a layer
 has ten thousand weights. Here a channel, which lies in the first-level cache, goes through all of it at once.
 
-Sums are float64, whatever the order of the weights in memory, and are rounded to float32 where plain torch has float32:
-means, spreads, alphas, levels, thresholds. So these differ from plain torch's by its rounding, and the rest does not:
-from the same thresholds follow the same bases, and from the same levels the same Wq, to the bit.
+Means and spreads come from sums in float64, levels from sums that are float64 from block to block; all are rounded to
+float32 where plain torch has float32. So means, spreads, alphas, levels and thresholds differ from plain torch's by its
+rounding, and the rest does not: from the same thresholds follow the same bases, and from the same levels the same Wq,
+to the bit.
 
 Run this file to check and time it: `python -m kernels.cpu.levels`.
 """
@@ -26,7 +27,8 @@ from .job import LEVELS_JOB_DTYPE
 from .primitives import STAMP, array_at, c_function, call_int
 
 JOB = types.CPointer(numba.from_dtype(LEVELS_JOB_DTYPE))
-NAN = float32(np.nan)
+NAN, ONE, ZERO = float32(np.nan), float32(1), float32(0)
+BLOCK = 2048  # weights that are summed in float32
 
 
 # --------------------------------------------------------------------------- sums over a channel
@@ -59,12 +61,17 @@ def mean_square(w, centre, distance):
 @njit
 def sum_between(w, centre, low, high, is_lowest):
     """(sum of w, count) where x = w - centre has reached low but not high; the lowest has all below high, and NaN."""
-    total, count = float64(0), 0
-    for k in range(len(w)):
-        x = w[k] - centre
-        here = ((x >= low) | is_lowest) & (not (x >= high))
-        total = plus(total, float64(w[k]) if here else float64(0))
-        count += 1 if here else 0
+    total, count = float64(0), float64(0)
+    for start in range(0, len(w), BLOCK):
+        part = w[start : start + BLOCK]
+        some, number = ZERO, ZERO
+        for k in range(len(part)):
+            x = part[k] - centre
+            here = ((x >= low) | is_lowest) & (not (x >= high))
+            some = plus(some, part[k] if here else ZERO)
+            number = plus(number, ONE if here else ZERO)
+        total += some
+        count += number
     return total, count
 
 
