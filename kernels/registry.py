@@ -7,7 +7,8 @@ import torch
 NAMES = {"cpu": "numba", "cuda": "numba-cuda"}
 NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda[cu13]"}
 
-OPERATORS = ("packed_conv", "packed_max_pool", "staircase", "staircase_backward")  # an engine has some or all
+# An engine has some of them, or all.
+OPERATORS = ("packed_conv", "packed_max_pool", "staircase", "staircase_backward", "fit_levels")
 
 _libraries = {}  # an operator's implementation lives as long as its library object
 

@@ -511,6 +511,12 @@ def test_on_arm_a_step_is_three_instructions_and_nothing_spills(processor, N, un
         assert assembly.spills(loop) == 0 and len(loop) < (6 if N == 2 and uniform else 4.5) * steps
 
 
+def test_without_an_emulator_for_arm_one_sentence_says_what_to_install(monkeypatch, refused):
+    monkeypatch.setattr(assembly.shutil, "which", lambda name: None)
+    assert "apt install qemu-user" in refused(assembly.main, "--run")
+    assert "llvm-mca" in refused(assembly.main, "--write")
+
+
 @pytest.mark.parametrize("codes", [{}, {"code": "binary"}, {"code": ("binary", "uniform")}, {"zero": True}])
 def test_a_whole_network_with_every_tile(codes):
     torch.manual_seed(0)

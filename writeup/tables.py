@@ -462,6 +462,20 @@ def network_table() -> str:
     return table(head, cells, "l" + "r" * (3 + len(counts)))
 
 
+def step_table() -> str:
+    """Time and memory of training steps, times the float network's; a line a network, code and number of threads."""
+    ratios, cells = {}, []
+    for row in STEP:
+        key = row["network"], row["code"], bases_of(row), row["threads"]
+        ratios.setdefault(key, {})[row["precision"]] = row["ratio"], row["memory_ratio"]
+    for (*words, threads), found in ratios.items():
+        both = [found.get(precision, (None, None)) for precision in ("float32", "mixed")]
+        numbers = [f"{ratio:.2f}" if ratio else MISSING for pair in zip(*both) for ratio in pair]
+        cells.append([*words, str(threads), *numbers])
+    head = ["network", "code", "bases", "threads", "time, float32", "time, mixed", "memory, float32", "memory, mixed"]
+    return table(head, cells, "lll" + "r" * 5)
+
+
 def gpu_estimate() -> str:
     fp16 = arithmetic.GPU_UNITS["fp16 tensor core"]
     bits = arithmetic.GPU_UNITS["binary tensor core, `mma`"]
@@ -526,7 +540,7 @@ def _authors(text: str) -> str:
 TABLES = (
     bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
     gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table,
-    code_errors, mixed_table, references,
+    code_errors, mixed_table, step_table, references,
 )  # fmt: skip
 
 
@@ -547,7 +561,8 @@ def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
-    steps = {row["precision"]: row for row in STEP}
+    case = {"network": "nine-layer", "code": "thermometer", "M": 3, "N": 3, "threads": 2}
+    steps = {row["precision"]: row for row in STEP if case.items() <= row.items()}
     cpu = CPU[0] if CPU else None
     shapes = {tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3}
     int8, binary = rival("onnxruntime int8"), [form for form in ours() if form["N"]]
@@ -568,7 +583,7 @@ def for_writeup() -> dict[str, str]:
         "epochs": say("{epochs}", reference),
         "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
         "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
-        "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
+        "step_hardware": say("{hardware}, {threads} threads", steps.get("float32"), NOT_MEASURED),
         "cpu_shapes": str(len(shapes)),
         "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
         "cpu_clock": say("{clock_ghz:.2f} GHz", cpu, NOT_MEASURED),

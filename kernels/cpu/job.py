@@ -127,8 +127,9 @@ class PoolJob(ctypes.Structure):
 POOL_JOB_DTYPE = np.dtype(PoolJob)
 
 
-STAIRCASE_BLOCK = 2048  # elements: R, G and dL/dR of one block (24 KB) stay in the first-level cache
-STAIRCASE_SCRATCH_BYTES = 4 * STAIRCASE_BLOCK * 4  # a thread's: a block of R, of G, of G without zeros, of results
+STAIRCASE_BLOCK = 2048  # elements that are summed in float32: 128 in each lane of a register
+STAIRCASE_SCRATCH_BYTES = 3 * 64 + 128  # a thread's: the last elements of R, G and dL/dR, of sixteen in each; a block's
+#                                         float32 sums, of up to 15 thresholds
 
 
 class StaircaseJob(ctypes.Structure):
@@ -141,9 +142,8 @@ class StaircaseJob(ctypes.Structure):
             "gradient",  # G, or 0 forward
             "output",  # Aq or dL/dR
             "count",
-            "bfloat16",  # 1: input, gradient and output are bfloat16; 0: float32
             "zero",  # 1: an R of 0 moves nothing
-            "threshold_count",  # T
+            "exact",  # 1: a half step is infinite or NaN
             "thresholds",  # float32 [T], ascending for the forward pass
             "levels",  # [T + 1] and NaN, of the output's kind; or 0 backward
             "half_steps",  # float32 [T], or 0 forward
@@ -158,3 +158,34 @@ class StaircaseJob(ctypes.Structure):
 
 
 STAIRCASE_JOB_DTYPE = np.dtype(StaircaseJob)
+
+
+class LevelsJob(ctypes.Structure):
+    """One call of the weights' quantizer. G channels, or one group of all weights, have T thresholds each."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "W",  # float32 [G][size]
+            "Wq",  # float32 [G][size]
+            "groups",  # G
+            "size",
+            "us",  # float32 [T], descending
+            "threshold_count",  # T
+            "bases",  # M
+            "design",  # float32 [T + 1][scale_count]: levels = design @ scales; or 0 for a thermometer
+            "scale_count",  # M, or 1 for uniform levels; 0 for a thermometer
+            "rounds",  # how often thresholds are put midway and levels fitted again
+            "centres",  # float32 [G]
+            "spreads",  # float32 [G]
+            "alphas",  # float32 [G][M]
+            "levels",  # float32 [G][T + 1]
+            "thresholds",  # float32 [G][T]
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+        )
+    ]
+
+
+LEVELS_JOB_DTYPE = np.dtype(LevelsJob)
