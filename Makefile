@@ -38,8 +38,8 @@ $(INSTALLED): requirements.txt
 
 run: $(INSTALLED)
 	@mkdir -p $(RUN)
-	$(PAPERMILL) notebooks/FinalProject.ipynb $(RUN)/FinalProject.ipynb -p dataset digits -p finetune_epochs 12 -p out ../$(RUN) -p results ../$(RUN)/results
-	$(PAPERMILL) notebooks/Eval.ipynb $(RUN)/Eval.ipynb -p dataset digits -p finetune_epochs 12 -p out ../$(RUN) -p results ../$(RUN)/results
+	$(PAPERMILL) notebooks/FinalProject.ipynb $(RUN)/FinalProject.ipynb -p dataset digits -p finetune_epochs 6 -p out ../$(RUN) -p results ../$(RUN)/results
+	$(PAPERMILL) notebooks/Eval.ipynb $(RUN)/Eval.ipynb -p dataset digits -p finetune_epochs 6 -p out ../$(RUN) -p results ../$(RUN)/results
 	@$(BIN)/python notebooks/page.py $(RUN)/FinalProject.ipynb $(RUN)/Eval.ipynb
 	@$(BIN)/python notebooks/experiment.py table --results $(RUN)/results
 	@echo "Pictures: $(RUN)/figures, and in their story $(RUN)/FinalProject.html and $(RUN)/Eval.html"

@@ -37,7 +37,7 @@ What is in it, from top to bottom:
     save_packed, load_packed                           one file, no pickle
     engines                                            which device runs packed layers how fast
     fuse, fused_for                                    bits from layer to layer
-    export_onnx                                        one ONNX file, which runs without torch
+    export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
 found when it is first needed. Without it they run as float convolutions, and `fuse` and `export_onnx` are missing;
@@ -1837,8 +1837,8 @@ def _progress_bar(total: int, description: str = "calibrate", unit: str = "layer
 
 
 class Summary(list):
-    """What `summary` and `plan` return: a list of dicts, one a layer. Prints as a table, in Jupyter as an HTML one;
-    `pandas.DataFrame(summary)` works."""
+    """What `summary`, `plan` and `export_onnx` return: a list of dicts, one a layer. Prints as a table, in Jupyter as
+    an HTML one; `pandas.DataFrame(summary)` works."""
 
     def total(self) -> dict:
         """The sums of the countable columns."""
@@ -1873,7 +1873,7 @@ class Summary(list):
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
 
 
-_WORDS = ("layer", "kind", "code", "why")  # columns of a Summary that read from the left
+_WORDS = ("layer", "kind", "code", "stored", "runs", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:
@@ -1888,7 +1888,9 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     where that of the weights is another than that of the activations), parameters, bits (stored by binarized weights
     once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
     (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
-    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
+    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would). Where only the
+    weights are binary that is "float" here; ONNX Runtime runs them faster, in int8, where the processor has a dot
+    product of bytes: see `export_onnx`.
     """
     _check_own(model)
     rows: dict[nn.Module, dict] = {}
@@ -2303,7 +2305,10 @@ def _look_for_engine(device: str) -> None:
 
 
 def engines() -> dict[str, str]:
-    """What runs packed layers on each device, such as {"cpu": "numba", "cuda": "float convolutions: no NVIDIA GPU"}."""
+    """What runs packed layers on each device, and how it counts bits.
+
+    Such as {"cpu": "numba (AVX2 look-up)", "cuda": "float convolutions: no NVIDIA GPU"}.
+    """
     found = {device: _engine(device) for device in ("cpu", "cuda")}
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
@@ -2867,7 +2872,8 @@ def fused_for(name: str, value, wanted) -> None:
                          f"for {got}")  # fmt: skip
 
 
-def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
+def export_onnx(model: nn.Module, example_input: Tensor, path, *, activations: str | None = None,
+                calibration=None) -> Summary | None:  # fmt: skip
     """Write a model as one ONNX file, which runs without torch; replaces the file atomically.
 
     Takes a model with ABC layers (its quantized weights become float32 constants), what `pack` or `load_packed`
@@ -2876,22 +2882,48 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
     float convolutions: the file is as small as that of `save_packed`, but no faster than a float network's. Between
     the layers of a fused model it hands on booleans.
 
+    With `activations="int8"` the file is as small, and ONNX Runtime runs its convolutions and linear layers in
+    integers (QLinearConv, QGemm), which is a few times as fast where the processor has a dot product of 8-bit
+    numbers. It is what binary weights with float activations are for: a value of eight bits is a sum of eight bases,
+    R ~ s (q - z), which such an instruction counts at once.
+
+    - Activations are uint8, with one scale s and zero z for a tensor, whose range is that of least squared error on the
+      calibration batches (torch.ao's HistogramObserver). Where N bases stand in front of a layer, their levels are
+      codes, the nearest multiples of one scale: as they are for N = 1 and for uniform codes, off by at most a 254th of
+      their span else.
+    - Weights are int8 with one scale a channel. Those of M bases stay bits in the file, whoever packs them, and a
+      table of 2^M levels a channel: exact for M = 1, else off by at most half a 127th of the channel's largest. Layers
+      with float weights, the first and the last above all, are rounded to 127ths likewise; so are more than 7 bases,
+      as numbers, since bits of them are no smaller. Biases are int32, and off by at most half of s times the scale.
+    - BatchNorm becomes a part of the layer before it, through a max-pool too where it rises, or else a convolution of
+      its own. ReLU, max-pool, sums, concatenation and average pooling are in integers. The rest stays float.
+
     Input and output are called "input" and "output", and their first dimension, the batch, may be of any size.
 
     Args:
         model: the model, which is exported as it is in eval mode; it is not touched.
         example_input: a batch of the right shape and dtype; its values don't matter.
         path: the file to write.
+        activations: None, which leaves them float, or "int8".
+        calibration: for int8, which is then in float32: an iterable of inputs, or of (input, ...) tuples such as a
+            DataLoader yields, or one tensor; some hundred images.
 
+    Returns: for int8 a `Summary`: what became of each layer, and each operator that stays float. Otherwise None.
     Raises: ImportError without the packages abcnets_kernels, onnx and onnxscript; ValueError for an example without a
-        batch, and where torch.export can't trace the model. A NaN that would have to become bits in a fused model
-        raises nothing in the file: it counts as below every threshold.
+        batch, where torch.export can't trace the model, and for int8 where a calibration batch is of another shape or
+        not finite or there is none, and for a fused model in which bits go from layer to layer. A NaN that would have
+        to become bits or a code raises nothing in the file: in a fused model it counts as below every threshold.
+
+    On x86 processors without VNNI, ONNX Runtime adds two products of 8-bit numbers in 16 bits, which overflow: set
+    `options.add_session_config_entry("session.x64quantprecision", "1")`. With M = 1 they never do.
 
     Example::
 
         abcnets.export_onnx(abcnets.pack(model), images[:1], "model.onnx")
         session = onnxruntime.InferenceSession("model.onnx")
         (logits,) = session.run(None, {"input": images.numpy()})
+
+        print(abcnets.export_onnx(model, images[:1], "int8.onnx", activations="int8", calibration=images))
     """
     _check_own(model)
-    _kernels("export").export_onnx(_this_file(), model, example_input, path)
+    return _kernels("export").export_onnx(_this_file(), model, example_input, path, activations, calibration)

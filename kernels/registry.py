@@ -21,9 +21,9 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         device: "cpu" or "cuda".
         forked: whether this process was forked from one that may have used torch's threads.
 
-    Returns: {"engine": name, "pays": a function (M, N, thresholds, spatial_dims, groups) -> whether bits are faster
-        there than one float convolution}, or {"missing": why there is no engine, "install": what would help, or ""}.
-        An engine is tried before it is registered, and registering twice is harmless.
+    Returns: {"engine": its name and how it counts, "pays": a function (M, N, thresholds, spatial_dims, groups) ->
+        whether bits are faster there than one float convolution}, or {"missing": why there is no engine, "install":
+        what would help, or ""}. An engine is tried before it is registered, and registering twice is harmless.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return {"missing": "no NVIDIA GPU", "install": ""}
@@ -36,7 +36,8 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         return {"missing": reason[0], "install": NEEDS[device]}
     implement(device, engine, abcnets)
-    return {"engine": NAMES[device], "pays": engine.pays}
+    tile = f" ({engine.tile()})" if hasattr(engine, "tile") else ""
+    return {"engine": NAMES[device] + tile, "pays": engine.pays}
 
 
 def implement(device: str, engine, abcnets) -> None:

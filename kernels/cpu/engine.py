@@ -47,8 +47,11 @@ STAIRCASE_THREADS_PAY_FROM = 32_768  # elements, as where torch's own element-wi
 LEVELS_THREADS_PAY_FROM = 4096  # weights, at each of which the quantizer looks some ten times
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
-#                                        beyond, one float convolution is faster (bench.py)
+BITS_PAY_UP_TO = {
+    "AVX-512 popcount": 16, "AVX-512 look-up": 8, "AVX2 look-up": 8, "64-bit words": 4,
+    "NEON dot product": 4, "NEON bytes": 4,  # not measured
+}  # fmt: skip
+# binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster (bench.py)
 
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
@@ -58,7 +61,12 @@ plain = None  # the abcnets module whose operators run what is not computed here
 
 def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
-    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()]
+    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.tile()]
+
+
+def tile() -> str:
+    """What counts bits here, by name."""
+    return system.tile()
 
 
 def is_compiled_for(N, thresholds) -> bool:
@@ -164,15 +172,19 @@ class Layer:
         self.words_MOTP = layout.weight_words(_numpy(bits), self.groups, self.channels)
         masks_OP = layout.channel_masks(self.O, self.channels, self.groups)
         taps = self.words_MOTP.shape[2]
-        self.lanes = lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes())
-        masks_OU, block = lanes.units(masks_OP), lanes.block
-        first, self.width = layout.word_ranges(masks_OU, block)
-        self.uniform = layout.counts_as_uniform(self.numbers[1], self.groups, self.M * self.O * taps // self.groups)
-        self.word_bytes = 8 * layout.image_words(self.N, self.uniform)  # of the bits of 64 channels
+        self._choose_tile(masks_OP, taps)
+        lanes, block = self.lanes, self.lanes.block
+        masks_OU = lanes.units(masks_OP)
+        first, self.width = layout.word_ranges(masks_OU, block, lanes.step)
+        self.word_bytes = lanes.word_bytes(self.N, self.uniform)  # of what the image holds for 64 channels
         self.tiles = len(first)
         self.tile_units = lanes.offsets(first, self.word_bytes)
-        self.weights = layout.tile_weights(lanes.units(self.words_MOTP), first, self.width, block)
-        self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block) if self.groups > 1 else None
+        units_MOTU, self.masks = lanes.units(self.words_MOTP), None
+        if isinstance(lanes, layout.LookUp):
+            units_MOTU = layout.hide_unseen(units_MOTU, masks_OU[:, None])
+        elif self.groups > 1:
+            self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block)
+        self.weights = layout.tile_weights(units_MOTU, first, self.width, block)
         self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2, block))
         per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.T, -1), (self.T, self.channels))
         self.thresholds = layout.threshold_table(per_channel, 64)
@@ -180,6 +192,18 @@ class Layer:
         if self.out_bases:
             self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
             self.out_flips = layout.flip_words(_numpy(out_flips))
+
+    def _choose_tile(self, masks_OP, taps) -> None:
+        """`lanes`, how the layer is counted, and whether its levels are counted as uniform ones."""
+        betas = self.numbers[1]
+        if width := system.look_up_lanes():
+            self.uniform = layout.looks_up_uniform(betas)
+            self.lanes = layout.choose_look_up(masks_OP, taps, self.N, self.uniform, width)
+            if self.lanes is not None:
+                return
+        self.uniform = layout.counts_as_uniform(betas, self.groups, self.M * self.O * taps // self.groups)
+        lanes = layout.ARM_LANES if system.is_arm() else layout.LANES
+        self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes(), lanes)
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
@@ -231,7 +255,7 @@ class Plan:
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(layer, shape[0], len(size))
-        self.in_place = kind == WORDS and not any(padding) and not layer.uniform
+        self.in_place = kind == WORDS and not any(padding) and layer.lanes.image(layer.uniform) == layout.BASES
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
 
@@ -244,7 +268,7 @@ class Plan:
     def _make_tables(self, layer, geometry):
         self.pixel_bytes = layer.P * layer.word_bytes
         self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
-        units = layer.lanes.offsets(np.arange(layer.width), layer.word_bytes)
+        units = layer.lanes.offsets(np.arange(0, layer.width, layer.lanes.step), layer.word_bytes)
         self.tap_offsets = (geometry.taps[:, None] * self.pixel_bytes + units).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
         constants = layout.border_constants(
@@ -290,7 +314,7 @@ class Workspace:
     def __init__(self, layer, plan):
         geometry = plan.geometry
         words_bytes, sums_bytes = prod(geometry.padded) * plan.pixel_bytes, 0
-        if layer.uniform and layer.N == 2:
+        if layer.lanes.image(layer.uniform) == layout.UNIFORM_WORDS and layer.N == 2:
             sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
             words_bytes = -(-words_bytes // 64) * 64
         images = plan.threads if plan.words_by_thread else plan.images
@@ -354,21 +378,22 @@ class Workspace:
 
 
 @functools.cache
-def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes) -> tuple:
+def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes | layout.LookUp) -> tuple:
     """Addresses of the functions that run a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
     """
     start = time.perf_counter()
-    from . import pack, vector
+    from . import lookup, pack, vector
 
-    functions = (
-        vector.run_kernel(),
-        pack.chunk_kernel(N, T, int(uniform)),
-        vector.block_kernel(N, int(uniform), int(masked), lanes),
-    )
+    if isinstance(lanes, layout.LookUp):
+        block = lookup.block_kernel(N, int(uniform), lanes)
+    else:
+        block = vector.block_kernel(N, int(uniform), int(masked), lanes)
+    chunk = pack.chunk_kernel(N, T, lanes.image(uniform), lanes.word_bytes(N, uniform))
+    addresses = tuple(function.address for function in (vector.run_kernel(), chunk, block))
     logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
-    return tuple(function.address for function in functions)
+    return addresses
 
 
 def _address(array) -> int:

@@ -17,10 +17,12 @@ CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit re
 
 PART_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
 #                                          stored, and a little more, since the last tile may reach past the block,
-ROWS_BYTES = 2 * PART_BYTES  # of the at most 32 channels of a tile;
+ROWS_BYTES = 8 * PART_BYTES  # of the at most 128 channels of a tile;
 PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where an image has fewer pixels than a chunk;
-COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to their pixels
-SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
+COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to pixels;
+COUNTERS = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES  # where 16-bit counters begin, of a tile that counts in bytes,
+COUNTERS_BYTES = 24 * 64 * 2  # of at most 24 registers
+SCRATCH_BYTES = COUNTERS + COUNTERS_BYTES
 
 
 class Job(ctypes.Structure):
@@ -52,15 +54,15 @@ class Job(ctypes.Structure):
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T, uniform)
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes)
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes)
+            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or lookup's
             "parts",  # of 16 output channels that a tile has
             "tiles",  # of output channels
-            "weights",  # units [tile][M][tap, unit][16 parts]
+            "weights",  # units [tile][M][tap, unit][16 parts], or nibbles
             "masks",  # units [tile][tap, unit][16 parts], or 0 without groups
             "tile_units",  # where a tile's first unit lies in a pixel, [tile]
-            "tap_offsets",  # where tap and unit lie relative to the window's beginning, [tap, unit]
+            "tap_offsets",  # where tap and unit (or step of nibbles) lie, from the window's beginning, [tap, unit]
             "tap_count",
             "window_taps",  # how many pixels each tap lies from the window's beginning
             "window_tap_count",
