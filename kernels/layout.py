@@ -364,10 +364,14 @@ class Lanes:
 
     A 64-bit lane holds 64 channels of one tap: of a layer with 16 channels it counts three quarters for nothing. So
     lanes are as wide as the layer is deep, and there are more of them.
+
+    To broadcast 16 bits takes more than a load on Intel's processors, to broadcast 32 bits does not. So the words of
+    an image of at most 16 channels hold these twice (repeats = 2), and 32 bits are broadcast.
     """
 
     bits: int = 64
     registers: int = 2
+    repeats: int = 1
 
     @property
     def block(self) -> int:
@@ -383,18 +387,20 @@ class Lanes:
         return units * self.bits // 64 * word_bytes + units * self.bits % 64 // 8
 
     def cost(self, masks_OP: np.ndarray) -> float:
-        """Registers that a tap takes; infinity where blocks begin within words and see more than the rest of them.
+        """Registers that a tap takes, where a register of 16 bits that are not repeated costs a fifth more.
 
-        Broadcasting 16 bits is no load alone on Intel's processors, so there such a register costs a fifth more.
+        Infinity where blocks begin within words and see more than the rest of them, or channels are too many to repeat.
         """
+        if self.repeats > 1 and (masks_OP.shape[1] > 1 or masks_OP.max() >> self.bits):
+            return math.inf
         first, width = word_ranges(self.units(masks_OP), self.block)
         within = first * self.bits % 64
         if ((within > 0) & (within + width * self.bits > 64)).any():
             return math.inf
-        return len(first) * self.registers * width * (1.2 if self.bits == 16 else 1)
+        return len(first) * self.registers * width * (1.2 if self.bits == 16 and self.repeats == 1 else 1)
 
 
-LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1)
+LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1), Lanes(16, 1, repeats=2)
 LONG_WINDOW = 16  # words
 
 

@@ -214,9 +214,14 @@ class Plan:
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(layer, shape[0], len(size))
-        self.in_place = kind == WORDS and not any(padding) and not layer.uniform
+        self.in_place = kind == WORDS and not any(padding) and not layer.uniform and layer.lanes.repeats == 1
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
+        self.words_bytes, self.sums_bytes = prod(geometry.padded) * self.pixel_bytes, 0
+        if layer.uniform and layer.N == 2:
+            self.sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
+            self.words_bytes = -(-self.words_bytes // 64) * 64
+        self.image_bytes = self.words_bytes + self.sums_bytes
 
     def _output_shape(self, layer, B, dimensions):
         size = () if self.linear else self.geometry.output[3 - dimensions :]
@@ -237,6 +242,7 @@ class Plan:
         # the last tile may reach past the image: it recomputes the last pixel, and its rows are not stored
         self.windows = np.pad(geometry.output_pixels, (0, CHUNK), "edge")
         self.pixel_classes = np.pad(class_of_pixel * self.constants[0].nbytes, (0, CHUNK), "edge")
+        self.output_pixels = np.arange(prod(geometry.output))
 
     def run(self, layer, x) -> tuple:
         """(output, whether a NaN was seen)."""
@@ -271,74 +277,97 @@ class Workspace:
     """What one running call owns."""
 
     def __init__(self, layer, plan):
-        geometry = plan.geometry
-        words_bytes, sums_bytes = prod(geometry.padded) * plan.pixel_bytes, 0
-        if layer.uniform and layer.N == 2:
-            sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
-            words_bytes = -(-words_bytes // 64) * 64
         images = plan.threads if plan.words_by_thread else plan.images
-        self.words = None if plan.in_place else layout.aligned_zeros((images, words_bytes + sums_bytes), np.uint8)
-        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
-        self.entry, chunk_kernel, block_kernel = _kernels(
-            layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes
-        )
-        self.job = job = Job(
+        self.words = None if plan.in_place else layout.aligned_zeros((images, plan.image_bytes), np.uint8)
+        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + plan.sums_bytes), np.uint8)
+        out_words = layout.words_of(layer.O)
+        pixel_bytes = 8 * out_words * layer.out_bases if layer.out_bases else 4 * layer.O
+        self.entry = _run_kernel()
+        self.job = job = describe(
+            layer, plan, plan.images, self.scratch,
             input_kind=plan.kind,
-            images=plan.images,
-            channels=layer.channels,
-            pixels=prod(geometry.size),
-            bases=layer.N,
-            channel_words=layer.P,
-            thresholds=_address(layer.thresholds),
-            flips=_address(layer.flips),
-            chunks=_address(plan.chunks),
             chunk_count=0 if plan.in_place else len(plan.chunks),
-            landing=_address(geometry.input_pixels),
             words=0 if plan.in_place else _address(self.words),
-            pixel_bytes=plan.pixel_bytes,
-            words_stride=words_bytes + sums_bytes,
+            words_stride=plan.image_bytes,
             words_by_thread=plan.words_by_thread,
-            differing=words_bytes if sums_bytes else 0,
-            chunk_kernel=chunk_kernel,
-            block_kernel=block_kernel,
-            parts=layer.lanes.block // layout.BLOCK,
-            tiles=layer.tiles,
-            weights=_address(layer.weights),
-            masks=0 if layer.masks is None else _address(layer.masks),
-            tile_units=_address(layer.tile_units),
-            tap_offsets=_address(plan.tap_offsets),
-            tap_count=len(plan.tap_offsets),
-            window_taps=_address(geometry.taps),
-            window_tap_count=len(geometry.taps),
-            window_count=geometry.output_pixels[-1] + 1,
-            start=-(layer.channels // layer.groups * len(geometry.taps) // 2),
-            weight_bases=layer.M,
-            scales=_address(layer.scales),
-            constants=_address(plan.constants),
-            windows=_address(plan.windows),
-            pixel_classes=_address(plan.pixel_classes),
-            blocks=layer.blocks,
-            output_pixels=prod(geometry.output),
-            output_kind=WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR,
-            output_channels=layer.O,
-            output_words=layout.words_of(layer.O),
-            output_bases=layer.out_bases,
-            output_threshold_count=layer.out_T,
-            scratch=_address(self.scratch),
-            scratch_stride=SCRATCH_BYTES + sums_bytes,
-            threads=plan.threads,
-        )
-        if layer.out_bases:
-            job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
-        if plan.threads > 1:
-            pool = system.pool()
-            job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
+            output_stride=prod(plan.geometry.output) * pixel_bytes,
+            output_landing=_address(plan.output_pixels),
+            output_pixel_bytes=pixel_bytes,
+            store_kernel=_store_kernel(
+                WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR, layer.out_bases, layer.out_T
+            ),
+        )  # fmt: skip
         job.address = ctypes.addressof(job)
+
+
+def describe(layer, plan, images, scratch, **places) -> Job:
+    """The record of a call of a layer; `places` say where its input, words and output are."""
+    geometry = plan.geometry
+    chunk_kernel, block_kernel = _kernels(layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes)
+    job = Job(
+        images=images,
+        channels=layer.channels,
+        pixels=prod(geometry.size),
+        bases=layer.N,
+        channel_words=layer.P,
+        thresholds=_address(layer.thresholds),
+        flips=_address(layer.flips),
+        chunks=_address(plan.chunks),
+        landing=_address(geometry.input_pixels),
+        pixel_bytes=plan.pixel_bytes,
+        repeat=sum(1 << 16 * i for i in range(layer.lanes.repeats)),
+        counted=0xFFFF if layer.lanes.repeats > 1 else -1,
+        differing=plan.words_bytes if plan.sums_bytes else 0,
+        chunk_kernel=chunk_kernel,
+        block_kernel=block_kernel,
+        parts=layer.lanes.block // layout.BLOCK,
+        tiles=layer.tiles,
+        weights=_address(layer.weights),
+        masks=0 if layer.masks is None else _address(layer.masks),
+        tile_units=_address(layer.tile_units),
+        tap_offsets=_address(plan.tap_offsets),
+        tap_count=len(plan.tap_offsets),
+        window_taps=_address(geometry.taps),
+        window_tap_count=len(geometry.taps),
+        window_count=geometry.output_pixels[-1] + 1,
+        start=-(layer.channels // layer.groups * len(geometry.taps) // 2),
+        weight_bases=layer.M,
+        scales=_address(layer.scales),
+        constants=_address(plan.constants),
+        windows=_address(plan.windows),
+        pixel_classes=_address(plan.pixel_classes),
+        blocks=layer.blocks,
+        output_pixels=prod(geometry.output),
+        output_channels=layer.O,
+        scratch=_address(scratch),
+        scratch_stride=scratch.strides[0],
+        threads=plan.threads,
+        **places,
+    )
+    if layer.out_bases:
+        job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
+    if plan.threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
+    return job
+
+
+def _run_kernel() -> int:
+    from . import vector
+
+    return vector.run_kernel().address
+
+
+@functools.cache
+def _store_kernel(kind: int, N: int, T: int, uniform: bool = False, repeats: int = 1) -> int:
+    from . import store
+
+    return store.store_kernel(kind, N, T, int(uniform), repeats).address
 
 
 @functools.cache
 def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes) -> tuple:
-    """Addresses of the functions that run a layer of N bases and T thresholds.
+    """Addresses of the functions that pack and convolve for a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
     """
@@ -346,7 +375,6 @@ def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes) -
     from . import pack, vector
 
     functions = (
-        vector.run_kernel(),
         pack.chunk_kernel(N, T, int(uniform)),
         vector.block_kernel(N, int(uniform), int(masked), lanes),
     )

@@ -11,6 +11,7 @@ import numpy as np
 PLANAR = 0  # float32 (B, C, *S): a channel's pixels lie side by side
 INTERLEAVED = 1  # float32 (B, *S, C), torch's channels_last: a pixel's channels lie side by side
 WORDS = 2  # packed words (B, *S, P, N)
+LANDED = 3  # words that lie in the padded image already
 
 PIXEL_BLOCK = 64  # output pixels between two visits to memory: the rows of one block stay in the first-level cache
 CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit register
@@ -51,6 +52,8 @@ class Job(ctypes.Structure):
             "pixel_bytes",  # from one pixel of it to the next
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
+            "repeat",  # a word times this is what the image holds (layout.Lanes)
+            "counted",  # word: the channels of a word of the image that are counted once
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
             "chunk_kernel",  # address of pack.chunk_kernel(N, T, uniform)
             # convolution
@@ -75,13 +78,14 @@ class Job(ctypes.Structure):
             "output_pixels",
             # output
             "output",
-            "output_kind",
+            "output_stride",  # from one image to the next
+            "output_by_thread",  # as words_by_thread
             "output_channels",  # O
-            "output_words",  # ceil(O / 64)
-            "output_bases",  # N of the next layer
-            "output_threshold_count",  # T of the next layer
             "output_thresholds",  # float32 [T of the next layer][block][16]
-            "output_flips",  # words [output_words]
+            "output_flips",  # words [ceil(O / 64)]
+            "output_landing",  # which pixel of the next image each output pixel is, where bits go out,
+            "output_pixel_bytes",  # and from one pixel of that image to the next
+            "store_kernel",  # address of store.store_kernel(kind, N and T of the next layer, form of its image)
             # threads
             "threads",
             "thread_number",  # address of omp_get_thread_num,

@@ -23,7 +23,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
+from .job import CHUNK, INTERLEAVED, JOB_DTYPE, LANDED, PLANE_BYTES, ROWS_BYTES, WORDS
 from .primitives import (
     BITS_16,
     F32,
@@ -106,7 +106,9 @@ def chunk_kernel(N, T, uniform, stamp=STAMP):
         plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
         P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
         nan = 0
-        if job.input_kind == WORDS:
+        if job.input_kind == LANDED:
+            pass
+        elif job.input_kind == WORDS:
             copy_words(job, image, first, words, word_bytes, N, uniform)
         elif job.input_kind == INTERLEAVED:
             nan = pack_interleaved(job, image, first, words, columns, word_bytes, N, T, uniform)
@@ -131,24 +133,24 @@ def send_words(job, first, columns, flip, words, N, uniform):
     """columns [N][16] -> each pixel's place in the padded image."""
     for i in range(min(CHUNK, job.pixels)):
         target = words + load_word(job.landing + 8 * (first + i)) * job.pixel_bytes
-        store_bases(columns + 8 * i, 8 * CHUNK, flip, target, N, uniform)
+        store_bases(columns + 8 * i, 8 * CHUNK, flip, job.repeat, target, N, uniform)
 
 
 @njit
-def store_bases(source, stride, flip, target, N, uniform):
+def store_bases(source, stride, flip, repeat, target, N, uniform):
     """One pixel's words of N bases, `stride` bytes apart at source, XOR flip -> what the image holds of them."""
     if not uniform:
         for n in range(N):
-            store_word(target + 8 * n, load_word(source + n * stride) ^ flip)
+            store_word(target + 8 * n, (load_word(source + n * stride) ^ flip) * repeat)
         return
     a, b = load_word(source) ^ flip, load_word(source + stride) ^ flip
     if N == 2:
-        store_word(target, a ^ b)
-        store_word(target + 8, b)
+        store_word(target, (a ^ b) * repeat)
+        store_word(target + 8, b * repeat)
     else:
         c = load_word(source + 2 * stride) ^ flip
-        store_word(target, (a & b) | (c & (a | b)))
-        store_word(target + 8, a ^ b ^ c)
+        store_word(target, ((a & b) | (c & (a | b))) * repeat)
+        store_word(target + 8, (a ^ b ^ c) * repeat)
 
 
 @njit
@@ -158,7 +160,7 @@ def count_differing(job, first, words):
         pixel = load_word(job.landing + 8 * i)
         at, total = words + pixel * job.pixel_bytes, 0
         for word in range(job.channel_words):
-            total += popcount(load_word(at + 16 * word))
+            total += popcount(load_word(at + 16 * word) & job.counted)
         store_int(words + job.differing + 4 * pixel, total)
 
 
@@ -193,7 +195,8 @@ def pack_interleaved(job, image, first, words, bases, word_bytes, N, T, uniform)
                         t += step
                     step //= 2
                 store_word(bases + 8 * n, bits)
-            store_bases(bases, 8, load_word(flips + 8 * word), target + word * word_bytes, N, uniform)
+            flip = load_word(flips + 8 * word)
+            store_bases(bases, 8, flip, job.repeat, target + word * word_bytes, N, uniform)
         x += pixel_stride
     return nan
 
@@ -206,7 +209,7 @@ def copy_words(job, image, first, words, word_bytes, N, uniform):
         source = job.input + 8 * N * P * (image * job.pixels + pixel)
         target = words + load_word(job.landing + 8 * pixel) * job.pixel_bytes
         for word in range(P):
-            store_bases(source + 8 * N * word, 8, 0, target + word * word_bytes, N, uniform)
+            store_bases(source + 8 * N * word, 8, 0, job.repeat, target + word * word_bytes, N, uniform)
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import INTERLEAVED, PART_BYTES, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
+from .job import PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
 from .pack import JOB
 from .primitives import (
     FLOATS_16,
@@ -48,17 +48,12 @@ from .primitives import (
     INTS_16,
     STAMP,
     Emitter,
-    bits_at_least,
     c_function,
     call,
     call_int,
     call_kernel,
     ir,
-    load_float,
     load_word,
-    store_bits_16,
-    store_float,
-    transpose_8x8,
 )
 
 
@@ -78,7 +73,7 @@ def tile_pixels(counters) -> int:
 @intrinsic(prefer_literal=True)
 def convolve_tile(
     typing, words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
-    windows, pixel_classes, differing, rows, bases, is_uniform, masked, lane_bits, registers, pixels,
+    windows, pixel_classes, differing, rows, bases, is_uniform, masked, lane_bits, registers, repeats, pixels,
 ):  # fmt: skip
     """P pixels x 16 R output channels, complete: float32 rows[R][P][16], PART_BYTES from one R to the next.
 
@@ -92,11 +87,13 @@ def convolve_tile(
     is_uniform          0 or 1: the image holds words for uniform levels
     masked              0 or 1: some lanes see only some of the unit's channels (groups)
     lane_bits           of a lane, which holds an output channel's counter, and of a unit;  registers  Q of them
+    repeats             of a unit in a word
     """
-    literals = bases, is_uniform, masked, lane_bits, registers, pixels
-    N, uniform, masked_value, L, Q, P = (literal.literal_value for literal in literals)
+    literals = bases, is_uniform, masked, lane_bits, registers, repeats, pixels
+    N, uniform, masked_value, L, Q, repeat, P = (literal.literal_value for literal in literals)
     S, counters = layout.image_words(N, uniform), counters_of(N, uniform)
-    UNIT, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), 512 // L)
+    LANE, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), 512 // L)
+    UNITS = ir.IntType(L * repeat)
     R = 512 // L * Q // 16
 
     def emit(context, builder, signature, args):
@@ -107,7 +104,7 @@ def convolve_tile(
         windows = [emitter.offset(words, pixel, pixel_bytes) for pixel in pixels_P]
         classes = [emitter.add(constants, emitter.load(I64, emitter.offset(pixel_classes, p, 8), 8)) for p in range(P)]
         sums_PR = [emitter.load(FLOATS_16, emitter.offset(at, r, 64), 4) for at in classes for r in range(R)]
-        starts_PCQ = [emitter.splat(start if L == 64 else emitter.trunc(start, UNIT), REGISTER)] * (P * counters * Q)
+        starts_PCQ = [emitter.splat(start if L == 64 else emitter.trunc(start, LANE), REGISTER)] * (P * counters * Q)
 
         def differences(words_S, weight):
             """What is to be counted."""
@@ -138,8 +135,9 @@ def convolve_tile(
                     mask_Q = [emitter.load(REGISTER, emitter.offset(masks, k, 64 * Q, q, 64), 64) for q in range(Q)]
                 for p in range(P):
                     at = emitter.add(windows[p], to_tap)
-                    units_S = [emitter.load(UNIT, emitter.offset(at, i, 8), L // 8) for i in range(S)]
-                    words_S = [emitter.splat(unit, REGISTER) for unit in units_S]
+                    units_S = [emitter.load(UNITS, emitter.offset(at, i, 8), L * repeat // 8) for i in range(S)]
+                    splat_S = [emitter.splat(unit, ir.VectorType(UNITS, 512 // UNITS.width)) for unit in units_S]
+                    words_S = [emitter.bitcast(splat, REGISTER) for splat in splat_S]
                     differ_QC = [differences(words_S, weight) for weight in weight_Q]
                     for c in range(counters):
                         for differ_C, mask in zip(differ_QC, mask_Q):
@@ -175,7 +173,7 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
     rows receives float32 [part][pixel - first][16]; a part may be written a little past its pixels, up to a whole tile.
     Returns the end of the pixels.
     """
-    lane_bits, registers = lanes.bits, lanes.registers
+    lane_bits, registers, repeats = lanes.bits, lanes.registers, lanes.repeats
     P, tile_bytes, channel_bytes = tile_pixels(counters_of(N, uniform) * registers), 64 * registers, 4 * lanes.block
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
@@ -193,7 +191,7 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
             convolve_tile(
                 words, job.pixel_bytes, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
                 job.windows + 8 * pixel, job.pixel_classes + 8 * pixel, rows + SCRATCH_BYTES,
-                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, P,
+                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, repeats, P,
             )  # fmt: skip
         return last
 
@@ -223,81 +221,6 @@ def sum_windows(typing, differing, window_taps, tap_count, count, sums):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), emit
-
-
-# --------------------------------------------------------------------------- storing results
-
-
-@njit
-def store_planes(job, image, block, first, last, rows):
-    """rows [pixel][16] -> float32 output [image][channel][pixel]; 8 x 8 at a time where the block is full."""
-    channels = min(job.output_channels - 16 * block, 16)
-    plane = 4 * job.output_pixels
-    output = job.output + (image * job.output_channels + 16 * block) * plane + 4 * first
-    whole = (last - first) // 8 * 8
-    for half in range(0, channels, 8):
-        done = whole if channels >= half + 8 else 0
-        for pixel in range(0, done, 8):
-            transpose_8x8(rows + 64 * pixel + 4 * half, 64, output + half * plane + 4 * pixel, plane)
-        for c in range(half, min(half + 8, channels)):
-            for pixel in range(done, last - first):
-                store_float(output + c * plane + 4 * pixel, load_float(rows + 64 * pixel + 4 * c))
-
-
-@njit
-def store_interleaved(job, image, block, first, last, rows):
-    """rows [pixel][16] -> float32 output [image][pixel][channel]."""
-    channels = min(job.output_channels - 16 * block, 16)
-    for pixel in range(first, last):
-        output = job.output + 4 * ((image * job.output_pixels + pixel) * job.output_channels + 16 * block)
-        for c in range(channels):
-            store_float(output + 4 * c, load_float(rows + 64 * (pixel - first) + 4 * c))
-
-
-@njit
-def store_bits(job, image, block, first, last, rows):
-    """rows [pixel][16] -> 16 bits of the next layer's words, output [image][pixel][word][base]."""
-    word, part = block // 4, block % 4
-    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
-    for pixel in range(first, last):
-        output = job.output + 2 * part
-        output += 8 * job.output_bases * ((image * job.output_pixels + pixel) * job.output_words + word)
-        for n in range(job.output_bases):
-            thresholds = job.output_thresholds + 64 * (n * job.blocks + block)
-            bits = bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
-            store_bits_16(output + 8 * n, bits ^ flips)
-
-
-@njit
-def store_binary_bits(job, image, block, first, last, rows):
-    """The same in the binary code: base n goes on from base n - 1 with its own thresholds (layout.own_thresholds)."""
-    word, part = block // 4, block % 4
-    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
-    N, T = job.output_bases, job.output_threshold_count
-    for pixel in range(first, last):
-        output = job.output + 2 * part + 8 * N * ((image * job.output_pixels + pixel) * job.output_words + word)
-        bits, step = flips, 1 << N
-        for n in range(N):
-            t = step // 2 - 1
-            while t < T:
-                thresholds = job.output_thresholds + 64 * (t * job.blocks + block)
-                bits ^= bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
-                t += step
-            store_bits_16(output + 8 * n, bits)
-            step //= 2
-
-
-@njit
-def store_block(job, image, block, first, last, rows):
-    """16 output channels at pixels first..last, as the call wants them."""
-    if job.output_kind == PLANAR:
-        store_planes(job, image, block, first, last, rows)
-    elif job.output_kind == INTERLEAVED:
-        store_interleaved(job, image, block, first, last, rows)
-    elif job.output_threshold_count == job.output_bases:
-        store_bits(job, image, block, first, last, rows)
-    else:
-        store_binary_bits(job, image, block, first, last, rows)
 
 
 # --------------------------------------------------------------------------- one thread's share
@@ -339,8 +262,8 @@ def convolve_share(job, thread, begin, end):
             )
             summed = image
         last = call_kernel(job.block_kernel, job.address, words, tile, first, rows)
-        for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
-            store_block(job, image, block, first, last, rows + (block - tile * job.parts) * PART_BYTES)
+        output = job.output + job.output_stride * (thread if job.output_by_thread else image)
+        call_kernel(job.store_kernel, job.address, output, tile, first, rows)
         first = last
         if first == output_pixels:
             first, tile = 0, tile + 1
