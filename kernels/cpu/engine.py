@@ -1,5 +1,7 @@
 """The CPU engine: the operators of abcnets (`packed_conv`, `packed_max_pool`; `staircase`, to train) on Numba kernels.
 
+Several layers in one call, `packed_chain`, are in chain.py.
+
 This file is what happens around a kernel: who may use it, what is prepared once and kept, how a call is described.
 
     Layer       what depends on a layer's tensors: weights in tile order, scales, thresholds. Kept beside them.
@@ -252,18 +254,25 @@ class Plan:
             workspace = Workspace(layer, self)
         output = self._empty_output(layer)
         job = workspace.job
-        job.input, job.output, job.saw_nan = x.data_ptr(), output.data_ptr(), 0
+        self.point(job, x)
+        job.output, job.saw_nan = output.data_ptr(), 0
+        system.run(workspace.entry, job.address, self.threads)
+        saw_nan = job.saw_nan
+        self.workspaces.append(workspace)
+        return output, saw_nan
+
+    def point(self, job, x) -> None:
+        """Let the record's input be x."""
+        job.input = x.data_ptr()
         if self.kind != WORDS:
             stride = x.stride()
             job.image_stride, job.channel_stride, job.pixel_stride = 4 * stride[0], 4 * stride[1], 4 * stride[-1]
             if self.linear:
                 job.pixel_stride = 4 * stride[0]
-        elif self.in_place:
-            job.words = job.input
-        system.run(workspace.entry, job.address, self.threads)
-        saw_nan = job.saw_nan
-        self.workspaces.append(workspace)
-        return output, saw_nan
+        else:
+            job.image_stride = 8 * x.stride(0)
+            if self.in_place:
+                job.words = job.input
 
     def _empty_output(self, layer):
         if not layer.out_bases:
@@ -283,7 +292,7 @@ class Workspace:
         out_words = layout.words_of(layer.O)
         pixel_bytes = 8 * out_words * layer.out_bases if layer.out_bases else 4 * layer.O
         self.entry = _run_kernel()
-        self.job = job = describe(
+        self.job = describe(
             layer, plan, plan.images, self.scratch,
             input_kind=plan.kind,
             chunk_count=0 if plan.in_place else len(plan.chunks),
@@ -293,11 +302,10 @@ class Workspace:
             output_stride=prod(plan.geometry.output) * pixel_bytes,
             output_landing=_address(plan.output_pixels),
             output_pixel_bytes=pixel_bytes,
-            store_kernel=_store_kernel(
+            store_kernel=store_kernel(
                 WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR, layer.out_bases, layer.out_T
             ),
         )  # fmt: skip
-        job.address = ctypes.addressof(job)
 
 
 def describe(layer, plan, images, scratch, **places) -> Job:
@@ -349,6 +357,7 @@ def describe(layer, plan, images, scratch, **places) -> Job:
     if plan.threads > 1:
         pool = system.pool()
         job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
+    job.address = ctypes.addressof(job)
     return job
 
 
@@ -359,7 +368,7 @@ def _run_kernel() -> int:
 
 
 @functools.cache
-def _store_kernel(kind: int, N: int, T: int, uniform: bool = False, repeats: int = 1) -> int:
+def store_kernel(kind: int, N: int, T: int, uniform: bool = False, repeats: int = 1) -> int:
     from . import store
 
     return store.store_kernel(kind, N, T, int(uniform), repeats).address
@@ -392,41 +401,73 @@ def _address(array) -> int:
 def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary):
     """abcnets::packed_max_pool, as abcnets.py documents it."""
     size = words.shape[1:-2]
-    output_size, sources = _pool_sources(
+    output_size, sources = pool_sources(
         tuple(size), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
     )
     if sources is None or words.numel() == 0:
         return plain.packed_max_pool(
             words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary
         )
-    from .pool import pool_kernel
-
     words = words.contiguous()
     B, P, N = words.shape[0], *words.shape[-2:]
     output = torch.empty((B, *output_size, P, N), dtype=torch.int64, device="cpu")
-    flip_words = layout.flip_words(flips.numpy())
-    job = PoolJob(
+    flip_words, landing = layout.flip_words(flips.numpy()), np.arange(prod(output_size))
+    job = describe_pool(
+        B, sources, system.thread_count(), pool_kernel(N, binary),
         input=words.data_ptr(),
+        input_stride=8 * prod(size) * P * N,
         output=output.data_ptr(),
-        images=B,
-        input_pixels=prod(size),
-        output_pixels=prod(output_size),
+        output_stride=8 * prod(output_size) * P * N,
+        output_landing=_address(landing),
+        output_pixel_bytes=8 * P * N,
         channel_words=P,
-        bases=N,
-        binary=binary and N > 1,  # one bit's maximum is an OR
         flips=_address(flip_words),
-        sources=_address(sources),
-        taps=sources.shape[1],
-        threads=system.thread_count(),
-    )
-    if job.threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
-    system.run(pool_kernel().address, ctypes.addressof(job), job.threads)
+    )  # fmt: skip
+    from . import pool
+
+    system.run(pool.run_kernel().address, job.address, job.threads)
     return output
 
 
-_pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
+def describe_pool(images, sources, threads, kernel, **places) -> PoolJob:
+    """The record of a pooling; `places` say where its input and output are, and what words mean."""
+    job = PoolJob(
+        images=images, output_pixels=len(sources), sources=_address(sources), taps=sources.shape[1], kernel=kernel,
+        threads=threads, **places,
+    )  # fmt: skip
+    if threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
+    job.address = ctypes.addressof(job)
+    return job
+
+
+@functools.cache
+def pool_kernel(N: int, binary: bool) -> int:
+    """Address of the function that pools words of N bases, or (N = 0) floats."""
+    from . import pool
+
+    if N == 0:
+        return pool.floats_kernel().address
+    return pool.words_kernel(N, int(binary and N > 1)).address  # one bit's maximum is an OR
+
+
+pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
+
+
+# --------------------------------------------------------------------------- several in one call
+
+
+def packed_chain(x, constants, program):
+    """abcnets::packed_chain, as abcnets.py documents it."""
+    return _chains().packed_chain(x, constants, program)
+
+
+@functools.cache
+def _chains():
+    from . import chain  # which is made of what stands above
+
+    return chain
 
 
 # --------------------------------------------------------------------------- the activation quantizer

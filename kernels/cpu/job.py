@@ -34,6 +34,7 @@ class Job(ctypes.Structure):
             # input: images x channels x pixels
             "input",
             "input_kind",
+            "input_by_thread",  # 1: `input` has one image for each thread, as words_by_thread
             "images",
             "channels",
             "image_stride",
@@ -103,22 +104,28 @@ JOB_DTYPE = np.dtype(Job)
 
 
 class PoolJob(ctypes.Structure):
-    """One max-pooling call."""
+    """One max-pooling, of words or of floats."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "input",  # words [image][pixel][P][N]
-            "output",
+            "address",  # of this record
+            "input",  # words [image][pixel][P][N], or float32 [image][pixel][channels]
+            "input_stride",  # from one image to the next
+            "input_by_thread",  # 1: one image for each thread, 0: one for each image
+            "output",  # words [image][pixel][P][N], or float32 [image][channels][pixel]
+            "output_stride",
+            "output_by_thread",
+            "output_landing",  # which pixel of the next image each output pixel of words is,
+            "output_pixel_bytes",  # and from one pixel of that image to the next
             "images",
-            "input_pixels",
             "output_pixels",
+            "channels",
             "channel_words",  # P
-            "bases",  # N
-            "binary",  # 1: words XOR flips are the bits of numbers
             "flips",  # words [P]
             "sources",  # input pixel of each [output pixel][tap]
             "taps",
+            "kernel",  # address of pool.words_kernel() or pool.floats_kernel()
             "threads",
             "thread_number",  # addresses, as in Job
             "thread_count",
@@ -127,6 +134,34 @@ class PoolJob(ctypes.Structure):
 
 
 POOL_JOB_DTYPE = np.dtype(PoolJob)
+
+
+CONVOLUTION, POOL = 0, 1  # kinds of steps
+
+
+class ChainJob(ctypes.Structure):
+    """Layers and pools that run one after the other in one call."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "steps",
+            "kinds",  # [step] CONVOLUTION or POOL
+            "jobs",  # [step] the address of its Job or PoolJob
+            "images",
+            "by_thread",  # 1: a thread takes an image through all steps; 0: all threads share out each step
+            "scratch",  # of each thread, as in Job
+            "scratch_stride",
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+            "barrier",
+            "saw_nan",
+        )
+    ]
+
+
+CHAIN_JOB_DTYPE = np.dtype(ChainJob)
 
 
 STAIRCASE_BLOCK = 2048  # elements: R, G and dL/dR of one block (24 KB) stay in the first-level cache

@@ -48,6 +48,16 @@ from .primitives import (
 JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
 
 
+@intrinsic
+def job_at(typing, address):
+    """The Job at an address, as a pointer."""
+
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(JOB))
+
+    return JOB(types.int64), emit
+
+
 @intrinsic(prefer_literal=True)
 def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, columns, bases, threshold_count):
     """16 pixels x at most 64 channels -> words columns[N][16]; returns bits of the pixels that have a NaN.
@@ -206,7 +216,7 @@ def copy_words(job, image, first, words, word_bytes, N, uniform):
     """Words came in: they only need borders, or to become those of uniform levels."""
     P = job.channel_words
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        source = job.input + 8 * N * P * (image * job.pixels + pixel)
+        source = job.input + image * job.image_stride + 8 * N * P * pixel
         target = words + load_word(job.landing + 8 * pixel) * job.pixel_bytes
         for word in range(P):
             store_bases(source + 8 * N * word, 8, 0, job.repeat, target + word * word_bytes, N, uniform)

@@ -47,9 +47,10 @@ def planes_kernel(stamp=STAMP):
     def store_tile(jobs, output, tile, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
-        last = min(first + PIXEL_BLOCK, job.output_pixels)
+        count, plane = min(PIXEL_BLOCK, job.output_pixels - first), 4 * job.output_pixels
         for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
-            store_planes(job, output, block, first, last, rows)
+            channels = min(job.output_channels - 16 * block, 16)
+            store_planes(rows, count, channels, output + 16 * block * plane + 4 * first, plane)
             rows += PART_BYTES
         return 0
 
@@ -62,9 +63,10 @@ def interleaved_kernel(stamp=STAMP):
     def store_tile(jobs, output, tile, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp
-        last = min(first + PIXEL_BLOCK, job.output_pixels)
+        count, pixel_bytes = min(PIXEL_BLOCK, job.output_pixels - first), 4 * job.output_channels
         for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
-            store_interleaved(job, output, block, first, last, rows)
+            channels = min(job.output_channels - 16 * block, 16)
+            store_interleaved(rows, count, channels, output + 64 * block + first * pixel_bytes, pixel_bytes)
             rows += PART_BYTES
         return 0
 
@@ -94,29 +96,42 @@ def bits_kernel(N, T, uniform, repeats, stamp=STAMP):
 
 
 @njit
-def store_planes(job, output, block, first, last, rows):
-    """rows [pixel][16] -> float32 [channel][pixel]; 8 x 8 at a time where the block is full."""
-    channels = min(job.output_channels - 16 * block, 16)
-    plane = 4 * job.output_pixels
-    output += 16 * block * plane + 4 * first
-    whole = (last - first) // 8 * 8
+def store_planes(rows, count, channels, output, plane):
+    """rows [count pixels][16] -> float32 [channel][pixel], `plane` bytes from one channel to the next.
+
+    8 x 8 at a time where there are as many.
+    """
+    whole = count // 8 * 8
     for half in range(0, channels, 8):
         done = whole if channels >= half + 8 else 0
         for pixel in range(0, done, 8):
             transpose_8x8(rows + 64 * pixel + 4 * half, 64, output + half * plane + 4 * pixel, plane)
         for c in range(half, min(half + 8, channels)):
-            for pixel in range(done, last - first):
+            for pixel in range(done, count):
                 store_float(output + c * plane + 4 * pixel, load_float(rows + 64 * pixel + 4 * c))
 
 
 @njit
-def store_interleaved(job, output, block, first, last, rows):
-    """rows [pixel][16] -> float32 [pixel][channel]."""
-    channels = min(job.output_channels - 16 * block, 16)
-    for pixel in range(first, last):
-        target = output + 4 * (pixel * job.output_channels + 16 * block)
-        for c in range(channels):
-            store_float(target + 4 * c, load_float(rows + 64 * (pixel - first) + 4 * c))
+def store_interleaved(rows, count, channels, output, pixel_bytes):
+    """rows [count pixels][16] -> float32 [pixel][channel]."""
+    for pixel in range(count):
+        if channels == 16:
+            copy_floats_16(rows + 64 * pixel, output + pixel * pixel_bytes)
+        else:
+            for c in range(channels):
+                store_float(output + pixel * pixel_bytes + 4 * c, load_float(rows + 64 * pixel + 4 * c))
+
+
+@intrinsic
+def copy_floats_16(typing, source, target):
+    """Sixteen float32 from one address to another."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        emitter.store(emitter.load(FLOATS_16, args[0], 4), args[1], 4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
 
 
 @intrinsic(prefer_literal=True)

@@ -240,7 +240,8 @@ def pack_share(job, thread, begin, end):
     for task in range(begin, end):
         image = task // job.chunk_count
         first = load_word(job.chunks + 8 * (task % job.chunk_count))
-        nan |= call_kernel(job.chunk_kernel, job.address, image, first, image_words(job, image, thread), scratch)
+        source = thread if job.input_by_thread else image
+        nan |= call_kernel(job.chunk_kernel, job.address, source, first, image_words(job, image, thread), scratch)
     return nan
 
 
@@ -271,6 +272,21 @@ def convolve_share(job, thread, begin, end):
             tile, image = 0, image + 1
 
 
+@njit
+def run_images(job, thread, begin, end, part, parts):
+    """A thread's part of `parts` of all that is to be done for images begin..end; non-zero where a NaN was seen."""
+    nan, chunks = 0, (end - begin) * job.chunk_count
+    if chunks > 0:
+        start = begin * job.chunk_count
+        nan = pack_share(job, thread, start + chunks * part // parts, start + chunks * (part + 1) // parts)
+        if parts > 1:
+            call(job.barrier)
+    tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
+    start, tasks = begin * tasks, (end - begin) * tasks
+    convolve_share(job, thread, start + tasks * part // parts, start + tasks * (part + 1) // parts)
+    return nan
+
+
 @functools.cache
 def run_kernel(stamp=STAMP):
     """The function that every thread of the pool runs, once a call."""
@@ -283,18 +299,11 @@ def run_kernel(stamp=STAMP):
         if job.threads > 1:
             thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         nan = 0
-        tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
         if job.words_by_thread:
             for image in range(job.images * thread // threads, job.images * (thread + 1) // threads):
-                nan |= pack_share(job, thread, image * job.chunk_count, (image + 1) * job.chunk_count)
-                convolve_share(job, thread, image * tasks, (image + 1) * tasks)
+                nan |= run_images(job, thread, image, image + 1, 0, 1)
         else:
-            chunks, tasks = job.images * job.chunk_count, job.images * tasks
-            if chunks > 0:
-                nan = pack_share(job, thread, chunks * thread // threads, chunks * (thread + 1) // threads)
-                if threads > 1:
-                    call(job.barrier)
-            convolve_share(job, thread, tasks * thread // threads, tasks * (thread + 1) // threads)
+            nan = run_images(job, thread, 0, job.images, thread, threads)
         if nan:
             job.saw_nan = 1
 
