@@ -1794,7 +1794,7 @@ def _first_tensor(output) -> Tensor | None:
 # Activations travel between layers as int64 words (B, *S, P, N), P = ceil(C / 64): bit c % 64 of word c // 64 is 1
 # where A_n = +1 at channel c, spare bits are 0.
 #
-# The two operators below are in plain torch: they unpack and run a float convolution, right everywhere, fast nowhere.
+# The operators below are in plain torch: they unpack and run a float convolution, right everywhere, fast nowhere.
 # Engines (abcnets_kernels) implement them for a device, on the same tensors.
 
 
@@ -2511,16 +2511,17 @@ class PackedChain(nn.Module):
         if torch.compiler.is_exporting() or not _runs_chains("cpu"):
             return None
         kept = self._kept
-        if torch.compiler.is_compiling():
-            return kept if kept is not None and kept[1] else None
-        if type(x) is not Tensor or torch.jit.is_tracing():
+        if not torch.compiler.is_compiling():
+            if type(x) is not Tensor or torch.jit.is_tracing():
+                return None
+            if kept is None or not _are_same(kept[3]):
+                kept = self._kept = self._gather()
+        if kept is None or not kept[1]:
             return None
-        if kept is None or not all(
-            own.get(name) is tensor and (version is None or tensor._version == version)
-            for own, name, tensor, version in kept[3]
-        ):
-            kept = self._kept = self._gather()
-        return None if any(kept[2]) or not kept[1] else kept
+        for hooks in kept[2]:
+            if hooks:
+                return None
+        return kept
 
     def _gather(self) -> tuple:
         """(bytes of all tensors, program, dictionaries of hooks, [(where a tensor is, name, tensor, version)]).
@@ -2551,6 +2552,14 @@ class PackedChain(nn.Module):
                         size += len(pieces[-1])
                 steps.append([name, arguments])
             return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen
+
+
+def _are_same(seen: list) -> bool:
+    """Whether tensors [(dictionary, name, tensor, version)] are where they were, and what they were."""
+    for own, name, tensor, version in seen:
+        if own.get(name) is not tensor or (version is not None and tensor._version != version):
+            return False
+    return True
 
 
 def _pool_sizes(pool: nn.Module) -> tuple:

@@ -7,6 +7,9 @@ with the comparison. No float tensor is written on the way. Behind any other pro
 residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them. A BatchNorm whose
 result is needed in float folds into the scales and bias of the convolution in front of it.
 
+Last, layers and pools that only read one another, and a max-pool of floats behind them, become the steps of one module,
+a PackedChain: an engine runs it in one call (cpu/chain.py).
+
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
 
@@ -239,7 +242,10 @@ class _Fusion:
                 continue
             taken.update(steps)
             name = self.unused(f"chain_{first.name.strip('_')}")
-            self.fused.add_module(name, self.abcnets.PackedChain([self.module_of(node) for node in steps]))
+            modules = [self.module_of(node) for node in steps]
+            self.fused.add_module(name, self.abcnets.PackedChain(modules))
+            for layer in filter(self.is_packed, modules):
+                layer.folded = True
             with self.fused.graph.inserting_after(steps[-1]):
                 call = self.fused.graph.call_module(name, (_argument(first),))
             steps[-1].replace_all_uses_with(call)

@@ -39,6 +39,7 @@ so that 1-D, 2-D and 3-D are one case.
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
                                         ...[P][2]                (d, a_2) or (carry, sum) for uniform levels
+                                        of at most 16 channels   perhaps twice in a word (Lanes.repeats)
     file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
     weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
     CPU tiles            uint{16, 32, 64} [block of O][M][tap, unit][Q][512 / bits]   one lane an output channel; a unit

@@ -58,6 +58,8 @@ class Chain:
 
     def _add(self, name, *arguments):
         before = self.steps[-1] if self.steps else None
+        if before is None and name != "packed_conv":
+            raise ValueError(f"packed_chain: the first step is a packed_conv, got {name}")
         if name == "packed_conv":
             *tensors, channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases = arguments
             step = Layer((*tensors, out_thresholds, out_flips), channels, groups, out_bases)

@@ -22,9 +22,8 @@ and thread (`sum_windows`), for all windows that could begin at any pixel: sixte
 
 **The loop nest**: image -> a tile's output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
 128 channels: 43 KB a base) stay in the second-level cache, one tile's weights (9 x 128 bits x 16: 2.3 KB a base) in
-the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats in
-planes (8 x 8 transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float
-tensor is written at all.
+the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats or as
+the next layer's bits (store.py).
 
 **Threads** are torch's own (system.py). With several images a thread takes whole images, packs each into a buffer
 of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
