@@ -8,6 +8,15 @@ RUN = out/run
 RECORD = --results notebooks/results --replace
 PAPERMILL = TQDM_DISABLE=1 $(BIN)/papermill --cwd notebooks --log-output --no-request-save-on-cell-execute
 
+# M, N and code of the rows; TRAIN: the float network of a data set, then these of it
+SETTINGS = "1 1" "1 2 --code binary" "2 2" "2 2 --code binary" "3 3" "3 3 --code binary"
+MORE_SETTINGS = "5 5" "1 3" "3 1" "1 none" "2 none" "2 none --code binary" "3 none"
+CIFAR_SETTINGS = "1 1" "1 2 --code binary" "2 2 --code binary" "3 3 --code binary" "1 none" "2 none"
+TRAIN = $(BIN)/python notebooks/experiment.py pretrain --dataset $(1) $(3) $(RECORD) && \
+	for setting in $(2); do set -- $$setting; M=$$1; N=$$2; shift 2; \
+		$(BIN)/python notebooks/experiment.py finetune --dataset $(1) --weight-bases $$M --activation-bases $$N $$@ $(3) \
+		$(RECORD) || exit 1; done
+
 .PHONY: help run test lab bench results ablation codes writeup clean
 
 help:
@@ -15,7 +24,7 @@ help:
 	@echo "make test     style and tests"
 	@echo "make lab      the notebooks in the browser"
 	@echo "make bench    the speed of kernels and networks, into their results/"
-	@echo "make results  the accuracy table on Fashion-MNIST, into notebooks/results and out (hours; resumes; replaces)"
+	@echo "make results  the accuracy tables, into notebooks/results, notebooks/trained and out (a day; resumes; replaces)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
 	@echo "make codes    what each code is worth, on a third of Fashion-MNIST, three seeds (hours)"
 	@echo "make writeup  writeup/writeup.pdf"
@@ -46,12 +55,13 @@ bench: $(INSTALLED)
 	$(BIN)/python notebooks/speed.py
 
 results: $(INSTALLED)
-	$(BIN)/python notebooks/experiment.py pretrain --dataset fashion-mnist $(RECORD)
-	for bases in "1 1" "2 2" "3 3" "5 5" "1 none" "2 none" "3 none" "1 3" "3 1"; do set -- $$bases; \
-		$(BIN)/python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases $$1 --activation-bases $$2 \
-		$(RECORD) || exit 1; done
+	for seed in 0 1 2; do $(call TRAIN,fashion-mnist,$(SETTINGS),--seed $$seed) || exit 1; done
+	$(call TRAIN,fashion-mnist,$(MORE_SETTINGS),)
+	$(call TRAIN,cifar10-jpeg,$(CIFAR_SETTINGS),)
+	for dataset in fashion-mnist cifar10-jpeg; do \
+		$(BIN)/python notebooks/experiment.py collect --dataset $$dataset --results notebooks/results || exit 1; done
 	$(BIN)/python notebooks/compare.py --results notebooks/results
-	$(BIN)/python notebooks/experiment.py table --dataset fashion-mnist --readme
+	$(BIN)/python writeup/build.py
 
 ablation: $(INSTALLED)
 	for seed in 0 1 2; do for choice in "" --per-layer --even-shifts --learn-shifts --scale-gradient "--distill 0" "--calibrate 0"; do \

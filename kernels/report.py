@@ -14,7 +14,6 @@ Within a sentence, the same without line breaks: <!-- accuracy: python writeup/b
 import math
 import os
 import re
-from dataclasses import asdict
 from pathlib import Path
 
 HERE = Path(__file__).parent
@@ -61,17 +60,6 @@ def fill(page: Path | str, command: str, values: dict[str, str]) -> str:
     return new
 
 
-def row_of(shape, contender: str, bases, microseconds: float, operations=None) -> dict:
-    """What a row says on every device; `bases` is "" for what is not made of bits."""
-    operations = shape.macs * (bases or 1) ** 2 if operations is None else operations
-    return asdict(shape) | {
-        "contender": contender,
-        "bases": bases,
-        "microseconds": round(microseconds, 2),
-        "operations_per_second": float(f"{operations / microseconds * 1e6:.4g}"),
-    }
-
-
 def refill(page: Path, command: str, values: dict[str, str]) -> None:
     """`fill` a page where it is; it is replaced whole or not at all."""
     text, temporary = fill(page, command, values), page.with_name(f".{page.name}.{os.getpid()}")
@@ -83,11 +71,19 @@ def refill(page: Path, command: str, values: dict[str, str]) -> None:
 
 
 def write(device: str, rows: list[dict]) -> None:
-    """Rows of "cpu" or "cuda" as results/DEVICE.csv, and what the README shows of them."""
+    """Rows of "cpu" or "cuda" into results/DEVICE.csv, and what the README shows of them.
+
+    A CPU's take the place of those of the same machine, that is of one hardware and instruction set; others stay.
+    """
     import pandas as pd
 
     RESULTS.mkdir(exist_ok=True)
-    pd.DataFrame(rows).to_csv(RESULTS / f"{device}.csv", index=False, lineterminator="\n")
+    path, new = RESULTS / f"{device}.csv", pd.DataFrame(rows, dtype=object)
+    if device == "cpu" and path.exists():
+        old = pd.read_csv(path, dtype=str, keep_default_na=False)  # so that they stay to the letter
+        measured = pd.MultiIndex.from_frame(new[MACHINE])
+        new = pd.concat([old[~pd.MultiIndex.from_frame(old[MACHINE]).isin(measured)], new])
+    new.to_csv(path, index=False, lineterminator="\n")
     write_readme(device)
 
 
@@ -130,75 +126,128 @@ def _convolution(key) -> str:
 
 # --------------------------------------------------------------------------- CPU
 
-
-def _medians(rows):
-    """Median of times_float32 and times_int8 over the 3 x 3 convolutions, by (contender, threads, bases)."""
-    columns = ["times_float32", "times_int8"]
-    return rows[rows.K == 3].groupby(["contender", "threads", "bases"])[columns].median()
+MACHINE = ["hardware", "isa"]
+SETTING = ["M", "N", "code"]
+SHOWN = [(1, 1, "thermometer"), (1, 2, "uniform"), (2, 2, "uniform"), (2, 2, "binary"), (3, 3, "binary")]
 
 
-def _bases(rows) -> list[int]:
-    return sorted(rows.bases.dropna().astype(int).unique().tolist())
+def bits_of(rows):
+    """Those of the rows that are made of bits, with whole numbers for M and N."""
+    return rows[rows.M.notna()].astype({"M": int, "N": int})
+
+
+def medians(rows):
+    """Medians over the 3 x 3 convolutions of one machine, by (contender, threads, M, N, code)."""
+    columns = ["times_float32", "times_int8", "share_of_bound"]
+    return bits_of(rows[rows.K == 3]).groupby(["contender", "threads", *SETTING])[columns].median()
+
+
+def crossing(rows, column: str) -> int | None:
+    """The largest measured M N at which bits in any code but uniform levels win, floats in and out, fewest threads."""
+    found = medians(rows).loc["packed", rows.threads.min()].reset_index()
+    found = found[found.code != "uniform"].assign(products=lambda table: table.M * table.N)
+    best = found.groupby("products")[column].max()
+    lost = best.index[best < 1]
+    won = best.index[best.index < (lost.min() if len(lost) else math.inf)]
+    return int(won.max()) if len(won) else None
+
+
+def setting_name(M, N, code) -> str:
+    return f"{M} × {N}" if code == "thermometer" else f"{M} × {code} {N}"
+
+
+def _shown(rows) -> list[tuple]:
+    """The settings of the tables: `SHOWN`, as far as they were measured, or all."""
+    there = sorted(set(bits_of(rows)[SETTING].itertuples(index=False, name=None)), key=lambda s: (s[0] * s[1], s))
+    return [setting for setting in SHOWN if setting in there] if set(SHOWN) <= set(there) else there
+
+
+def _table(head: list[str], lines: list[list[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines]]
 
 
 def cpu_table(rows) -> str:
-    """Times as fast as the best float32 (as the best int8, share of the bound), in Markdown."""
+    """Times as fast as the best float32 (as the best int8, share of the bound), in Markdown, machine by machine."""
     if rows is None:
         return "Not measured yet."
-    bases, first, medians = _bases(rows), rows.iloc[0], _medians(rows)
-    out = [
-        f"{first.hardware}; {first.versions}. A core's clock is {first.clock_ghz:.2f} GHz and it counts at most "
-        f"{first.bound_tops:.2f} T bit products a second, measured (`cpu/peak.py`).",
-        "",
-        "Times as fast as the faster float32 layout / as the fastest int8 (share of the bound); float in, float out:",
-        "",
-        "| convolution | threads | float32 | int8 | " + " | ".join(f"M = N = {n}" for n in bases) + " |",
-        "|---|---|---|---|" + "---|" * len(bases),
-    ]
-    for (*shape, threads), group in rows.groupby([*SHAPE, "threads"], sort=False):
-        rivals = [group[group.contender.str.startswith(kind)].microseconds.min() for kind in ("float32", "int8")]
-        packed = group[group.contender == "packed"].set_index("bases")
-        cells = [
-            f"{row.times_float32:.2f} / {row.times_int8:.2f} ({row.share_of_bound:.0%})"
-            for row in (packed.loc[n] for n in bases)
+    out = []
+    for (hardware, isa), here in rows.groupby(MACHINE, sort=False):
+        settings, first, found = _shown(here), here.iloc[0], medians(here)
+        names = [setting_name(*setting) for setting in settings]
+        limits = [crossing(here, column) or "none" for column in ("times_float32", "times_int8")]
+        out += [
+            f"**{hardware}, {isa}.** {first.versions}. A core's clock is {first.clock_ghz:.2f} GHz and it counts at "
+            f"most {first.bound_tops:.2f} T bit products a second, measured (`cpu/peak.py`). Times as fast as the "
+            "fastest float32 / as the fastest int8 (share of the bound), medians over the 3 x 3 convolutions:",
+            "",
         ]
-        times = [f"{us:,.0f} us" for us in rivals]
-        out.append("| " + " | ".join([_convolution(shape), str(threads), *times, *cells]) + " |")
-    for contender, what in (("packed", "float in and out"), ("words", "bits in and out")):
-        for threads in sorted(rows.threads.unique()):
-            speeds = [medians.loc[contender, threads, n] for n in bases]
-            cells = [f"**{row.times_float32:.2f}** / {row.times_int8:.2f}" for row in speeds]
-            out.append(f"| median of 3x3, {what} | {threads} | | | " + " | ".join(cells) + " |")
+        lines = []
+        for contender, what in (("packed", "floats in and out"), ("words", "bits in and out")):
+            for threads in sorted(here.threads.unique().tolist()):
+                cells = [f"**{row.times_float32:.2f}** / {row.times_int8:.2f} ({row.share_of_bound:.0%})"
+                         for row in (found.loc[(contender, threads, *setting)] for setting in settings)]  # fmt: skip
+                lines.append([f"{what}, {threads} thread{'s' * (threads > 1)}", *cells])
+        out += [*_table(["M × N", *names], lines), ""]
+        out += [f"The largest measured M N at which bits win, on the fewest threads: {limits[0]} against float32, "
+                f"{limits[1]} against int8.", "", *_by_shape(here, settings, names), ""]  # fmt: skip
     return "\n".join(out)
 
 
+def _by_shape(rows, settings, names) -> list[str]:
+    """Every convolution of one machine, folded away."""
+    lines = []
+    for (*shape, threads), group in rows.groupby([*SHAPE, "threads"], sort=False):
+        rivals = [group[group.contender.str.startswith(kind)].microseconds.min() for kind in ("float32", "int8")]
+        packed = bits_of(group[group.contender == "packed"]).set_index(SETTING)
+        cells = [f"{row.times_float32:.2f} / {row.times_int8:.2f} ({row.share_of_bound:.0%})"
+                 for row in (packed.loc[setting] for setting in settings)]  # fmt: skip
+        openvino = group[group.contender == "OpenVINO"].microseconds
+        lines.append([_convolution(shape), str(threads), *(f"{us:,.0f} us" for us in rivals),
+                      f"{openvino.iloc[0]:,.0f} us" if len(openvino) else "-", *cells])  # fmt: skip
+    head = ["convolution", "threads", "float32", "int8", "OpenVINO 1 × 1", *names]
+    return ["<details><summary>Every convolution, floats in and out</summary>", "", *_table(head, lines), "",
+            "</details>"]  # fmt: skip
+
+
 def cpu_figure(rows, path: Path) -> None:
-    """Speed against float32 by M = N, one panel a thread count, one line a size, int8 for comparison."""
+    """Speed against float32 by M N, on the fewest threads: a panel a machine, a line a size, int8 for comparison."""
     plt = _pyplot()
-    bases, medians, counts = _bases(rows), _medians(rows), sorted(rows.threads.unique().tolist())
-    fig, axes = plt.subplots(1, len(counts), figsize=(5.2 * len(counts), 4), sharey=True, squeeze=False)
-    for ax, threads in zip(axes[0], counts):
-        here = rows[rows.threads == threads]
-        for (_, _, K, *_), group in here[here.contender == "packed"].groupby(SHAPE, sort=False):
+    machines = list(rows.groupby(MACHINE, sort=False))
+    fig, axes = plt.subplots(1, len(machines), figsize=(5.2 * len(machines), 4), sharey=True, squeeze=False)
+    for ax, ((hardware, isa), here) in zip(axes[0], machines):
+        here = here[here.threads == here.threads.min()]
+        bits = bits_of(here).assign(products=lambda table: table.M * table.N)
+        packed = bits[(bits.contender == "packed") & (bits.code != "uniform")]
+        for (_, _, K, *_), group in packed.groupby(SHAPE, sort=False):
+            line = group.groupby("products").times_float32.max()
             color = "tab:blue" if K == 3 else "tab:gray"
-            ax.plot(group.bases, group.times_float32, "o-", color=color, alpha=0.35, linewidth=1, markersize=3)
-        for contender, style, label in (("packed", "o-", "median of 3x3"), ("words", "s--", "the same, bits to bits")):
-            line = [medians.times_float32[contender, threads, n] for n in bases]
-            ax.plot(bases, line, style, color="tab:red", label=label)
+            ax.plot(line.index, line, "o-", color=color, alpha=0.3, linewidth=1, markersize=2.5)
+        line = packed[packed.K == 3].groupby("products").times_float32.median()
+        ax.plot(line.index, line, "o-", color="tab:red", label="bits, median of 3 x 3")
+        uniform = bits[(bits.contender == "packed") & (bits.code == "uniform") & (bits.K == 3)]
+        line = uniform.groupby("products").times_float32.median()
+        if len(line):
+            ax.plot(line.index, line, "^", color="tab:orange", label="uniform levels")
         int8 = here[here.contender.str.startswith("int8") & (here.K == 3)].groupby(SHAPE).times_float32.max().median()
-        ax.axhline(int8, color="tab:green", linestyle=":", label="int8, median of 3x3")
+        ax.axhline(int8, color="tab:green", linestyle=":", label="int8, median of 3 x 3")
         ax.axhline(1, color="black", linewidth=0.8, label="float32")
-        ax.set(xlabel="M = N", yscale="log", title=f"{threads} thread{'s' * (threads > 1)}", xticks=bases)
+        ax.set(xlabel="binary convolutions, M N", xscale="log", yscale="log", title=f"{hardware}\n{isa}")
+        ax.set_xticks([1, 2, 4, 9, 16, 25], ["1", "2", "4", "9", "16", "25"])
         ax.set_yticks([0.5, 1, 2, 5, 10, 20], ["0.5", "1", "2", "5", "10", "20"])
+        ax.minorticks_off()
         ax.grid(alpha=0.3)
     axes[0][0].set_ylabel("times as fast as float32")
-    axes[0][0].legend(frameon=False)
+    axes[0][0].legend(frameon=False, fontsize=8)
     fig.tight_layout()
     fig.savefig(path, metadata={"Date": None})
     plt.close(fig)
 
 
 # --------------------------------------------------------------------------- CUDA
+
+
+def _bases(rows) -> list[int]:
+    return sorted(rows.bases.dropna().astype(int).unique().tolist())
 
 
 def _mean_speedup(rows, rival: str, ours, bases: int) -> float:

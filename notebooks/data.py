@@ -1,6 +1,7 @@
 """Data sets: every image in memory as one uint8 tensor, augmented and normalized a batch at a time."""
 
 import copy
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,17 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, Sampler
 
 @dataclass
 class Data:
-    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training and for testing.
+    """Images (n, C, H, W) in uint8 and labels (n,) in int64, for training, for choosing and for testing.
+
+    Curves show and choices are made on the validation images, so that the test images tell of a finished network only.
 
     Attributes:
+        validation_images, validation_labels: where none are given, they are taken from the training images, see
+            `hold_out`.
         limit: how many of the training images these are, drawn by `load_data`; None for all of them.
         mean, std (C,): of all pixels of the training images that it is made with, by which `normalize` works.
+
+    Raises: DataError where there are fewer than two training images and no validation images.
     """
 
     name: str
@@ -28,12 +35,19 @@ class Data:
     train_labels: Tensor
     test_images: Tensor
     test_labels: Tensor
+    validation_images: Tensor | None = None
+    validation_labels: Tensor | None = None
     flip: bool = True
     shift: int = 2
     limit: int | None = None
     test_batch_size = 500
 
     def __post_init__(self):
+        if self.validation_images is None:
+            images, labels = self.train_images, self.train_labels
+            kept, held = hold_out(len(labels))
+            self.train_images, self.train_labels = images[kept], labels[kept]
+            self.validation_images, self.validation_labels = images[held], labels[held]
         counts = [torch.bincount(channel.flatten(), minlength=256) for channel in self.train_images.unbind(1)]
         share = torch.stack(counts).double() / counts[0].sum()  # (C, 256): exact, and no image becomes floats
         level = torch.arange(256, dtype=share.dtype, device=share.device) / 255
@@ -44,8 +58,9 @@ class Data:
     def to(self, device) -> "Data":
         """The same on a device; this one stays where it is."""
         there = copy.copy(self)
-        for name in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
-            setattr(there, name, getattr(self, name).to(device))
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(there, name, value.to(device))
         return there
 
     @property
@@ -83,12 +98,18 @@ class Data:
 
     def test_loader(self, batch_size: int = test_batch_size) -> DataLoader:
         """The test images as they are, in their order."""
+        return self._loader(self.test_images, self.test_labels, batch_size)
 
+    def validation_loader(self, batch_size: int = test_batch_size) -> DataLoader:
+        """The validation images likewise."""
+        return self._loader(self.validation_images, self.validation_labels, batch_size)
+
+    def _loader(self, images: Tensor, labels: Tensor, batch_size: int) -> DataLoader:
         def pick(places):
             places = places.to(self.device)
-            return self.normalize(self.test_images[places].permute(0, 2, 3, 1)), self.test_labels[places]
+            return self.normalize(images[places].permute(0, 2, 3, 1)), labels[places]
 
-        return DataLoader(WholeBatches(len(self.test_images), pick), batch_size, collate_fn=_as_it_is)
+        return DataLoader(WholeBatches(len(labels), pick), batch_size, collate_fn=_as_it_is)
 
     def test_batches(self, batch_size: int = test_batch_size):
         return iter(self.test_loader(batch_size))
@@ -98,6 +119,18 @@ class Data:
         generator = torch.Generator().manual_seed(seed)
         picks = torch.randperm(len(self.train_images), generator=generator)[:count].to(self.train_images.device)
         return [self.normalize(self.train_images[part].permute(0, 2, 3, 1)) for part in picks.split(batch_size)]
+
+
+def hold_out(count: int) -> tuple[Tensor, Tensor]:
+    """The places of so many training images in two parts: to train with, and to validate with.
+
+    The latter are the last 5,000 of a seeded draw, or the last tenth where that is less.  Raises: DataError.
+    """
+    if count < 2:
+        raise DataError(f"two training images are the least, one of them to validate with; got {count}")
+    places = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    held = min(5000, math.ceil(count / 10))
+    return places[:-held].sort().values, places[-held:].sort().values
 
 
 class WholeBatches(Dataset):

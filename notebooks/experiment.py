@@ -4,6 +4,7 @@
     python notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py evaluate --dataset fashion-mnist --weight-bases 3 --activation-bases 3
     python notebooks/experiment.py table --dataset fashion-mnist
+    python notebooks/experiment.py collect --dataset fashion-mnist
     python notebooks/experiment.py sensitivity --dataset fashion-mnist
     python notebooks/experiment.py step
     python notebooks/experiment.py compile
@@ -11,7 +12,8 @@
 Every run is what its recipe says and is named after it (`fashion-mnist/M3-N3`), keeps its network and its checkpoint in
 `out/`, goes on where it was if it is started again after Ctrl-C or a kill, and leaves a row in `out/results/runs.csv`
 and its training curve in `out/results/curves/`. What is kept of another recipe under the same name, such as of other
-epochs, is replaced on `--replace` only. (The tables in `notebooks/results/` are those of `make results` and its like.)
+epochs, is replaced on `--replace` only. (The tables in `notebooks/results/` are those of `make results` and its like,
+and `collect` brings their networks to `notebooks/trained/`, from where they are taken if `out/` has none.)
 
 The same commands run on many devices, by Hugging Face Accelerate, wherever one of these starts them:
 
@@ -34,9 +36,9 @@ import budget
 import torch
 from accelerate import PartialState
 from data import Data, load_data
-from files import RESULTS, ROOT, writable
+from files import ROOT, TRAINED, writable
 from recipe import Recipe
-from runs import FILL, binarized, keep_rows, load_float, pretrained, read_csv, readme_blocks, write_csv
+from runs import binarized, collect, keep_rows, load_float, pretrained, read_csv, write_csv
 from step import measure_compiled, measure_steps, use_threads
 from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
@@ -57,7 +59,6 @@ from kernels.command import (
     interrupt_on_sigterm,
     present_device,
 )
-from kernels.report import refill
 
 
 def run_pretrain(options) -> None:
@@ -97,8 +98,12 @@ def run_table(options) -> None:
         percent = row[["float", "binarized", "calibrated", "accuracy"]]
         cells = ("-" if value != value else f"{value:.2f} %" for value in percent)  # NaN, where nothing was measured
         print("{:32}{:>9}{:>18}{:>19}{:>19}".format(row["run"], *cells))
-    if options.readme:
-        refill(ROOT / "README.md", FILL, readme_blocks(options.results))
+
+
+def run_collect(options) -> None:
+    writable(options.trained)
+    for path in collect(load_data(options.dataset, options.data), options.out, options.results, options.trained):
+        print(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def run_sensitivity(options) -> None:
@@ -231,7 +236,7 @@ def command_line() -> Parser:
         added.set_defaults(run=run)
         return added
 
-    epochs = "default: 12 for digits, 20 for fashion-mnist, else 60"
+    epochs = "default: 12 for digits, 20 (fine-tuning 10) for fashion-mnist, else 30 (15)"
     train = command("pretrain", run_pretrain, "train a float network", dataset, training, where)
     train.add_argument("--epochs", type=COUNT, help=epochs)
     tune = command("finetune", run_finetune, "binarize a float network, calibrate it, train it on", dataset, bases,
@@ -243,7 +248,9 @@ def command_line() -> Parser:
     command("evaluate", run_evaluate, "test accuracy of a kept network", dataset, bases, variations, training, where)
     table = command("table", run_table, "float, binarized, calibrated, fine-tuned accuracy of all recorded runs")
     table.add_argument("--dataset", help="only this one")
-    table.add_argument("--readme", action="store_true", help="write the README's tables too")
+    kept = command("collect", run_collect, "the networks of the main rows, from OUT to where the repository has them")
+    kept.add_argument("--dataset", default="digits", metavar="NAME", help="default: digits")
+    kept.add_argument("--trained", type=Path, default=TRAINED, help="default: notebooks/trained")
     layers = command("sensitivity", run_sensitivity, "which layers hurt most; what mixing gains", dataset, where)
     layers.add_argument("--from", **start)
     layers.add_argument("--code", **code)
@@ -263,7 +270,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command_line()
     options = parser.parse_args(arguments)
     if options.results is None:
-        options.results = RESULTS if options.run is run_table and options.readme else options.out / "results"
+        options.results = options.out / "results"
     if "device" in options:
         options.device = own_device(options.device)
         use_threads(options.threads)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import safetensors.torch
 import torch
 import tqdm.auto
 
@@ -19,6 +20,7 @@ tqdm = tqdm.auto.tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "notebooks" / "results"
+TRAINED = ROOT / "notebooks" / "trained"
 
 
 def commit() -> str:
@@ -51,10 +53,15 @@ def writable(folder: Path) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """A dict of tensors and plain Python values that torch.save wrote, onto the CPU.
+    """A dict of tensors and plain Python values that torch.save wrote, or a safetensors file, onto the CPU.
 
     Raises: DataError where the file can't be read as such.
     """
+    if Path(path).suffix == ".safetensors":
+        try:
+            return safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as error:
+            raise DataError(f"{path} can't be read as a safetensors file ({error})") from error
     try:
         what = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no exception of its own: a damaged file may raise anything

@@ -27,12 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 
 import torch
 from accelerate import PartialState
-from data import image_folders, read_image, shuffled_loader
+from data import hold_out, image_folders, read_image, shuffled_loader
 from files import ROOT, DataError, load, save, writable
 from networks import import_torchvision
 from runs import keep_rows
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from training import (
     best_device,
     check_batch,
@@ -56,6 +56,7 @@ class ImageFolders:
 
     Training images are a random crop of `size` pixels (8 % to 100 % of the image) and mirrored half of the time, test
     images are brought to 8/7 of `size` and cut in the middle: 224 and 256 pixels, as torchvision trains and tests.
+    The test images are those in val/; what curves are drawn with is held out from those in train/, see `hold_out`.
     """
 
     test_batch_size = 256
@@ -68,25 +69,32 @@ class ImageFolders:
         finish = [transforms.ToTensor(), transforms.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
         cut = transforms.Compose([transforms.Resize(size * 8 // 7), transforms.CenterCrop(size), *finish])
         vary = transforms.Compose([transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), *finish])
-        self.train, self.test = image_folders(path, "val", cut)
-        self.name, self.classes, self.size, self.device = path.resolve().name, self.train.classes, size, device
-        self.augmented = Augmented(ImageFolder(str(path / "train"), vary, loader=read_image))
-        self.train_labels, self.test_labels = (
-            torch.tensor(folder.targets, device=device) for folder in (self.train, self.test)
-        )
+        train, self.test = image_folders(path, "val", cut)
+        self.name, self.classes, self.size, self.device = path.resolve().name, train.classes, size, device
+        kept, held = hold_out(len(train))
+        self.train, self.validation = Subset(train, kept.tolist()), Subset(train, held.tolist())
+        self.augmented = Augmented(Subset(ImageFolder(str(path / "train"), vary, loader=read_image), kept.tolist()))
+        labels = torch.tensor(train.targets)
+        self.train_labels, self.validation_labels = labels[kept].to(device), labels[held].to(device)
+        self.test_labels = torch.tensor(self.test.targets, device=device)
         self.loading = {"num_workers": workers, "pin_memory": device.type == "cuda", "persistent_workers": workers > 0}
 
     def train_loader(self, batch_size: int, accumulate: int = 1, seed: int = 0) -> DataLoader:
         return shuffled_loader(self.augmented, self.augmented.draw, batch_size, accumulate, seed, **self.loading)
 
     def test_loader(self, batch_size: int = test_batch_size) -> DataLoader:
-        return DataLoader(self.test, batch_size, **{**self.loading, "persistent_workers": False})
+        return self._loader(self.test, batch_size)
+
+    def validation_loader(self, batch_size: int = test_batch_size) -> DataLoader:
+        return self._loader(self.validation, batch_size)
 
     def calibration_batches(self, count: int) -> DataLoader:
         """Training images, not augmented, for `abcnets.calibrate`."""
         picks = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(0))[:count].tolist()
-        loading = {**self.loading, "persistent_workers": False}
-        return DataLoader(torch.utils.data.Subset(self.train, picks), 64, **loading)
+        return self._loader(Subset(self.train, picks), 64)
+
+    def _loader(self, images: Dataset, batch_size: int) -> DataLoader:
+        return DataLoader(images, batch_size, **{**self.loading, "persistent_workers": False})
 
 
 class Augmented(Dataset):
@@ -143,7 +151,7 @@ def float_network(name: str, weights: str, classes: int) -> tuple[nn.Module, boo
 
 
 def top_1_and_5(model: nn.Module, data: ImageFolders) -> tuple[float, float]:
-    """Percentages of the validation images whose class is the network's first guess, or among its first five."""
+    """Percentages of the test images, in val/, whose class is the network's first guess, or among its first five."""
     guesses = predict(model, data).topk(min(5, len(data.classes))).indices
     hits = (guesses == data.test_labels[:, None]).float()
     return 100 * hits[:, 0].mean().item(), 100 * hits.sum(1).mean().item()

@@ -120,7 +120,8 @@ class Recipe:
 
     def usual(self) -> dict:
         """The default of each option."""
-        both = {**dict.fromkeys(NAMED), **dict.fromkeys(SWITCHES, False), "epochs": default_epochs(self.dataset),
+        both = {**dict.fromkeys(NAMED), **dict.fromkeys(SWITCHES, False),
+                "epochs": default_epochs(self.dataset, self.is_binary),
                 "batch_size": BATCH_SIZE, "accumulate": 1, "warmup": WARMUP, "exact": EXACT}  # fmt: skip
         if not self.is_binary:
             return {**both, "lr": LR["float"], "weight_decay": WEIGHT_DECAY["float"]}

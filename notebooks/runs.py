@@ -1,16 +1,17 @@
 """A run: its name, its network in `out`, its row and its curve in `results`; and what is asked of all rows.
 
 A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `results/runs.csv` has a row a run,
-`results/curves/` its training curve, `out` its network (`.pt`) and its checkpoint, which knows the recipe.
+`results/curves/` its training curve, `out` its network (`.pt`) and its checkpoint, which knows the recipe. The networks
+of the rows that the README shows are in `trained/` too, small enough to come with the repository.
 """
 
-import math
 from pathlib import Path
 
 import pandas as pd
+import safetensors.torch
 import torch
 from data import Data
-from files import DataError, commit, load, locked, replacing, save, writable
+from files import TRAINED, DataError, commit, load, locked, replacing, save, writable
 from networks import build_network
 from recipe import Recipe, run_name
 from torch import nn
@@ -23,6 +24,7 @@ from training import (
     is_main_process,
     load_checkpoint,
     load_weights,
+    predict,
     pretrain,
 )
 
@@ -30,7 +32,6 @@ import abcnets
 from kernels.clock import machine
 from kernels.command import Refused
 
-FILL = "python notebooks/experiment.py table --readme"  # as the README's markers name it
 COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
 WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
 
@@ -144,9 +145,52 @@ def binarized(float_model: nn.Module, data: Data, out: str | Path, results: str 
 
 
 def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | None = None) -> nn.Module:
-    """The pretrained float network of a data set, from `out` or from another file, on the data's device."""
+    """The pretrained float network of a data set, on the data's device.
+
+    It is that of a file, else the one in `out`, else the one that comes with the repository.
+    """
     model = build_network(data, seed).to(data.device, memory_format=torch.channels_last)
-    return load_weights(model, path or Path(out) / f"{run_name(data.name, seed=seed)}.pt")
+    run = run_name(data.name, seed=seed)
+    usual = Path(out) / f"{run}.pt"
+    if path or usual.exists() or not trained_file(run).exists():
+        return load_weights(model, path or usual)
+    print(f"{run} is the one that comes with the repository: {usual} is missing")
+    return load_weights(model, trained_file(run))
+
+
+def trained_file(run: str, trained: Path = TRAINED) -> Path:
+    """Where the network of a run is that comes with the repository: a float one's tensors, another one packed."""
+    return trained / f"{run.replace('/', '-')}.safetensors"
+
+
+def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> list[Path]:
+    """Bring the networks of a data set's main rows from `out` to where they come with the repository.
+
+    Of a float network all seeds, since others start from it; of the binarized ones the first, packed. Those that are
+    not in `out` are named and stay as they are.
+    """
+    rows = main_runs(results, data.name)
+    kept = []
+    for row in rows[rows.N.isna() & rows.M.isna() | (rows.seed == 0)].to_dict("records"):
+        source, path = out / f"{row['run']}.pt", trained_file(row["run"], trained)
+        if not source.exists():
+            print(f"{row['run']} stays as it is: {source} is missing; `{row['command']}` writes it")
+            continue
+        M, N = (int(count) if count > 0 else None for count in (row["M"], row["N"]))
+        model = build_network(data)
+        if M or N:
+            code = row["options"].removeprefix("code=") or "thermometer"
+            model = abcnets.convert(model, M, N, code=code)
+        load_weights(model, source)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if M or N:
+            abcnets.save_packed(abcnets.pack(model), path)
+        else:
+            with replacing(path) as temporary:
+                tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+                safetensors.torch.save_file(tensors, temporary)
+        kept.append(path)
+    return kept
 
 
 def _claim(recipe: Recipe, out: str | Path, results: str | Path, replace: bool) -> None:
@@ -189,14 +233,17 @@ def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | Non
 def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, results: str | Path, history: list[dict],
             command: str, before: dict) -> None:  # fmt: skip
     """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
-    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before, "accuracy": accuracy(model, data)}
+    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before,
+               "validation": accuracy(model, data, "validation"), "accuracy": accuracy(model, data)}  # fmt: skip
+    least = least_level(model, data)
     if not is_main_process():
         return
     path = Path(out) / f"{recipe.name}.pt"
     save(model.state_dict(), path)
     sizes = abcnets.summary(model, next(data.test_batches(1))[0]).total()
     row = {
-        **recipe.row(), **percent, "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
+        **recipe.row(), **percent, "least_level": least,
+        "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
         "command": command, "commit": COMMIT, "recipe": recipe.short,
     }  # fmt: skip
@@ -205,6 +252,28 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     if history:
         write_csv(Path(results) / "curves" / f"{recipe.name.replace('/', '-')}.csv", history)
     print(f"{recipe.name}: {'fine-tuned ' * recipe.is_binary}{percent['accuracy']:.2f} %, kept in {path}")
+
+
+@torch.no_grad()
+def least_level(model: nn.Module, data: Data) -> float | None:
+    """The least share, in percent, that any level of any layer's activations has of what reaches the layer.
+
+    Over the validation images; None where all activations are float. At 0 there is a threshold that decides nothing,
+    and bits and binary convolutions that are computed for nothing.
+    """
+    counts = {}
+
+    def count(layer, inputs):
+        thresholds = (0.5 - layer.vs.detach()).sort().values  # R >= 1/2 - v is the comparison, in every code
+        levels = torch.bucketize(inputs[0].float().flatten(), thresholds, right=True)
+        counts[layer] = counts.get(layer, 0) + torch.bincount(levels, minlength=len(thresholds) + 1)
+
+    handles = [layer.register_forward_pre_hook(count) for layer in model.modules()
+               if getattr(layer, "activation_bases", None) and getattr(layer, "active", False)]  # fmt: skip
+    predict(model, data, "validation")
+    for handle in handles:
+        handle.remove()
+    return min((100 * (found.min() / found.sum()).item() for found in counts.values()), default=None)
 
 
 def _command(recipe: Recipe, out: Path) -> str:
@@ -225,8 +294,8 @@ def _command(recipe: Recipe, out: Path) -> str:
 # --------------------------------------------------------------------------- All rows
 
 
-COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "binarized", "calibrated", "accuracy",
-           "packed_bytes"]  # fmt: skip  those of a run's row that others ask for
+COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "binarized", "calibrated", "validation",
+           "accuracy", "packed_bytes"]  # fmt: skip  those of a run's row that others ask for
 
 
 def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
@@ -236,55 +305,13 @@ def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
     return rows[rows.dataset == dataset]
 
 
+def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
+    """The rows of a data set's runs in which nothing but bases, code and seed was chosen; M, N are NaN where float."""
+    rows = recorded(Path(results) / "runs.csv", dataset)
+    return rows[rows.options.isin(["", *(f"code={code}" for code in abcnets.CODES)])]
+
+
 def default_runs(results: str | Path, dataset: str, seed: int = 0) -> pd.DataFrame:
     """The rows of a data set's runs with default options; M and N are NaN on a side that is float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
     return rows[(rows.seed == seed) & (rows.options == "")]
-
-
-def results_table(rows: pd.DataFrame, times: dict | None = None) -> str:
-    """Runs as Markdown: accuracies in percent, bytes, epochs.
-
-    times: {(M, N): milliseconds} for one more column, 0 for a side that is float.
-    """
-    head = ["M", "N", "after binarizing", "calibrated, not trained", "fine-tuned (epochs)", "packed"]
-    head += ["an image"] if times else []
-    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    rows = rows.fillna({"M": 0, "N": 0}).astype({"M": int, "N": int}).to_dict("records")
-    for row in sorted(rows, key=lambda row: (row["M"] == row["N"] == 0, row["M"] != row["N"], row["N"], row["M"])):
-        cells = [str(row[name] or "float") for name in ("M", "N")]
-        cells += ["" if math.isnan(row[name]) else f"{row[name]:.2f} %" for name in ("binarized", "calibrated")]
-        cells.append(f"**{row['accuracy']:.2f} %** ({row['epochs']})" if row["epochs"] else "not trained")
-        cells.append(f"{row['packed_bytes'] / 1000:.0f} kB")
-        if times:
-            cells.append(f"{times[key]:.2f} ms" if (key := (row["M"], row["N"])) in times else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
-def fastest(rows: pd.DataFrame) -> dict[tuple[int, int], float]:
-    """{(M, N): milliseconds an image} from notebooks/compare.py: 32 at once on one thread, the faster memory layout.
-
-    Without bases, (0, 0): torch in float32, in its best form.
-    """
-    rows = rows[rows.form.isin(["abcnets", "torch float32"]) & (rows.batch == 32) & (rows.threads == 1)]
-    return rows.fillna({"M": 0, "N": 0}).groupby(["M", "N"]).ms_per_image.min().to_dict()
-
-
-def readme_blocks(results: str | Path) -> dict[str, str]:
-    """What the README says of the results: {name of a block: text}, for `kernels.report.fill`."""
-    times, speed, mixed = (read_csv(Path(results) / f"{name}.csv") for name in ("competitors", "speed", "mixed"))
-    times = fastest(times[times.dataset == "fashion-mnist"])
-    blocks = {
-        "results": results_table(default_runs(results, "fashion-mnist"), times),
-        "cifar10-jpeg": results_table(default_runs(results, "cifar10-jpeg")),
-        "speed-hardware": speed.hardware[0],
-    }
-    fused = speed[(speed.network == "ResNet-18") & speed.form.str.contains("bits between layers")]
-    best = fused.groupby(["bases", "batch", "threads"]).times_float32.max().groupby("bases").agg(["min", "max"])
-    for bases, span in best.iterrows():
-        blocks[f"speed-{bases:.0f}"] = f"{span['min']:.1f} to {span['max']:.1f} times"
-    for _, row in mixed[mixed.dataset == "fashion-mnist"].iterrows():
-        for kind in ("uniform", "mixed"):
-            blocks[f"{kind}-{row['uniform']}"] = f"{row[f'{kind}_accuracy']:.2f} %"
-    return blocks

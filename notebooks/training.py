@@ -26,8 +26,9 @@ LR_ACTIVATION, BATCH_SIZE, WARMUP, EXACT, DISTILL = 1e-3, 128, 0.1, 0.1, 0.5
 OTHER_RECIPE = "choose another --out, or say --replace (in Python: out=, replace=True)"
 
 
-def default_epochs(dataset: str) -> int:
-    return {"digits": 12, "fashion-mnist": 20}.get(dataset, 60)
+def default_epochs(dataset: str, binary: bool = False) -> int:
+    """Of a float network's training from scratch, or of a binary one's from where calibration left it."""
+    return {"digits": (12, 12), "fashion-mnist": (20, 10)}.get(dataset, (30, 15))[binary]
 
 
 def best_device() -> torch.device:
@@ -80,19 +81,23 @@ def mixed_precision(device: torch.device, enabled: bool = True):
 
 
 @torch.no_grad()
-def predict(model: nn.Module, data: Data) -> Tensor:
-    """Logits (n, classes) of the test images; with many processes each computes its share, and all get the whole."""
+def predict(model: nn.Module, data: Data, part: str = "test") -> Tensor:
+    """Logits (n, classes) of the test images, or of the "validation" images.
+
+    With many processes each computes its share, and all get the whole.
+    """
     model.eval()
     processes = PartialState().num_processes
     batch_size = math.ceil(data.test_batch_size / processes) * processes
-    loader = prepare_data_loader(data.test_loader(batch_size), data.device, split_batches=True, put_on_device=True)
+    loader = getattr(data, f"{part}_loader")(batch_size)
+    loader = prepare_data_loader(loader, data.device, split_batches=True, put_on_device=True)
     logits = torch.cat([gather(model(images).float()) for images, _ in loader])
-    return logits[: len(data.test_labels)]  # the last batch was filled up to divide evenly
+    return logits[: len(getattr(data, f"{part}_labels"))]  # the last batch was filled up to divide evenly
 
 
-def accuracy(model: nn.Module, data: Data) -> float:
-    """Percentage of the test images that the network names rightly."""
-    return 100 * (predict(model, data).argmax(1) == data.test_labels).float().mean().item()
+def accuracy(model: nn.Module, data: Data, part: str = "test") -> float:
+    """Percentage of the test images, or of the "validation" images, that the network names rightly."""
+    return 100 * (predict(model, data, part).argmax(1) == getattr(data, f"{part}_labels")).float().mean().item()
 
 
 def pretrain(
@@ -129,7 +134,7 @@ def finetune(
     single = any(getattr(layer, "activation_bases", None) == 1 for layer in model.modules())
     lr = lr or LR["one base" if single else "binary"]
     optimizer = torch.optim.AdamW(_parameter_groups(model, lr, lr_activation, weight_decay))
-    epochs = default_epochs(data.name) if epochs is None else epochs
+    epochs = default_epochs(data.name, binary=True) if epochs is None else epochs
     return train(model, data, optimizer, teacher, epochs=epochs, **options)
 
 
@@ -175,7 +180,7 @@ def train(
     replace: bool = False,
     description: str = "training",
 ) -> list[dict]:
-    """Train in place; returns the history: for each epoch loss, training and test accuracy in percent, and seconds.
+    """Train in place; returns the history: each epoch's loss, training and validation accuracy in percent, and seconds.
 
     The learning rates in `optimizer` are peaks: up in a line for a fraction `warmup` of the time, then down a cosine.
     Steps are computed in bfloat16 where that is fast, but the last fraction `exact` of them in float32, as inference
@@ -194,7 +199,8 @@ def train(
     after each epoch; with `accumulate` one part. So there the same seed gives another, no worse network.
 
     Args:
-        data: a Data, or anything with its `device`, `train_labels`, `test_labels`, `train_loader` and `test_loader`.
+        data: a Data, or anything with its `device`, `train_labels`, `train_loader`, `validation_labels` and
+            `validation_loader`.
         key: what the checkpoint is of, as plain values by name; None: the arguments of this call.
         replace: whether the checkpoint may be one of another key, and is then lost.
 
@@ -257,12 +263,12 @@ def train(
                 bar.update(accelerator.sync_gradients)
             seconds = time.perf_counter() - started
             _average_statistics(model, accelerator)
-            tested = accuracy(model, data)
+            validated = accuracy(model, data, "validation")
             entry = {
                 "epoch": epoch + 1,
                 "loss": round(accelerator.reduce(loss_sum, "mean").item() / (steps * accumulate), 5),
                 "train_accuracy": round(100 * accelerator.reduce(hits, "sum").item() / (steps * batch_size), 3),
-                "test_accuracy": round(tested, 3),
+                "validation_accuracy": round(validated, 3),
                 "seconds": round(seconds, 2),
             }
             keep([*history, entry])
@@ -355,8 +361,8 @@ def _show(bar, description: str, entry: dict, epochs: int) -> None:
     """An epoch's outcome beside the bar, or as a line of its own where bars are switched off (TQDM_DISABLE=1)."""
     if bar.disable:
         print(f"{description}: epoch {entry['epoch']}/{epochs}, loss {entry['loss']:.4f}, "
-              f"test {entry['test_accuracy']:.2f} %, {entry['seconds']:.1f} s", flush=True)  # fmt: skip
-    bar.set_postfix(epoch=entry["epoch"], loss=entry["loss"], test=f"{entry['test_accuracy']:.2f} %")
+              f"validation {entry['validation_accuracy']:.2f} %, {entry['seconds']:.1f} s", flush=True)  # fmt: skip
+    bar.set_postfix(epoch=entry["epoch"], loss=entry["loss"], validation=f"{entry['validation_accuracy']:.2f} %")
 
 
 def load_weights(model: nn.Module, path: str | Path) -> nn.Module:

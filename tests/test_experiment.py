@@ -13,10 +13,13 @@ import runs
 import speed
 import torch
 from data import load_data
-from files import RESULTS, ROOT, save
+from experiment import command_line
+from files import ROOT, save
 from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
+
+from writeup import tables
 
 PERCENT = ("float", "binarized", "calibrated", "accuracy")
 
@@ -165,7 +168,7 @@ def test_what_can_not_be_done_is_one_sentence(tmp_path, refused, threads):
         assert f"nothing can be written to the folder {file}/out: " in sentence("pretrain", option, file / "out")
     assert "multiple of 3 " in sentence("pretrain", "--batch-size", "128", "--accumulate", "3")
     assert "at most the 100 training images, got 128" in sentence("pretrain", "--limit", "100")
-    assert "from 1 to the 1297 training images" in sentence("pretrain", "--limit", "1298")
+    assert "from 1 to the 1167 training images" in sentence("pretrain", "--limit", "1168")
     assert f"{file}/train is missing" in sentence("pretrain", "--dataset", f"folder:{file}")
     assert "not in" in sentence("pretrain", "--dataset", "fashion-mnist", "--data", file)
 
@@ -247,28 +250,48 @@ def test_a_second_make_installs_nothing(tmp_path):
 
 
 def test_make_alone_writes_the_tracked_tables(monkeypatch):
-    written = []
-    monkeypatch.setattr(experiment, "read_csv", lambda path, columns: written.append(path.parent) or pd.DataFrame(
+    read = []
+    monkeypatch.setattr(experiment, "read_csv", lambda path, columns: read.append(path.parent) or pd.DataFrame(
         {"run": ["x"], "dataset": ["x"], "M": [1], "N": [1], **dict.fromkeys(PERCENT, [1.0])}))  # fmt: skip
-    monkeypatch.setattr(experiment, "readme_blocks", lambda results: written.append(results) or {})
-    monkeypatch.setattr(experiment, "refill", lambda *_: None)
     experiment.main(["table"])
     experiment.main(["table", "--out", "/there"])
-    experiment.main(["table", "--readme"])
-    assert written == [ROOT / "out/results", Path("/there/results"), RESULTS, RESULTS]
+    assert read == [ROOT / "out/results", Path("/there/results")]
     for target in ("results", "ablation", "codes"):
         asked = subprocess.run(["make", "-n", target, "BIN=echo", "INSTALLED="], cwd=ROOT, capture_output=True,
                                text=True, check=True).stdout  # fmt: skip
-        trains = [words for words in asked.replace("\\\n", "").split("experiment.py ")[1:] if "table" not in words]
+        commands = asked.replace("\\\n", "").split("experiment.py ")[1:]
+        trains = [words for words in commands if words.startswith(("pretrain", "finetune"))]
         assert trains and all("--results notebooks/results --replace" in words for words in trains)
 
 
-def test_make_codes_runs_each_choice_with_three_seeds():
-    make = ["make", "--no-print-directory", "-n", "codes", "VENV=/nowhere", "BIN=echo", "INSTALLED="]
+def run_by_make(target: str) -> list[str]:
+    make = ["make", "--no-print-directory", "-n", target, "VENV=/nowhere", "BIN=echo", "INSTALLED="]
     asked = subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True)
     done = subprocess.run(["sh", "-c", asked.stdout.replace("echo/python", "echo")], capture_output=True, text=True)
     lines = done.stdout.splitlines()
-    assert done.returncode == 0 and len(lines) == len(set(lines)) == 3 * 14, done.stderr
+    assert done.returncode == 0 and len(lines) == len(set(lines)), done.stderr
+    return lines
+
+
+def test_make_results_runs_the_settings_of_the_tables():
+    lines = run_by_make("results")
+    tuned = [line for line in lines if line.startswith("notebooks/experiment.py finetune")]
+    floats = [line for line in lines if line.startswith("notebooks/experiment.py pretrain")]
+    assert len(floats) == 5  # of four networks: one is asked for again, before the settings with one seed
+    for dataset, seeds in ((tables.DATASET, 3), ("cifar10-jpeg", 1)):
+        ran = [line.removeprefix(f"notebooks/experiment.py finetune --dataset {dataset} ") for line in tuned
+               if f"--dataset {dataset} " in line]  # fmt: skip
+        options = command_line()
+        parsed = [options.parse_args(["finetune", *line.split()]) for line in ran]
+        settings = {(found.M, found.N, found.code[0] if found.code else "thermometer") for found in parsed}
+        assert settings <= {*tables.SETTINGS} and all(found.replace for found in parsed)
+        assert dataset != tables.DATASET or settings == {*tables.SETTINGS}
+        assert {found.seed for found in parsed} == set(range(seeds))
+
+
+def test_make_codes_runs_each_choice_with_three_seeds():
+    lines = run_by_make("codes")
+    assert len(lines) == 3 * 14
     for line in lines:
         assert line.startswith("notebooks/experiment.py finetune --dataset fashion-mnist --weight-bases ")
         assert " --limit 20000 --epochs 3 --float-seed 0 --seed " in line

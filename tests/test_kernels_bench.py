@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
@@ -87,18 +88,46 @@ else:
     def test_cpu_rows_table_and_page(elsewhere):
         threads = torch.get_num_threads()
         shape = Shape(16, 16, 3, 6, 1)
-        times = bench.time_shape(shape, 1, bases=(1, 2), seconds=0.01)
+        settings = [bench.Setting(1, 1), bench.Setting(1, 2, "uniform"), bench.Setting(2, 2, "binary")]
+        times = bench.time_shape(shape, 1, settings, seconds=0.01)
         torch.set_num_threads(threads)
-        assert {"packed 1", "words 2", "float32", "float32 channels_last"} <= times.keys()
-        about = {"hardware": "a machine", "versions": "torch 0", "clock_ghz": 3.0, "bound_tops": 1.0}
+        floats = {("float32", None), ("float32 channels_last", None)}
+        assert floats | {("packed", settings[1]), ("words", settings[2])} <= times.keys()
+        about = {"isa": "fast", "hardware": "a machine", "versions": "torch 0", "clock_ghz": 3.0, "bound_tops": 1.0}
         report.write("cpu", [row | about for row in bench.rows_of(shape, 1, times, 1e12)])
         assert files(elsewhere) == ["README.md", "cpu.csv", "cpu.svg"]
         text = (elsewhere / "README.md").read_text()
-        assert text.count("\nold\n") == 1 and "a machine; torch 0" in text and f"| {shape} | 1 |" in text
+        assert text.count("\nold\n") == 1 and "**a machine, fast.** torch 0" in text and f"| {shape} | 1 |" in text
         assert "nan" not in text
         rows = report.read("cpu")
-        packed = rows[(rows.contender == "packed") & (rows.bases == 2)].iloc[0]
+        packed = rows[(rows.contender == "packed") & (rows.code == "binary")].iloc[0]
         assert abs(packed.operations_per_second - 4e6 * shape.macs / packed.microseconds) < 0.01 * 4e6 * shape.macs
+
+    def test_one_machine_takes_no_other_ones_rows(elsewhere):
+        whole = report.RESULTS / "cpu.csv"
+        rows = pd.read_csv(ROOT / "kernels/results/cpu.csv", dtype=str, keep_default_na=False)
+        report.write("cpu", rows.to_dict("records"))
+        before = whole.read_text()
+        report.write("cpu", rows.assign(isa="slow").to_dict("records"))
+        assert whole.read_text().startswith(before) and len(report.read("cpu")) == 2 * len(rows)
+        report.write("cpu", rows.assign(isa="slow").to_dict("records"))
+        assert len(report.read("cpu")) == 2 * len(rows)
+
+    def test_the_crossing_is_before_the_first_loss(elsewhere):
+        times = {(1, 1): 3.0, (2, 2): 1.5, (2, 3): 0.9, (3, 3): 1.1}
+        rows = pd.DataFrame([
+            {"contender": "packed", "K": 3, "threads": threads, "M": M, "N": N, "code": code, "share_of_bound": 0.5,
+             "times_float32": best * scale / threads, "times_int8": best / 4}
+            for (M, N), best in times.items() for code, scale in (("binary", 1), ("thermometer", 0.9), ("uniform", 9))
+            for threads in (1, 2)
+        ])  # fmt: skip
+        assert report.crossing(rows, "times_float32") == 4 and report.crossing(rows, "times_int8") is None
+
+    def test_uniform_levels_have_one_beta():
+        betas = bench.Setting(2, 3, "uniform").arguments(Shape(8, 8, 1, 3, 0))[2]
+        assert len(betas) == 3 and betas.unique().numel() == 1
+        assert str(bench.Setting(2, 3, "uniform")) == "2 x uniform 3"
+        assert bench._setting("2 x uniform 3") == bench.Setting(2, 3, "uniform")
 
     @pytest.mark.parametrize("device", ["cpu", "cuda"])
     def test_the_readme_shows_the_results_that_there_are(device):
@@ -107,7 +136,7 @@ else:
         command = "python -m kernels.bench" + " --device cuda" * (device == "cuda")
         assert report.fill(text, command, {device: table}) == text
 
-    @pytest.mark.parametrize("option", ["threads", "bases", "seconds", "batch", "shape"])
+    @pytest.mark.parametrize("option", ["threads", "settings", "seconds", "batch", "shape"])
     def test_a_bad_number_is_one_sentence(option, elsewhere, refused):
         for word in ("0", "-1", "x", "nan", "8,8,3,1,0"):  # the last: a kernel larger than the image
             assert f"argument --{option}: " in refused(bench.main, f"--{option}={word}")

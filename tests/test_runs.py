@@ -17,7 +17,19 @@ from experiment import command_line, recipe_of
 from files import RESULTS, ROOT, DataError, commit, locked, replacing, save
 from networks import build_network
 from recipe import NAMED, Recipe
-from runs import binarized, default_runs, finetuned, keep_rows, pretrained, read_csv, results_table, write_csv
+from runs import (
+    binarized,
+    collect,
+    default_runs,
+    finetuned,
+    keep_rows,
+    least_level,
+    load_float,
+    pretrained,
+    read_csv,
+    trained_file,
+    write_csv,
+)
 from torch import nn
 
 import abcnets
@@ -126,7 +138,7 @@ def test_numbers_are_read_as_they_were_written(name, tmp_path):
     assert all(one[column] == other[column] for one, other in zip(first, second, strict=True) for column in whole)
 
 
-def test_default_runs_and_their_table(tmp_path):
+def test_default_runs(tmp_path):
     assert default_runs(tmp_path, "digits").empty  # nothing was recorded yet
     common = {"dataset": "digits", "options": "", "seed": 0, "binarized": 10, "calibrated": 20, "epochs": 3,
               "packed_bytes": 5000}  # fmt: skip
@@ -137,10 +149,6 @@ def test_default_runs_and_their_table(tmp_path):
     write_csv(tmp_path / "runs.csv", rows)
     found = default_runs(tmp_path, "digits")
     assert len(found) == 5 and default_runs(tmp_path, "digits", seed=1).run.tolist() == ["{'seed': 1}"]
-    lines = [line.split(" | ")[:2] for line in results_table(found).splitlines()[2:]]
-    order = [["2", "2"], ["2", "float"], ["float", "1"], ["1", "3"], ["float", "float"]]
-    assert lines == [[f"| {M}", N] for M, N in order]
-    assert "**90.00 %** (3) | 5 kB | 0.50 ms |" in results_table(found, {(2, 2): 0.5})
 
 
 def test_names_of_runs():
@@ -307,3 +315,44 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="a.pt can't be written: no space left"):
         save({}, tmp_path / "a.pt")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_path, monkeypatch, capsys):
+    for module in (runs, training):
+        monkeypatch.setattr(module, "build_network", tiny)
+    data, out, results, trained = dataclasses.replace(few_digits, limit=None), *map(tmp_path.joinpath, "abc")
+    start, _ = pretrained(data, out, results, epochs=1)
+    pretrained(data, out, results, epochs=1, seed=1)
+    kept = {"code": "binary"}
+    settings = (1, None, {}), (2, 2, kept), (2, 2, kept | {"seed": 1}), (2, 2, {"lr": 0.5})
+    models = [binarized(start, data, out, results, M, N, epochs=0, **options) for M, N, options in settings]
+    (out / "digits/M1.pt").unlink()
+    names = [f"digits-{run}.safetensors" for run in ("M2-N2-code=binary", "float", "float-s1")]
+    assert [path.name for path in collect(data, out, results, trained)] == names
+    assert f"digits/M1 stays as it is: {out}/digits/M1.pt is missing; `python" in capsys.readouterr().out
+    packed = abcnets.load_packed(trained / names[0], start)
+    images, _ = next(data.test_batches(100))
+    torch.testing.assert_close(packed(images), models[1](images), rtol=1e-3, atol=1e-3)
+
+    monkeypatch.setattr(runs, "trained_file", lambda run: trained_file(run, trained))
+    (out / "digits/float.pt").unlink()
+    assert training.fingerprint(load_float(data, out)) == training.fingerprint(start)
+    assert "digits/float is the one that comes with the repository" in capsys.readouterr().out
+    with pytest.raises(DataError, match="float-s2.pt is missing"):
+        load_float(data, out, seed=2)
+    (trained / names[1]).write_bytes(b"no tensors")
+    with pytest.raises(DataError, match="can't be read as a safetensors file"):
+        load_float(data, out)
+
+
+def test_a_level_that_nothing_falls_on_is_found(few_digits):
+    torch.manual_seed(0)
+    layer = abcnets.ABCConv2d(1, 2, 3, activation_bases=2, active=True)
+    model = nn.Sequential(layer, nn.Flatten(), nn.LazyLinear(10))
+    images = next(iter(few_digits.validation_loader(1000)))[0]
+    for thresholds in ((images.median().item(), 100.0), (images.median().item(), images.mean().item())):
+        layer.vs.data = 0.5 - torch.tensor(thresholds)
+        below = [(images < threshold).float().mean().item() for threshold in sorted(thresholds)]
+        shares = below[0], below[1] - below[0], 1 - below[1]
+        assert least_level(model, few_digits) == pytest.approx(100 * min(shares), abs=1e-3)
+    assert least_level(abcnets.binarize(model, False), few_digits) is None

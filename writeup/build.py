@@ -32,6 +32,9 @@ PAGES = {WRITEUP: (tables.for_writeup, claims.of_writeup), README: (tables.for_r
 # --------------------------------------------------------------------------- Pages
 
 
+CITATION = r"<!-- (@\w+(?:; @\w+)*) -->"  # <!-- @lin2017 --> behind a link: what GitHub does not show
+
+
 def without_markers(text: str) -> str:
     return re.sub(r"<!-- .*? -->", "", text)
 
@@ -54,7 +57,8 @@ TEMPLATE = r"""
 #show heading.where(level: 1): it => block(above: 1.3em, below: 0.7em, text(size: 12.5pt, it))
 #show heading.where(level: 2): it => block(above: 1.1em, below: 0.6em, text(size: 10.5pt, it))
 #show link: it => text(fill: rgb("#0B4F7D"), it)
-#show raw.where(block: true): it => block(fill: luma(246), inset: 7pt, radius: 2pt, width: 100%, text(size: 8.4pt, it))
+#show raw.where(block: true): it => block(
+  fill: luma(246), inset: 7pt, radius: 2pt, width: 100%, breakable: false, text(size: 8.4pt, it))
 #show raw.where(block: false): set text(size: 8.8pt)
 #set table(stroke: (x, y) => if y == 0 { (top: 0.8pt) }, inset: (x: 5pt, y: 3pt))
 #show table: set text(size: 8.6pt)
@@ -92,6 +96,7 @@ def typst_source(text: str, data: dict) -> str:
     text = re.sub(r"!\[[^\]]*\]\((\S+)\)\n\n\*Figure \d+\. (.*?)\*\n", r"![\2](\1)\n", text, flags=re.S)
     # Links to files of the repository lead nowhere from a PDF: their text stays.
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
+    text = re.sub(CITATION, r" [\1]", text)
     text = without_markers(text)
     text = re.sub(r"```math\n(.*?)\n```", r"$$ \1 $$", text, flags=re.S)
     text = re.sub(r" *\\tag\{\d+\}", "", text)  # typst counts them itself, in the same order

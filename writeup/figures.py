@@ -11,6 +11,10 @@ from statistics import median
 
 from writeup import arithmetic, tables
 
+REPAIRS = {  # a column of calibration.csv: its name in the figure
+    "binarized": "as it falls", "thresholds": "thresholds alone", "norms": "BatchNorm alone", "both": "both",
+    "all": "and weights moved",
+}  # fmt: skip
 STYLE = Path(__file__).resolve().parent.parent / "notebooks" / "abcnets.mplstyle"
 
 
@@ -19,38 +23,34 @@ def figure_data() -> dict:
     M = 5
     best, even = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
     rates = arithmetic.CPU_RATES
-    runs = [
-        {"M": m, "N": n, "kB": run["packed_bytes"] / 1000, "accuracy": run["accuracy"], "calibrated": run["calibrated"]}
-        for m, n in [(None, None), *tables.PLANNED] if (run := tables.run_of(m, n))
-    ]  # fmt: skip
     fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
     forms = [
         {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (tables.run_of(form["M"], form["N"]) or {}).get("calibrated")
+         "calibrated": (tables.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
          if form["name"] == "abcnets" else None}
         for form in tables.competitors()
     ]  # fmt: skip
-    measured = {
-        str(threads): {form: tables.cpu_medians(form, "times_float32", threads) for form in ("packed", "words")}
-        for threads in tables.cpu_threads()
-    }
-    int8 = {}
-    for threads in tables.cpu_threads():
-        rows = [r for r in tables.CPU if r["K"] == 3 and r["threads"] == threads and r["contender"].startswith("int8")]
+    measured = {}
+    for machine, rows in tables.cpu_machines():
+        fewest_of_it = min(tables.cpu_threads(rows))
+        speeds = {form: tables.by_products(rows, form, "times_float32", fewest_of_it) for form in ("packed", "words")}
         shapes = {}
         for r in rows:
-            shapes.setdefault(tuple(r[k] for k in ("C", "O", "size", "stride", "B")), []).append(r["times_float32"])
-        int8[str(threads)] = median(max(times) for times in shapes.values()) if shapes else None
+            if (r["K"], r["threads"]) == (3, fewest_of_it) and r["contender"].startswith("int8"):
+                shapes.setdefault(tuple(r[k] for k in ("C", "O", "size", "stride", "B")), []).append(r["times_float32"])
+        speeds["int8"] = median(max(times) for times in shapes.values()) if shapes else None
+        measured[machine] = speeds
     return _rounded({
         "bits": {"a": arithmetic.A, "w": arithmetic.W},
+        "idea": {"rows": tables.FILTER},
         "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
                    "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
                    "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
+        "calibration": {"rows": [{key: row[key] for key in ("M", *REPAIRS, "float")} for row in tables.CALIBRATION]},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
-        "accuracy": {"runs": runs},
         "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
-                  "measured": measured, "int8": int8},
+                  "measured": measured},
         "roofline": {"roof": arithmetic.GPU_UNITS, "bytes": arithmetic.GPU_BYTES,
                      "tiles": {f"{n} {out}": arithmetic.tile(n, out == "bits")["intensity"] for n in (1, 2, 3)
                                for out in ("floats", "bits")}},
@@ -90,6 +90,34 @@ def draw_bits(plt, data):
     return fig
 
 
+def draw_idea(plt, data):
+    fig, axes = plt.subplots(1, 4, figsize=(7, 1.9), layout="none")
+    fig.subplots_adjust(left=0.01, right=0.965, bottom=0.02, top=0.86, wspace=0.3)
+    rows = data["rows"]
+    side = math.isqrt(len(rows) // 9) if rows else 1  # of a square of channels, each 3 x 3
+
+    def show(ax, values, title, limit, colors):
+        image = [[math.nan] * (4 * side - 1) for _ in range(4 * side - 1)]
+        for row, value in zip(rows, values):
+            down, right = divmod(row["channel"], side)
+            image[4 * down + row["row"]][4 * right + row["column"]] = value
+        ax.imshow(image, cmap=colors, vmin=-limit, vmax=limit)
+        ax.set_title(title, fontsize=11, loc="center")
+        ax.axis("off")
+
+    if not rows:
+        axes[0].text(0, 0, "not measured yet", color="#A04000")
+        return fig
+    a, b = rows[0]["alpha_1"], rows[0]["alpha_2"]
+    quantized = [a * row["B_1"] + b * row["B_2"] for row in rows]
+    largest = 1.3 * max(map(abs, quantized))
+    show(axes[0], [row["W"] for row in rows], "W, a trained filter", largest, "RdBu")
+    show(axes[1], [row["B_1"] for row in rows], f"≈   {a:.2f} · B₁", 1.6, "RdBu")
+    show(axes[2], [row["B_2"] for row in rows], f"+   {b:.2f} · B₂", 1.6, "RdBu")
+    show(axes[3], quantized, "=   Wq, in four levels", largest, "RdBu")
+    return fig
+
+
 def draw_levels(plt, data):
     fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), width_ratios=(1.25, 1))
     xs = [-3 + 6 * i / 600 for i in range(601)]
@@ -117,6 +145,21 @@ def draw_levels(plt, data):
     return fig
 
 
+def draw_calibration(plt, data):
+    fig, ax = plt.subplots(figsize=(7, 2.7))
+    colors = ("#BBBBBB", "#E69F00", "#56B4E9", "#0072B2", "#D55E00")
+    for i, ((key, name), color) in enumerate(zip(REPAIRS.items(), colors)):
+        places = [place + (i - 2) * 0.16 for place in range(len(data["rows"]))]
+        bars = ax.bar(places, [row[key] for row in data["rows"]], 0.15, color=color, label=name)
+        ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+    if data["rows"]:
+        ax.axhline(data["rows"][0]["float"], color="#333333", linestyle=":", linewidth=1, label="float")
+    ax.set_xticks(range(len(data["rows"])), [f"M = N = {row['M']}" for row in data["rows"]])
+    ax.set(ylabel="test accuracy, %", ylim=(0, 106))
+    ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
+    return fig
+
+
 def draw_threshold(plt, data):
     fig, axes = plt.subplots(1, 2, figsize=(7, 2.7), sharey=True)
     xs = [-3 + 6 * i / 300 for i in range(301)]
@@ -139,34 +182,6 @@ def draw_threshold(plt, data):
     return fig
 
 
-def draw_accuracy(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 3.2))
-    kinds = (("binary weights and activations", "#0072B2", "o"), ("binary weights, float activations", "#E69F00", "s"),
-             ("float", "#333333", "D"))  # fmt: skip
-    shown = set()
-    for run in data["runs"]:
-        label, color, marker = kinds[2 if run["M"] is None else 1 if run["N"] is None else 0]
-        ax.plot(run["kB"], run["accuracy"], marker, color=color, markersize=6, linestyle="none",
-                label=None if label in shown else label)  # fmt: skip
-        shown.add(label)
-        name = "float" if run["M"] is None else f"{run['M']}, {run['N'] or 'float'}"
-        left, below = run["N"] is None and run["M"] is not None, run["N"] not in (None, run["M"])  # of its neighbours
-        ax.annotate(name, (run["kB"], run["accuracy"]), (-5 if left else 5, -10 if below else 4), fontsize=8,
-                    textcoords="offset points", ha="right" if left else "left")  # fmt: skip
-        if run["calibrated"] is not None and run["calibrated"] >= 80:
-            ax.plot(run["kB"], run["calibrated"], marker, color=color, markersize=5, fillstyle="none", linestyle="none")
-            ax.plot([run["kB"]] * 2, [run["calibrated"], run["accuracy"]], color=color, linewidth=0.7, linestyle=":")
-    ax.set(xscale="log", xlabel="size of the packed file, kB", ylabel="test accuracy, %")
-    sizes = [20, 50, 100, 200, 500, 1000]
-    ax.set_xticks(sizes, [str(size) for size in sizes])
-    ax.minorticks_off()
-    ax.set_xlim(20, 1200)
-    ax.margins(y=0.12)
-    if shown:
-        ax.legend(fontsize=8, loc="lower right")
-    return fig
-
-
 def draw_competitors(plt, data):
     forms, threads = data["forms"], data["threads"]
     batches = sorted({int(batch) for form in forms for batch in form["ms"]}) or [1]
@@ -176,6 +191,7 @@ def draw_competitors(plt, data):
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
         "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
+        "abcnets in int8": ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
     }  # fmt: skip
     worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
     labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
@@ -209,13 +225,17 @@ def draw_competitors(plt, data):
 
 
 def _kind(form) -> str:
-    return "weights" if form["name"] == "abcnets" and not form["N"] else form["name"].split()[0]
+    if form["name"] == "abcnets":
+        return "abcnets" if form["N"] else "weights"
+    return form["name"] if form["name"].startswith("abcnets") else form["name"].split()[0]
 
 
 def _form_label(form) -> str:
-    if form["name"] != "abcnets":
+    """1 x b2: one base for the weights, two digits for the activations; t: thermometer; 1: binary weights alone."""
+    if not form["M"] and not form["N"]:
         return form["name"]
-    return f"{form['M'] or 'float'}, {form['N']}" if form["N"] else f"{form['M']}"
+    sides = [f"{form['code'][0] if count > 1 else ''}{count}" if count else "float" for count in (form["M"], form["N"])]
+    return " × ".join(sides) if form["N"] else sides[0]
 
 
 def _nice_log_ticks(ax, xs) -> None:
@@ -279,18 +299,16 @@ def draw_speed(plt, data):
     ax.axhline(data["int8_estimate"], color="#009E73", linestyle=":", label="int8, estimate")
     ax.axhline(1, color="#777777", linewidth=0.9)
     ax.text(28, 1.05, "float32", fontsize=8, color="#555555", ha="right")
-    marks = iter((("#0072B2", "o", "-"), ("#56B4E9", "s", "-"), ("#D55E00", "^", "-."), ("#E69F00", "v", "-.")))
-    names = {"packed": "floats in and out", "words": "bits in and out"}
-    for contender, name in names.items():
-        for threads, contenders in data["measured"].items():
-            color, marker, style = next(marks, ("#333333", "x", ":"))
-            medians = contenders[contender]
-            ax.plot([int(n) ** 2 for n in medians], list(medians.values()), color=color, marker=marker, linestyle=style,
-                    label=f"{name}, {threads} thread{'s' * (threads != '1')}")  # fmt: skip
-    for threads, times in data["int8"].items():
-        if times:
-            ax.plot([29], [times], "<" if threads == "1" else "o", fillstyle="none", color="#009E73",
-                    label=f"int8, measured, {threads} thread{'s' * (threads != '1')}", linestyle="none")  # fmt: skip
+    colors = iter(("#0072B2", "#D55E00", "#009E73", "#CC79A7"))
+    forms = {"packed": ("o", "-", "floats in and out"), "words": ("s", "--", "bits in and out")}
+    for machine, speeds in data["measured"].items():
+        color = next(colors, "#333333")
+        for form, (marker, style, name) in forms.items():
+            line = {int(products): times for products, times in speeds[form].items()}
+            ax.plot(line.keys(), line.values(), color=color, marker=marker, markersize=4, linestyle=style,
+                    label=f"{machine}: {name}")  # fmt: skip
+        if speeds["int8"]:
+            ax.plot([29], [speeds["int8"]], "<", fillstyle="none", color=color, label=f"{machine}: int8")
     if not data["measured"]:
         ax.text(0.5, 0.9, "not measured yet", transform=ax.transAxes, fontsize=11, color="#A04000", ha="center")
     ax.set(xlabel="binary convolutions, M × N", ylabel="times as fast as float32", xscale="log", yscale="log",
@@ -332,8 +350,8 @@ def draw_roofline(plt, data):
 
 
 DRAWINGS = {
-    "bits": draw_bits, "levels": draw_levels, "threshold": draw_threshold, "accuracy": draw_accuracy,
-    "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
+    "bits": draw_bits, "idea": draw_idea, "levels": draw_levels, "calibration": draw_calibration,
+    "threshold": draw_threshold, "competitors": draw_competitors, "speed": draw_speed, "roofline": draw_roofline,
 }  # fmt: skip
 
 

@@ -5,9 +5,11 @@
 
 calibration.csv   test accuracy after each part of `abcnets.calibrate` alone and together, for M = N = 1, 2, 3, 5
 weights.csv       squared error of the quantized weights, relative to the weights', by shifts, M and statistics
+filter.csv        one filter of the first binarized layer, its two bases and their scales in the binary code
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -26,6 +28,19 @@ from kernels.command import COUNT, THREADS, Parser
 
 RESULTS = HERE / "results"
 IMAGES = 2048
+
+
+def filter_rows(network, output: int = 1) -> list[dict]:
+    """A filter (C, 3, 3), weight by weight."""
+    layer = next(m for m in abcnets.convert(network, 2, None, code="binary").modules()
+                 if isinstance(m, abcnets.ABCConv2d))  # fmt: skip
+    W, B = layer.weight[output], layer.bases()[:, output].int()
+    alphas = {f"alpha_{m + 1}": round(alpha, 5) for m, alpha in enumerate(layer.alphas()[:, output].tolist())}
+    return [
+        {"channel": c, "row": y, "column": x, "W": round(W[c, y, x].item(), 5),
+         **{f"B_{m + 1}": base[c, y, x].item() for m, base in enumerate(B)}, **alphas}
+        for c, y, x in itertools.product(*map(range, W.shape))
+    ]  # fmt: skip
 
 
 def weight_errors(network) -> list[dict]:
@@ -104,6 +119,7 @@ def measure(options) -> None:
     network = load_float(data, options.out)
     RESULTS.mkdir(exist_ok=True)
     where = machine(threads=torch.get_num_threads())
+    write_csv(RESULTS / "filter.csv", filter_rows(network))
     write_csv(RESULTS / "weights.csv", [row | where for row in weight_errors(network)])
     float_accuracy = round(accuracy(network, data), 2)
     rows = []

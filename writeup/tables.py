@@ -4,6 +4,7 @@
 its words that the numbers must bear out are in claims.py. A row that was never run is said to be missing.
 """
 
+import itertools
 import math
 import re
 from pathlib import Path
@@ -34,11 +35,16 @@ MIXED = read("notebooks/results/mixed.csv")
 COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")
+FILTER = read("writeup/results/filter.csv")
 CPU = read("kernels/results/cpu.csv")
 CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
 
 DATASET = "fashion-mnist"
-PLANNED = [(1, 1), (2, 2), (3, 3), (5, 5), (1, 3), (3, 1), (1, None), (2, None), (3, None)]  # (M, N) of `make results`
+SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
+    (1, 1, "thermometer"), (1, 2, "binary"), (2, 2, "thermometer"), (2, 2, "binary"), (3, 3, "thermometer"),
+    (3, 3, "binary"), (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
+    (1, None, "thermometer"), (2, None, "thermometer"), (2, None, "binary"), (3, None, "thermometer"),
+]  # fmt: skip
 BASES = 1, 2, 3, 5  # M = N of the tables
 ABLATED = {"calibrate=512", "limit=6000", "float-seed=0"}  # what all runs of `make ablation` have in common
 CHOICES = {
@@ -63,35 +69,64 @@ CODES = [  # (M, N, other options) of `make codes`, from the cheapest on
 # --------------------------------------------------------------------------- Of rows
 
 
-def run_of(M, N, dataset=DATASET) -> dict | None:
-    """The recorded run with these bases and no other options, of the lowest seed."""
-    found = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, None)]
-    return min(found, key=lambda row: row["seed"], default=None)
+def result(M=None, N=None, code="thermometer", dataset=DATASET) -> dict | None:
+    """What the runs with these bases and this code found, and no other options: the row of the first seed, but that
+
+    `accuracy` and `calibrated` are means over the seeds, `least_level` is the least; and `lowest`, `highest`, `seeds`.
+    """
+    options = None if code == "thermometer" else f"code={code}"
+    runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, options)]
+    if not runs:
+        return None
+    accuracies = [run["accuracy"] for run in runs]
+    found = min(runs, key=lambda run: run["seed"]) | {
+        "code": code, "accuracy": mean(accuracies), "lowest": min(accuracies), "highest": max(accuracies),
+        "seeds": len(runs),
+    }  # fmt: skip
+    for name, summary in (("calibrated", mean), ("least_level", min)):
+        values = [run[name] for run in runs if run.get(name) is not None]
+        found[name] = summary(values) if values else None
+    return found
 
 
-def best_run() -> dict | None:
-    """The most accurate run with both sides binary."""
-    runs = [run for M, N in PLANNED if N and (run := run_of(M, N))]
-    return max(runs, key=lambda run: (run["accuracy"], run["M"]), default=None)
+def results(dataset=DATASET) -> list[dict]:
+    """Those of the float network and of all settings that were run."""
+    return [found for case in [(), *SETTINGS] if (found := result(*case, dataset=dataset))]
+
+
+def best_result() -> dict | None:
+    """The most accurate setting with both sides binary."""
+    return max((found for found in results() if found["N"]), key=lambda found: found["accuracy"], default=None)
+
+
+def named(M, N, code="thermometer") -> str:
+    """Bases and codes in words: "1 × binary 2", "thermometer 3 × 3", "binary 2 × float"; code: of both, or two."""
+    codes = code.split(",")
+    sides = list(zip((M, N), (codes[0], codes[-1])))
+    names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
+    if (M or 0) > 1:
+        names[1] = names[1].removeprefix(f"{codes[0]} ")  # once is enough
+    return " × ".join(names)
 
 
 def competitors() -> list[dict]:
-    """Each form of the network once: name, M, N, accuracy, bytes, and ms an image by (batch, threads).
+    """Each form of the network once: name, M, N, code, accuracy, bytes, and ms an image by (batch, threads).
 
     A form is shown by its most accurate variant; of equally accurate ones, each case by the fastest.
     """
     forms = {}
     for row in COMPETITORS:
-        forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
+        forms.setdefault((row["form"], row["M"], row["N"], row.get("code") or "thermometer"), []).append(row)
     shown = []
-    for (name, M, N), rows in forms.items():
+    for (name, M, N, code), rows in forms.items():
         best = max(row["accuracy"] for row in rows)
         rows = [row for row in rows if row["accuracy"] == best]
         ms = {}
         for row in rows:
             case = row["batch"], row["threads"]
             ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
-        shown.append({"name": name, "M": M, "N": N, "accuracy": best, "bytes": min(r["bytes"] for r in rows), "ms": ms})
+        size = min(row["bytes"] for row in rows)
+        shown.append({"name": name, "M": M, "N": N, "code": code, "accuracy": best, "bytes": size, "ms": ms})
     return shown
 
 
@@ -113,19 +148,40 @@ def faster_than_int8(form: dict) -> set[tuple[int, int]]:
     return {case for case, ms in form["ms"].items() if ms < best.get(case, 0)}
 
 
-def cpu_medians(contender: str, column: str, threads: int) -> dict[int, float]:
-    """{M = N: median over the 3 x 3 convolutions}"""
-    rows = [r for r in CPU if r["contender"] == contender and r["K"] == 3 and r["threads"] == threads]
-    return {n: median(r[column] for r in rows if r["bases"] == n) for n in sorted({r["bases"] for r in rows})}
+def cpu_machines() -> list[tuple[str, list[dict]]]:
+    """[(hardware and instruction set, its rows)]"""
+    machines = {}
+    for row in CPU:
+        machines.setdefault(f"{row['hardware']}, {row['isa']}", []).append(row)
+    return list(machines.items())
 
 
-def cpu_threads() -> list[int]:
-    return sorted({row["threads"] for row in CPU})
+def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:
+    """{(M, N, code): median over the 3 x 3 convolutions}, the cheapest first."""
+    values = {}
+    for row in rows:
+        if (row["contender"], row["K"], row["threads"]) == (contender, 3, threads):
+            values.setdefault((row["M"], row["N"], row["code"]), []).append(row[column])
+    return {case: median(values[case]) for case in sorted(values, key=lambda case: (case[0] * case[1], case))}
+
+
+def cpu_threads(rows: list[dict]) -> list[int]:
+    return sorted({row["threads"] for row in rows})
+
+
+def by_products(rows: list[dict], contender: str, column: str, threads: int) -> dict[int, float]:
+    """{M N: median of the fastest setting with free scales}, which is every code but uniform levels."""
+    found = {}
+    for (M, N, code), value in cpu_medians(rows, contender, column, threads).items():
+        if code != "uniform":
+            found[M * N] = max(value, found.get(M * N, 0))
+    return found
 
 
 def on_one_thread(column: str) -> dict[int, float]:
-    """What the sentences are about: floats in and out, the fewest threads. {M = N: times as fast}"""
-    return cpu_medians("packed", column, min(cpu_threads())) if CPU else {}
+    """What the sentences are about: the first machine, floats in and out, the fewest threads. {M N: times as fast}"""
+    rows = cpu_machines()[0][1] if CPU else []
+    return by_products(rows, "packed", column, min(cpu_threads(rows))) if rows else {}
 
 
 def resnet_speeds(bases: int) -> list[float]:
@@ -213,28 +269,39 @@ def calibration_table() -> str:
     return table(head, rows, "rrrrrr")
 
 
-def accuracies(runs: list[tuple]) -> str:
-    """The table of the runs in [(M, N, run or None)]."""
-    rows = []
-    for M, N, run in runs:
-        run = run or {}
-        trained = percent(run.get("accuracy"))
-        if run:
-            trained = f"{trained} ({run['epochs']})" if run["epochs"] else "not trained"
-        before = [percent(run.get(key)) if M or N else "" for key in ("binarized", "calibrated")]
-        size = kB(run["packed_bytes"]) if run else MISSING
-        rows.append([f"{M or 'float'}", f"{N or 'float'}", *before, trained, size])
-    return table(["$M$", "$N$", "binarized", "calibrated", "trained (epochs)", "tensors"], rows, "rrrrrr")
+def accuracies(found: list[dict], ms: dict | None = None) -> str:
+    """The table of some `results`; ms: {(M, N, code): milliseconds an image} for one more column."""
+    rows, whole = [], next((run["accuracy"] for run in found if not run["M"] and not run["N"]), None)
+    for run in found:
+        case = run["M"], run["N"], run["code"]
+        is_float = not run["M"] and not run["N"]
+        spread = f"{run['lowest']:.2f} to {run['highest']:.2f} ({run['seeds']})" if run["seeds"] > 1 else "one seed"
+        calibrated = "" if is_float else percent(run["calibrated"])
+        below = "" if is_float or whole is None else f"{whole - run['accuracy']:.2f}"
+        cells = ["float" if is_float else named(*case), calibrated, f"**{percent(run['accuracy'])}**", spread, below,
+                 kB(run["packed_bytes"])]  # fmt: skip
+        rows.append([*cells, *([f"{ms[case]:.2f} ms" if case in ms else MISSING] if ms is not None else [])])
+    head = ["weights × activations", "calibrated", "trained, mean", "from, to (seeds)", "below float", "tensors"]
+    head += ["an image"] if ms is not None else []
+    return table(head, rows, "l" + "r" * (len(head) - 1))
 
 
 def accuracy_table() -> str:
-    return accuracies([(M, N, run_of(M, N)) for M, N in [(None, None), *PLANNED]])
+    return accuracies(results())
+
+
+def timed_accuracy_table() -> str:
+    """Beside the accuracies, how long an image takes: 32 at once on one thread, float in torch's best form."""
+    ms = {}
+    for row in COMPETITORS:
+        if row["form"] in ("abcnets", "torch float32") and (row["batch"], row["threads"]) == (32, 1):
+            case = row["M"], row["N"], row.get("code") or "thermometer"
+            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+    return accuracies(results(), ms)
 
 
 def cifar_table() -> str:
-    runs = [r for r in RUNS if r["dataset"] == "cifar10-jpeg" and r["seed"] == 0 and not r["options"]]
-    runs = sorted(runs, key=lambda run: (run["M"] or 9, run["N"] or 9))
-    return accuracies([(run["M"], run["N"], run) for run in runs])
+    return accuracies(results("cifar10-jpeg"))
 
 
 def mixed_table() -> str:
@@ -248,15 +315,20 @@ def mixed_table() -> str:
     return table(head, rows, "llrrrr")
 
 
+def ablated(choice: frozenset) -> list[dict]:
+    """The runs of `make ablation` that differ from the default in this choice, one a seed."""
+    runs = [(set((run["options"] or "").split()), run) for run in RUNS if run["M"] == run["N"] == 2]
+    return [run for options, run in runs if "limit=6000" in options and options - ABLATED == choice]
+
+
+def mean_accuracy(runs: list[dict]) -> float:
+    return mean(run["accuracy"] for run in runs)
+
+
 def ablation_table() -> str:
-    chosen = {}
-    for run in RUNS:
-        options = set((run["options"] or "").split())
-        if "limit=6000" in options and run["M"] == run["N"] == 2:
-            chosen.setdefault(frozenset(options - ABLATED), []).append(run)
     rows = []
     for options, name in CHOICES.items():
-        if runs := chosen.get(options):
+        if runs := ablated(options):
             last, start = [run["accuracy"] for run in runs], runs[0]["calibrated"]
             spread = f"{min(last):.2f} to {max(last):.2f}"
             before = percent(runs[0]["binarized"] if start is None else start)
@@ -273,28 +345,25 @@ def coded_runs(M, N, options: str) -> list[dict]:
 def coded_accuracy(M, N, options: str = "") -> float | None:
     """The mean over the seeds."""
     runs = coded_runs(M, N, options)
-    return mean(run["accuracy"] for run in runs) if runs else None
+    return mean_accuracy(runs) if runs else None
 
 
 def codes_table() -> str:
     rows = []
     for M, N, options in CODES:
         runs, words = coded_runs(M, N, options), options.split()
-        code = next((word[5:] for word in words if word.startswith("code=")), "thermometer").split(",")
-        sides = list(zip((M, N), (code[0], code[-1])))
-        names = ["float" if n is None else str(n) if n == 1 else f"{kind} {n}" for n, kind in sides]
-        if M > 1:
-            names[1] = names[1].removeprefix(f"{code[0]} ")  # once is enough
+        code = next((word[5:] for word in words if word.startswith("code=")), "thermometer")
+        sides = list(zip((M, N), (code.split(",")[0], code.split(",")[-1])))
         levels = " × ".join("float" if count is None else str(2**count if kind == "binary" else count + 1)
                             for count, kind in sides)  # fmt: skip
-        zero = "" if N in (None, 1) else "yes" if "zero" in words or code[-1] != "thermometer" else "no"
+        zero = "" if N in (None, 1) else "yes" if "zero" in words or sides[1][1] != "thermometer" else "no"
         zero = "no" if "no-zero" in words else zero
         measured = [MISSING] * 4
         if runs:
             trained = [run["accuracy"] for run in runs]
             spread = f"{min(trained):.2f} to {max(trained):.2f} ({len(runs)})"
             measured = [percent(runs[0]["calibrated"]), percent(mean(trained)), spread, kB(runs[0]["packed_bytes"])]
-        rows.append([" × ".join(names), levels, zero, str(M * N if N else "-"), *measured])
+        rows.append([named(M, N, code), levels, zero, str(M * N if N else "-"), *measured])
     head = ["weights × activations", "levels", "0 stays 0", "binary conv.", "calibrated", "trained, mean",
             "from, to (seeds)", "tensors"]  # fmt: skip
     return table(head, rows, "lccrrrrr")
@@ -305,12 +374,11 @@ def competitors_table() -> str:
     cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
     rows = []
     for form in competitors():
-        bases = f", $M = {form['M'] or 'float'}$, $N = {form['N'] or 'float'}$" if form["M"] or form["N"] else ""
-        bases = re.sub(r"\$(\w) = float\$", r"$\1$ float", bases)
+        setting = f", {named(form['M'], form['N'], form['code'])}" if form["M"] or form["N"] else ""
         faster = faster_than_int8(form)
         times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
         times = [f"**{time}**" if case in faster else time for case, time in zip(cases, times)]
-        rows.append([form["name"] + bases, percent(form["accuracy"]), kB(form["bytes"]), *times])
+        rows.append([form["name"] + setting, percent(form["accuracy"]), kB(form["bytes"]), *times])
     head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
     return table(head, rows, "lrr" + "r" * len(cases))
 
@@ -325,17 +393,26 @@ def cpu_estimate() -> str:
     return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
 
 
+CPU_SETTINGS = [(1, 1, "thermometer"), (1, 2, "uniform"), (2, 2, "uniform"), (2, 2, "binary"), (3, 3, "binary")]
+
+
 def cpu_table() -> str:
-    bases = sorted({row["bases"] for row in CPU if row["bases"]}) or BASES
+    """Of a setting that a machine did not run, the same bases in the thermometer code, whose counting is the same."""
     rows = []
-    for contender, what in (("packed", "floats in and out"), ("words", "bits in and out")):
-        for threads in cpu_threads():
-            columns = ("times_float32", "times_int8", "share_of_bound")
-            float32, int8, share = (cpu_medians(contender, column, threads) for column in columns)
-            cells = [f"{float32[n]:.2f} / {int8[n]:.2f} ({share[n]:.0%})" for n in bases]
-            rows.append([what, str(threads), *cells])
-    head = ["3 × 3 convolutions", "threads", *(f"$M=N={n}$" for n in bases)]
-    return table(head, rows, "lr" + "r" * len(bases), NOT_MEASURED)
+    for machine, here in cpu_machines():
+        for contender, what in (("packed", "floats"), ("words", "bits")):
+            for threads in cpu_threads(here):
+                columns = ("times_float32", "times_int8", "share_of_bound")
+                found = [cpu_medians(here, contender, column, threads) for column in columns]
+                cells = []
+                for M, N, code in CPU_SETTINGS:
+                    case = (M, N, code) if (M, N, code) in found[0] else (M, N, "thermometer")
+                    is_there = case in found[0] and (code != "uniform" or case[2] == code)
+                    values = [one.get(case) for one in found]
+                    cells.append("{:.2f} / {:.2f} ({:.0%})".format(*values) if is_there else MISSING)
+                rows.append([machine, what, str(threads), *cells])
+    head = ["machine", "in and out", "threads", *(named(*setting) for setting in CPU_SETTINGS)]
+    return table(head, rows, "llr" + "r" * len(CPU_SETTINGS), NOT_MEASURED)
 
 
 def network_table() -> str:
@@ -385,11 +462,11 @@ def gpu_table() -> str:
 def references() -> str:
     """What GitHub shows; the PDF has its own from the same file."""
     lines = []
-    for key, entry in bibliography().items():
+    for entry in bibliography().values():
         where = entry.get("booktitle") or entry.get("journal") or entry.get("institution") or entry.get("howpublished")
-        authors = _authors(entry["author"]).removesuffix(".")
         year = f", {entry['year']}" if "year" in entry else ""
-        lines.append(f"- **{key}**: {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
+        authors = _authors(entry["author"])
+        lines.append(f"- {authors}. [{_plain(entry['title'])}]({entry['url']}). {_plain(where)}{year}.")
     return "\n".join(lines)
 
 
@@ -405,9 +482,8 @@ def _plain(text: str) -> str:
 
 
 def _authors(text: str) -> str:
-    names = [_plain(name).split(", ")[0] for name in text.split(" and ")]
-    if len(names) > 3 or "others" in names:
-        return f"{names[0]} et al."
+    """All of them, first names first."""
+    names = [" ".join(reversed(_plain(name).split(", "))) for name in text.split(" and ")]
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
@@ -435,7 +511,7 @@ def bases_of(row: dict | None) -> str:
 
 def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
-    reference, best, gains = run_of(None, None), best_run(), per_channel_gains()
+    reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
     steps = {row["precision"]: row for row in STEP}
     cpu = CPU[0] if CPU else None
@@ -451,12 +527,13 @@ def for_writeup() -> dict[str, str]:
         "runs_machine": say("{hardware}, {versions}", reference),
         "float_accuracy": say("{accuracy:.2f} %", reference),
         "float_size": kB(reference["float_bytes"]) if reference else MISSING,
-        "best_bases": bases_of(best),
+        "best_setting": named(best["M"], best["N"], best["code"]) if best else MISSING,
         "best_accuracy": say("{accuracy:.2f} %", best),
         "best_size": say("{kB}", best),
-        "best_epochs": say("{epochs}", best),
         "best_loss": points_lost(best),
-        "accuracy_33": say("{accuracy:.2f} %", run_of(3, 3)),
+        "epochs": say("{epochs}", reference),
+        "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
+        "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
         "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
         "cpu_shapes": str(len(shapes)),
         "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
@@ -472,9 +549,9 @@ def for_writeup() -> dict[str, str]:
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
     }
     for M in (1, 2, 3):
-        values[f"weights_only_{M}"] = points_lost(run_of(M, None))
+        values[f"weights_only_{M}"] = points_lost(result(M))
     for n in BASES:
-        speed = on_one_thread("times_int8").get(n)
+        speed = on_one_thread("times_int8").get(n * n)
         values[f"times_int8_{n}"] = f"{speed:.2f}" if speed else NOT_MEASURED
     for precision in ("float32", "mixed"):
         for what, column in (("time", "ratio"), ("memory", "memory_ratio")):
@@ -482,9 +559,9 @@ def for_writeup() -> dict[str, str]:
     return values
 
 
-def points_lost(run: dict | None) -> str:
-    """What a run of the nine-layer network lost against the float network."""
-    return f"{run_of(None, None)['accuracy'] - run['accuracy']:.2f}" if run and run_of(None, None) else MISSING
+def points_lost(found: dict | None) -> str:
+    """What a setting of the nine-layer network loses against the float network."""
+    return f"{result()['accuracy'] - found['accuracy']:.2f}" if found and result() else MISSING
 
 
 def per_channel_gains() -> list[float]:
@@ -496,27 +573,85 @@ def per_channel_gains() -> list[float]:
 def crossover(column: str) -> str:
     """The largest measured M N at which bits still win."""
     speeds = on_one_thread(column)
-    winning = [n * n for n, times in speeds.items() if times >= 1]
+    winning = [products for products, times in speeds.items() if times >= 1]
     return (str(max(winning)) if winning else "none") if speeds else NOT_MEASURED
 
 
+FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
+    ("float32", None, None, "thermometer"), ("onnxruntime int8", None, None, "thermometer"),
+    ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 3, 3, "binary"),
+    ("abcnets in int8", 1, None, "thermometer"),
+]  # fmt: skip
+
+
+def fastest_float32() -> dict | None:
+    """The faster of torch and onnxruntime, case by case, as one of `competitors`."""
+    forms = [form for form in competitors() if form["name"].endswith("float32")]
+    if not forms:
+        return None
+    cases = set().union(*(form["ms"] for form in forms))
+    ms = {case: min(form["ms"].get(case, math.inf) for form in forms) for case in cases}
+    return min(forms, key=lambda form: form["bytes"]) | {"name": "float32", "ms": ms}
+
+
+def contender(name: str, M=None, N=None, code="thermometer") -> dict | None:
+    if name == "float32":
+        return fastest_float32()
+    case = name, M, N, code
+    return next((f for f in competitors() if (f["name"], f["M"], f["N"], f["code"]) == case), None)
+
+
+def first_table() -> str:
+    """What one would choose from: accuracy of all seeds, file, time on one thread."""
+    whats = {"float32": "float32", "onnxruntime int8": "int8", "abcnets": "", "abcnets in int8": ", in ONNX Runtime"}
+    rows = []
+    for name, M, N, code in FIRST_SCREEN:
+        form, found = contender(name, M, N, code), result(M, N, code)
+        what = whats[name] if name in ("float32", "onnxruntime int8") else f"**{named(M, N, code)}**{whats[name]}"
+        if form is None:
+            rows.append([what, *[MISSING] * 4])
+            continue
+        accuracy = found["accuracy"] if found and name in ("float32", "abcnets") else form["accuracy"]
+        times = [f"{form['ms'][batch, 1]:.2f} ms" if (batch, 1) in form["ms"] else MISSING for batch in (1, 32)]
+        rows.append([what, percent(accuracy), kB(form["bytes"]), *times])
+    head = ["weights × activations", "accuracy", "file", "1 image", "of 32, each"]
+    return table(head, rows, "lrrrr")
+
+
+def five_lines() -> str:
+    """The README's first lines of use, and what each step makes of the nine-layer network."""
+    found, form, floats = result(2, 2, "binary"), contender("abcnets", 2, 2, "binary"), fastest_float32()
+    times = [one["ms"].get((32, 1), math.nan) if one else math.nan for one in (form, floats, rival("onnxruntime int8"))]
+    sizes = [kB(one["bytes"]) if one else MISSING for one in (form, floats)]
+    lines = [
+        ('binary = abcnets.convert(model, 2, 2, code="binary")',
+         "M = N = 2: " + say("{float:.2f} % becomes {binarized:.2f} %", found)),
+        ("abcnets.calibrate(binary, images)", "no training, no labels: " + say("{calibrated:.2f} %", found)),
+        ("...", "or train it on, like any other network: " + say("{accuracy:.2f} %", found)),
+        ("packed = abcnets.pack(binary)", "a bit for each weight and base; the same outputs"),
+        ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
+        ("logits = abcnets.fuse(packed)(images)", "{:.2f} ms an image, float32 {:.2f}, int8 {:.2f}".format(*times)),
+    ]  # fmt: skip
+    return "\n".join(["```python", *(f"{code:<52}# {comment}" for code, comment in lines), "```"])
+
+
 def for_readme() -> dict[str, str]:
-    """{marker: text} of the README's opening: the most accurate network of each kind beside float32 and int8."""
-
-    def most_accurate(forms):
-        return max(forms, key=lambda form: form["accuracy"], default=None)
-
-    best = most_accurate(form for form in ours() if form["N"])
-    weights = most_accurate(form for form in ours() if not form["N"])
-    values = {}
-    for name, form in (("best", best), ("weights", weights), ("float", rival("torch float32")),
-                       ("int8", rival("onnxruntime int8"))):  # fmt: skip
-        values |= {f"{name}_accuracy": say("{accuracy:.2f} %", form), f"{name}_size": say("{kB}", form)}
-    speeds = resnet_speeds(1)
+    """{marker: text} of the README."""
+    values = {"first_table": first_table(), "five_lines": five_lines(), "smaller": MISSING}
+    forms = [form for case in FIRST_SCREEN if case[0].startswith("abcnets") and (form := contender(*case))]
+    if forms and (floats := fastest_float32()):
+        smaller = [round(floats["bytes"] / form["bytes"]) for form in forms]
+        values["smaller"] = f"{min(smaller)} to {max(smaller)}"
+    for bases in (1, 2, 3):
+        speeds = resnet_speeds(bases)
+        values[f"speed_{bases}"] = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})"
+    mixed = {row["uniform"]: row for row in MIXED if row["dataset"] == DATASET}
+    for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
+        values[f"{kind}_{bases}"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(bases))
     return values | {
-        "best_bases": bases_of(best),
-        "weights_bases": bases_of(weights),
         "codes_table": codes_table(),
-        "resnet_speed": f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})",
+        "timed_accuracy_table": timed_accuracy_table(),
+        "cifar_table": cifar_table(),
+        "speed_hardware": say("{hardware}", next(iter(SPEED), None), NOT_MEASURED),
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
     }

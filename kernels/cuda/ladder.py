@@ -32,7 +32,6 @@ import abcnets
 from .. import check, registry
 from ..check import BASES, FIRST_AUTHOR, GPU, RESNET_18, RUNG_SHAPE, Shape
 from ..clock import SIMULATED, input_sets, microseconds
-from ..report import row_of
 from . import (
     engine,
     rates,
@@ -124,6 +123,17 @@ def problems(crashes: dict, say=print) -> dict:
 
 
 # --------------------------------------------------------------------------- times
+
+
+def row_of(shape, contender: str, bases, microseconds: float, operations=None) -> dict:
+    """What a row says of a contender; `bases` is "" for what is not made of bits."""
+    operations = shape.macs * (bases or 1) ** 2 if operations is None else operations
+    return asdict(shape) | {
+        "contender": contender,
+        "bases": bases,
+        "microseconds": round(microseconds, 2),
+        "operations_per_second": float(f"{operations / microseconds * 1e6:.4g}"),
+    }
 
 
 class Ladder:
