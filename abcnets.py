@@ -2514,7 +2514,7 @@ class PackedChain(nn.Module):
         if not torch.compiler.is_compiling():
             if type(x) is not Tensor or torch.jit.is_tracing():
                 return None
-            if kept is None or not _are_same(kept[3]):
+            if kept is None or not _are_same(*kept[3]):
                 kept = self._kept = self._gather()
         if kept is None or not kept[1]:
             return None
@@ -2524,18 +2524,18 @@ class PackedChain(nn.Module):
         return kept
 
     def _gather(self) -> tuple:
-        """(bytes of all tensors, program, dictionaries of hooks, [(where a tensor is, name, tensor, version)]).
+        """(bytes of all tensors, program, dictionaries of hooks, what `_are_same` takes).
 
         The program is empty where the operator does not compute what the steps do.
         """
-        seen = []
-        for step in self.steps:
-            for own in (step._buffers, step._parameters):
-                tensors = [(name, t) for name, t in own.items() if t is not None]
-                # read before the tensors are: what is made while one changes is never taken for what it changed to
-                seen += [(own, name, t, None if t.is_inference() else t._version) for name, t in tensors]
+        owners = [own for step in self.steps for own in (step._buffers, step._parameters)]
+        seen = [(own, name, t) for own in owners for name, t in own.items() if t is not None]
+        places, names, tensors = ([*column] for column in zip(*seen))
+        # read before the tensors are: what is made while one changes is never taken for what it changed to
+        counted = [t for t in tensors if not t.is_inference()]
+        seen = places, names, tensors, counted, [t._version for t in counted]
         hooks = [each for m in self.steps for each in (m._forward_hooks, m._forward_pre_hooks)]
-        if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for _, _, t, _ in seen):
+        if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
             return None, "", hooks, seen
         pieces, steps, size = [], [], 0
         with torch.inference_mode(False), torch.no_grad():
@@ -2554,12 +2554,10 @@ class PackedChain(nn.Module):
             return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen
 
 
-def _are_same(seen: list) -> bool:
-    """Whether tensors [(dictionary, name, tensor, version)] are where they were, and what they were."""
-    for own, name, tensor, version in seen:
-        if own.get(name) is not tensor or (version is not None and tensor._version != version):
-            return False
-    return True
+def _are_same(places: list, names: list, tensors: list, counted: list, versions: list) -> bool:
+    """Whether tensors lie where they lay, in dictionaries, and those whose changes are counted are what they were."""
+    found = map(dict.get, places, names)
+    return all(map(operator.is_, found, tensors)) and [*map(operator.attrgetter("_version"), counted)] == versions
 
 
 def _pool_sizes(pool: nn.Module) -> tuple:
