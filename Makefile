@@ -17,13 +17,14 @@ TRAIN = $(BIN)/python notebooks/experiment.py pretrain --dataset $(1) $(3) $(REC
 		$(BIN)/python notebooks/experiment.py finetune --dataset $(1) --weight-bases $$M --activation-bases $$N $$@ $(3) \
 		$(RECORD) || exit 1; done
 
-.PHONY: help run test lab bench results ablation codes writeup clean
+.PHONY: help run test lab bench step results ablation codes writeup clean
 
 help:
 	@echo "make run      both notebooks on the scikit-learn digits, into $(RUN) (minutes)"
 	@echo "make test     style and tests"
 	@echo "make lab      the notebooks in the browser"
 	@echo "make bench    the speed of kernels and networks, into their results/"
+	@echo "make step     what a training step costs against float's, into notebooks/results (ten minutes)"
 	@echo "make results  the accuracy tables, into notebooks/results, notebooks/trained and out (a day; resumes; replaces)"
 	@echo "make ablation what each choice is worth, on a tenth of Fashion-MNIST, three seeds (hours)"
 	@echo "make codes    what each code is worth, on a third of Fashion-MNIST, three seeds (hours)"
@@ -37,8 +38,8 @@ $(INSTALLED): requirements.txt
 
 run: $(INSTALLED)
 	@mkdir -p $(RUN)
-	$(PAPERMILL) notebooks/FinalProject.ipynb $(RUN)/FinalProject.ipynb -p dataset digits -p finetune_epochs 12 -p out ../$(RUN) -p results ../$(RUN)/results
-	$(PAPERMILL) notebooks/Eval.ipynb $(RUN)/Eval.ipynb -p dataset digits -p finetune_epochs 12 -p out ../$(RUN) -p results ../$(RUN)/results
+	$(PAPERMILL) notebooks/FinalProject.ipynb $(RUN)/FinalProject.ipynb -p dataset digits -p finetune_epochs 6 -p out ../$(RUN) -p results ../$(RUN)/results
+	$(PAPERMILL) notebooks/Eval.ipynb $(RUN)/Eval.ipynb -p dataset digits -p finetune_epochs 6 -p out ../$(RUN) -p results ../$(RUN)/results
 	@$(BIN)/python notebooks/page.py $(RUN)/FinalProject.ipynb $(RUN)/Eval.ipynb
 	@$(BIN)/python notebooks/experiment.py table --results $(RUN)/results
 	@echo "Pictures: $(RUN)/figures, and in their story $(RUN)/FinalProject.html and $(RUN)/Eval.html"
@@ -53,6 +54,11 @@ lab: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m kernels.bench
 	$(BIN)/python notebooks/speed.py
+
+step: $(INSTALLED)
+	for network in nine-layer resnet-20; do for bases in "3 --activation-bases 3" "2 --activation-bases 2 --code binary"; do \
+		for threads in 1 2; do $(BIN)/python notebooks/experiment.py step --network $$network --threads $$threads \
+		--weight-bases $$bases --results notebooks/results || exit 1; done; done; done
 
 results: $(INSTALLED)
 	for seed in 0 1 2; do $(call TRAIN,fashion-mnist,$(SETTINGS),--seed $$seed) || exit 1; done

@@ -39,7 +39,7 @@ What is in it, from top to bottom:
     engines                                            which device runs packed layers how fast
     fuse, fused_for                                    bits from layer to layer
     PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call
-    export_onnx                                        one ONNX file, which runs without torch
+    export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
 found when it is first needed. Without it they run as float convolutions, and `fuse` and `export_onnx` are missing;
@@ -327,7 +327,9 @@ def weight_bases(W: Tensor, us: Tensor, per_channel: bool = True, code: str = "t
         if W is not floating point.
     """
     M, code = _check_weight(W, us, code)
-    _, _, above = _levels(W, us, per_channel, code, nearest)
+    with torch.no_grad():  # signs have no gradient
+        _, centre, _, _, _, thresholds = _fitted(W, us, per_channel, code, nearest)
+        above = _above(_grouped(W, per_channel) - centre, thresholds)
     flags = _encoded(above, M) if code != "thermometer" else [above[i] for i in _nesting(us).argsort().tolist()]
     return torch.stack([torch.where(flag, 1.0, -1.0).to(W.dtype).view_as(W) for flag in flags])
 
@@ -362,7 +364,7 @@ def fit_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str = "the
     Raises: as `weight_bases`.
     """
     _, code = _check_weight(W, us, code)
-    alphas, _, _ = _levels(W, us, per_channel, code, nearest)
+    alphas = _fitted(W, us, per_channel, code, nearest)[3]
     order = _nesting(us).argsort() if code == "thermometer" else slice(None)
     return alphas[:, order].t().to(W.dtype)
 
@@ -376,6 +378,9 @@ def quantize_weight(W: Tensor, us: Tensor, per_channel: bool = True, code: str =
 
         dL/du_j = h_j sum(dL/dWq [|z_j| <= 1])     thermometer: z_j = (W - mean(W)) / std(W) + u_j
                                                    binary, uniform: z_j = W / rms(W) + u_j
+
+    Where abcnets_kernels has an engine for the CPU, float32 weights are fitted in one call, and sums rounded less; in
+    `fit_weight` and `weight_bases` too, so that packing finds the bases that were trained.
 
     Shape: as `weight_bases` -> like W. A NaN weight makes its channel NaN.
     Raises: as `weight_bases`; ValueError where us of another code than the thermometer's requires grad, but is only
@@ -409,22 +414,9 @@ def _bases_with(thresholds: int, code: str, name: str) -> int:
     return bases
 
 
-def _standardize(W: Tensor, us: Tensor, per_channel: bool, code: str) -> tuple[Tensor, Tensor, Tensor]:
-    """x (G, K), its spread (G, 1), thresholds (G, L - 1) between levels; G groups share statistics.
-
-    In float32 or wider, so that half-precision weights have the bases that their float32 copy has.
-    """
-    x = _grouped(W, per_channel)
-    if code == "thermometer":
-        x = x - x.mean(1, keepdim=True)
-        # One value alone has no sample deviation; 0 makes all its bases +1, and Wq the value itself.
-        spread = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(x)
-    else:
-        spread = x.square().mean(1, keepdim=True).sqrt()
-    return x, spread, -(spread * us.to(x.dtype))
-
-
 def _grouped(W: Tensor, per_channel: bool) -> Tensor:
+    """(G, K): G groups share statistics. In float32 or wider, so that half-precision weights have the bases that their
+    float32 copy has."""
     groups = len(W) if per_channel else 1
     return W.reshape(groups, W.numel() // max(groups, 1)).to(torch.promote_types(W.dtype, torch.float32))
 
@@ -434,27 +426,62 @@ def _nesting(us: Tensor) -> Tensor:
     return us.argsort(descending=True, stable=True)
 
 
-def _levels(W: Tensor, us: Tensor, per_channel: bool, code: str, nearest: bool):
-    """Least-squares alphas (G, M), levels (G, L), and the nested masks (G, K) of what lies above each threshold.
+def _rounds(code: str, M: int) -> int:
+    """How often a code whose levels are the nearest ones cuts midway between them, and fits them again."""
+    return 0 if code == "thermometer" else 2 if M == 2 else 5
 
-    A thermometer's alphas are in the order of nesting.
+
+def _fitted(W: Tensor, us: Tensor, per_channel: bool, code: str, nearest: bool) -> tuple[Tensor, ...]:
+    """What `_fit_levels` returns, from an engine where there is one and nobody asks for its derivatives."""
+    differentiable = torch.is_grad_enabled() and (W.requires_grad or us.requires_grad)
+    through_torch = _has_operator(W, us) and not differentiable
+    fit = torch.ops.abcnets.fit_levels.default if through_torch else _fit_levels
+    return fit(W, us, per_channel, code, nearest)
+
+
+def _fit_levels(W: Tensor, us: Tensor, per_channel: bool, code: str, nearest: bool) -> tuple[Tensor, ...]:
+    """The operator abcnets::fit_levels, in plain torch: all about a weight's quantization, for G groups, T thresholds.
+
+    Wq, like W; centres (G, 1), which is taken away before weights meet thresholds; spreads (G, 1); least-squares
+    alphas (G, M), a thermometer's in the order of nesting; levels (G, T + 1); thresholds (G, T), ascending, at the end
+    of the search for the nearest levels.
     """
-    x, _, thresholds = _standardize(W, us, per_channel, code)
-    thresholds = thresholds[:, _nesting(us)]
+    w = _grouped(W, per_channel)
     if code == "thermometer":
-        above = [x >= t[:, None] for t in thresholds.unbind(1)]
-        levels = _nested_levels(*_sums_of_bins(_grouped(W, per_channel), above))
-        return levels.diff(dim=1) / 2, levels, above
+        centre = w.mean(1, keepdim=True)
+        x = w - centre
+        # One value alone has no sample deviation; 0 makes all its bases +1, and Wq the value itself.
+        spread = x.std(1, keepdim=True) if x.shape[1] > 1 else torch.zeros_like(x)
+    else:
+        x, spread = w, w.square().mean(1, keepdim=True).sqrt()
+        centre = torch.zeros_like(spread)
+    thresholds = -(spread * us.to(x.dtype))[:, _nesting(us)]
     M = _bases_with(len(us), code, "us")
-    design = _design(code, M, x)
-    for rounds_left in reversed(range((2 if M == 2 else 5) + 1 if nearest else 1)):
-        above = [x >= t[:, None] for t in thresholds.unbind(1)]
-        scales = _tied_scales(*_sums_of_bins(x, above), design)
-        levels = _matmul(scales[:, None], design.t())[:, 0]
-        if rounds_left:
-            sorted_levels = levels.sort(1).values
-            thresholds = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
-    return scales.expand(-1, M), levels, above
+    if code == "thermometer":
+        above = _above(x, thresholds)
+        levels = _nested_levels(*_sums_of_bins(w, above))
+        alphas = levels.diff(dim=1) / 2
+    else:
+        design = _design(code, M, x)
+        for rounds_left in reversed(range((_rounds(code, M) if nearest else 0) + 1)):
+            above = _above(x, thresholds)
+            scales = _tied_scales(*_sums_of_bins(x, above), design)
+            levels = _matmul(scales[:, None], design.t())[:, 0]
+            if rounds_left:
+                sorted_levels = levels.sort(1).values
+                thresholds = (sorted_levels[:, 1:] + sorted_levels[:, :-1]) / 2
+        alphas = scales.repeat(1, M // scales.shape[1])
+    lowest, *higher = levels.unsqueeze(2).unbind(1)
+    Wq = lowest.expand(above[0].shape)
+    for mask, level in zip(above, higher):
+        Wq = torch.where(mask, level, Wq)
+    Wq = torch.empty_like(W).copy_(Wq.reshape(W.shape))  # in W's dtype and order of memory
+    return Wq, centre, spread, alphas, levels, thresholds
+
+
+def _above(x: Tensor, thresholds: Tensor) -> list[Tensor]:
+    """The nested masks (G, K) of what lies above each threshold."""
+    return [x >= t[:, None] for t in thresholds.unbind(1)]
 
 
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -505,12 +532,7 @@ def _tied_scales(sums: list[Tensor], counts: list[Tensor], design: Tensor) -> Te
 class _QuantizeWeight(torch.autograd.Function):
     @staticmethod
     def forward(W, us, per_channel, code, nearest):
-        _, levels, above = _levels(W, us, per_channel, code, nearest)
-        lowest, *higher = levels.unsqueeze(2).unbind(1)
-        Wq = lowest.expand(above[0].shape)
-        for mask, level in zip(above, higher):
-            Wq = torch.where(mask, level, Wq)
-        return Wq.reshape(W.shape).to(W.dtype)
+        return _fitted(W, us, per_channel, code, nearest)[0]
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -523,16 +545,16 @@ class _QuantizeWeight(torch.autograd.Function):
         if not ctx.needs_input_grad[1]:
             return G, None, None, None, None
         W, us = ctx.saved_tensors
-        per_channel, code, _ = ctx.options
-        x, spread, thresholds = _standardize(W, us, per_channel, code)
-        if x.shape[1] == 1 and code == "thermometer":  # one value has no deviation
+        per_channel, *_ = ctx.options
+        _, centre, spread, _, levels, thresholds = _fitted(W, us, *ctx.options)
+        x = _grouped(W, per_channel) - centre
+        if x.shape[1] == 1 and ctx.options[1] == "thermometer":  # one value has no deviation
             spread = torch.ones_like(x)
-        half_steps = _levels(W, us, *ctx.options)[1].diff(dim=1)[:, _nesting(us).argsort()] / 2
         G_us = [
             (h[:, None] * torch.where((x - t[:, None]).abs() <= spread, G.reshape(x.shape), 0)).sum()
-            for h, t in zip(half_steps.unbind(1), thresholds.unbind(1))
+            for h, t in zip((levels.diff(dim=1) / 2).unbind(1), thresholds.unbind(1))
         ]
-        return G, torch.stack(G_us).to(us.dtype), None, None, None
+        return G, torch.stack(G_us)[_nesting(us).argsort()].to(us.dtype), None, None, None
 
 
 # --------------------------------------------------------------------------- Activations
@@ -565,6 +587,13 @@ def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor, code: str = "therm
         dtype. Comparisons are made in float32 or wider.
     Raises: ValueError if vs and betas are not as many as the code wants, TypeError if R is not floating point.
     """
+    _check_activations(R, vs, betas, code)
+    if code == "binary":
+        vs = vs.sort(descending=True).values
+    return _QuantizeActivation.apply(R, vs, _half_steps(betas, len(vs)), bool(zero))
+
+
+def _check_activations(R: Tensor, vs: Tensor, betas: Tensor, code: str) -> None:
     if code not in CODES:
         raise ValueError(f"code must be one of {CODES}, got {code!r}")
     N = len(betas) if betas.ndim == vs.ndim == 1 else 0
@@ -576,9 +605,6 @@ def quantize_activation(R: Tensor, vs: Tensor, betas: Tensor, code: str = "therm
         raise ValueError(f"vs and betas must have {rule}, got shapes {shapes}")
     if not R.is_floating_point():
         raise TypeError(f"a binarized layer takes floating-point input, got {R.dtype}")
-    if code == "binary":
-        vs = vs.sort(descending=True).values
-    return _QuantizeActivation.apply(R, vs, _half_steps(betas, len(vs)), bool(zero))
 
 
 def _half_steps(betas: Tensor, thresholds: int) -> Tensor:
@@ -591,8 +617,17 @@ def _half_steps(betas: Tensor, thresholds: int) -> Tensor:
     if len(betas) == 1:
         return betas.expand(thresholds)
     wide = betas.to(torch.promote_types(betas.dtype, torch.float32))
-    steps = _signs("binary", len(betas), wide).diff(dim=0) / 2
-    return (steps * wide).sum(1)  # a product that autocast leaves in float32
+    return (_rises(len(betas), wide) * wide).sum(1)  # a product that autocast leaves in float32
+
+
+def _rises(N: int, like: Tensor) -> Tensor:
+    """E (T, N) of the binary code: half of what each base's sign rises by at each threshold."""
+    return _signs("binary", N, like).diff(dim=0) / 2
+
+
+@functools.cache
+def _numbers_of_rises(N: int) -> list[list[float]]:
+    return _apart(lambda: _rises(N, torch.zeros((), dtype=torch.float32, device="cpu")).tolist())
 
 
 def _thresholds(vs: Tensor, code: str = "thermometer") -> Tensor:
@@ -734,6 +769,110 @@ class _QuantizeActivation(torch.autograd.Function):
         return G_R, G_vs.to(vs.dtype), signs.to(half_steps.dtype), None
 
 
+# --------------------------------------------------------------------------- Training: less is kept
+#
+# A product of Aq and Wq needs both for the gradients. Aq would be one more tensor of R's size, and R is kept in any
+# case: by the quantizer, and by the ReLU or BatchNorm that it came from. So where an engine makes Aq at the price of
+# reading R, it is made again in the backward pass.
+
+
+def _product(Aq: Tensor, Wq: Tensor, bias: Tensor | None, geometry: tuple) -> Tensor:
+    """A convolution with (stride, padding, dilation, groups), or for () a linear layer's product of matrices."""
+    if not geometry:
+        return F.linear(Aq, Wq, bias)
+    return (F.conv1d, F.conv2d, F.conv3d)[Wq.ndim - 3](Aq, Wq, bias, *geometry)
+
+
+def _product_gradients(G: Tensor, Aq: Tensor, Wq: Tensor, geometry: tuple, wanted: list[bool]) -> list[Tensor | None]:
+    """dL/dAq, dL/dWq, dL/dbias as torch's own backward passes compute them, each where it is wanted, else None."""
+    if geometry:
+        stride, padding, dilation, groups = geometry
+        like = [len(Wq)], stride, padding, dilation, False, [0] * len(stride), groups
+        return torch.ops.aten.convolution_backward(G, Aq, Wq, *like, wanted)
+    formulas = (lambda: G @ Wq), (lambda: G.t() @ Aq), (lambda: G.sum(0))
+    return [formula() if is_wanted else None for formula, is_wanted in zip(formulas, wanted)]
+
+
+class _QuantizedProduct(torch.autograd.Function):
+    """product(Aq, Wq) + bias of a layer, in one step of autograd, which keeps R and Wq.
+
+    The numbers are those of `quantize_activation`, `quantize_weight` and the product one after the other, to the bit.
+    """
+
+    @staticmethod
+    def forward(ctx, R, vs, betas, W, us, bias, activation_options, weight_options, geometry):
+        code, zero = activation_options
+        Wq = W if us is None else _fitted(W, us, *weight_options)[0]
+        order = rises = None
+        if code == "binary":
+            vs_in_order, order = vs.sort(descending=True)
+            rises = torch.tensor(_numbers_of_rises(len(betas)), dtype=torch.float32, device="cpu")
+            thresholds, half_steps = _thresholds(vs_in_order), (rises * betas).sum(1)
+        else:
+            thresholds, half_steps = _thresholds(vs), _half_steps(betas, len(vs))
+        ctx.save_for_backward(R, vs, betas, Wq, thresholds, half_steps, order, rises)
+        ctx.parameters = W, us, bias  # which may change before the backward pass: it needs Wq
+        ctx.options = activation_options, weight_options, geometry
+        return _product(_quantized(R, thresholds, half_steps, zero), Wq, bias, geometry)
+
+    @staticmethod
+    def backward(ctx, G):
+        if torch.is_grad_enabled():
+            return _QuantizedProduct._differentiable_backward(ctx, G)
+        R, vs, betas, Wq, thresholds, half_steps, order, rises = ctx.saved_tensors
+        (_, zero), _, geometry = ctx.options
+        *staircase, W_wanted, _, bias_wanted, _, _, _ = ctx.needs_input_grad
+        # G has the type that autocast gave the product, and with it both operands.
+        Aq = _quantized(R, thresholds, half_steps, zero).to(G.dtype)
+        wanted = [any(staircase), W_wanted, bias_wanted]
+        G_Aq, G_Wq, G_bias = _product_gradients(G, Aq, Wq.to(G.dtype), geometry, wanted)
+        del Aq
+        W, _, bias = ctx.parameters
+        G_W = None if G_Wq is None else G_Wq.to(W.dtype)
+        G_bias = None if G_bias is None else G_bias.to(bias.dtype)
+        if G_Aq is None:
+            return None, None, None, G_W, None, G_bias, None, None, None
+        backward = torch.ops.abcnets.staircase_backward.default
+        G_R, near, G_betas = backward(R, G_Aq.to(R.dtype), thresholds, half_steps, zero)
+        G_vs = half_steps * near
+        if order is not None:
+            G_vs = torch.empty_like(G_vs).scatter_(0, order, G_vs)
+            G_betas = (rises * G_betas[:, None]).sum(0)
+        elif len(betas) < len(vs):
+            G_betas = G_betas.sum(0, keepdim=True)
+        return G_R, G_vs, G_betas, G_W, None, G_bias, None, None, None
+
+    @staticmethod
+    def _differentiable_backward(ctx, G):
+        """Where a gradient of the gradient is wanted: by torch's own rules, from the layer's parts once more."""
+        R, vs, betas, kept_Wq, *_ = ctx.saved_tensors
+        W, us, bias = ctx.parameters
+        (code, zero), weight_options, geometry = ctx.options
+        Aq = quantize_activation(R, vs, betas, code, zero)
+        Wq = W if us is None else quantize_weight(W, us, *weight_options)
+        if not torch.allclose(Wq, kept_Wq, rtol=0, atol=0, equal_nan=True):
+            raise RuntimeError("a layer's weight was modified by an inplace operation after the forward pass, and a "
+                               "gradient of its gradient needs it as it was")  # fmt: skip
+        operands = [None if x is None else x.to(G.dtype) for x in (Aq, Wq, bias)]
+        chosen = [x for x, wanted in zip((R, vs, betas, W, us, bias), ctx.needs_input_grad) if wanted]
+        found = iter(torch.autograd.grad(_product(*operands, geometry), chosen, G, create_graph=True))
+        return *(next(found) if wanted else None for wanted in ctx.needs_input_grad[:6]), None, None, None
+
+
+def _keeps_input(R: Tensor, vs: Tensor, betas: Tensor, W: Tensor, us: Tensor | None) -> bool:
+    """Whether this is a step of training that `_QuantizedProduct` is for: an engine makes Aq, and nobody else looks."""
+    return (
+        torch.is_grad_enabled()
+        and (R.requires_grad or vs.requires_grad or betas.requires_grad)  # or the quantizer would not keep R
+        and (us is None or not us.requires_grad)
+        and R.dtype in (torch.float32, torch.bfloat16)
+        and vs.dtype is betas.dtype is torch.float32
+        and _has_operator(R, vs, betas, W)
+        and not torch._C._are_functorch_transforms_active()
+        and "engine" in _engine("cpu")
+    )
+
+
 # --------------------------------------------------------------------------- Layers
 
 
@@ -811,6 +950,10 @@ class _ABCLayer(nn.Module):
 
     def quantized_input(self, input: Tensor) -> Tensor:
         """Aq of a batch, shaped like it; the batch itself where activation_bases is None."""
+        self._check_input(input)
+        return input if self.vs is None else quantize_activation(input, self.vs, self.betas, self.code[1], self.zero)
+
+    def _check_input(self, input: Tensor) -> None:
         if not input.is_floating_point():
             raise TypeError(f"{type(self).__name__} takes floating-point input, got {input.dtype}")
         channels = self.weight.shape[1] * getattr(self, "groups", 1)
@@ -818,7 +961,19 @@ class _ABCLayer(nn.Module):
         if input.ndim < -axis or input.shape[axis] != channels:
             wanted = " x ".join(["batch", str(channels), *["size"] * self.spatial_dims])
             raise ValueError(f"{type(self).__name__} takes input of shape {wanted}, got {tuple(input.shape)}")
-        return input if self.vs is None else quantize_activation(input, self.vs, self.betas, self.code[1], self.zero)
+
+    def _forward(self, input: Tensor) -> Tensor:
+        """product(Aq, Wq) + bias, by the way of it that keeps less for the backward pass, where there is one."""
+        geometry = self._simple_geometry(input)
+        if self.vs is None or geometry is None or not _keeps_input(input, self.vs, self.betas, self.weight, self.us):
+            return self._multiply(self.quantized_input(input), self.quantized_weight())
+        self._check_input(input)
+        _check_activations(input, self.vs, self.betas, self.code[1])
+        weight_options = None if self.us is None else self._weight_options()[1:]
+        rows = input if geometry or input.ndim == 2 else input.flatten(0, -2)
+        output = _QuantizedProduct.apply(rows, self.vs, self.betas, self.weight, self.us, self.bias,
+                                         (self.code[1], self.zero), weight_options, geometry)  # fmt: skip
+        return output if rows is input else output.unflatten(0, input.shape[:-1])
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {_describe_bases(self)}, active={self.active}"
@@ -956,6 +1111,20 @@ class _ABCConv(_ABCLayer):
         _initialize(self, weight_init, bias_init)
         self._set_bases(weight_bases, activation_bases, us, vs, betas, active, per_channel, learn_us, code, zero)
 
+    def _multiply(self, Aq: Tensor, Wq: Tensor) -> Tensor:
+        return self._conv_forward(Aq, Wq, self.bias)
+
+    def _simple_geometry(self, input: Tensor) -> tuple | None:
+        """What `_product` calls the geometry; None without a batch, and where padding is not zeros alike on both sides.
+        """
+        padding = self.padding
+        if isinstance(padding, str):
+            reach = [d * (k - 1) if padding == "same" else 0 for d, k in zip(self.dilation, self.kernel_size)]
+            padding = None if any(pixels % 2 for pixels in reach) else tuple(pixels // 2 for pixels in reach)
+        if self.padding_mode != "zeros" or padding is None or input.ndim != self.spatial_dims + 2:
+            return None
+        return self.stride, padding, self.dilation, self.groups
+
     @classmethod
     def _geometry(cls, weight: Tensor, groups=1, **arguments) -> dict:
         return {
@@ -999,6 +1168,9 @@ class ABCConv2d(_ABCConv, nn.Conv2d):
         zero: whether a 0 that comes in stays 0, like those of padding: the layer convolves Aq - Aq(0). Default: yes,
             except in the thermometer code, the paper's.
 
+    Training keeps R for the backward pass. With an engine for the CPU that is all it keeps of R's size (and so do 1-D,
+    3-D and linear layers; not where padding is other than zeros, or in torch.func's transforms): Aq is made again.
+
     Shape: input (B, C, H, W) -> (B, O, H', W'), as nn.Conv2d. Under autocast, what torch does with conv2d.
 
     Attributes:
@@ -1023,7 +1195,7 @@ class ABCConv2d(_ABCConv, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.active:
             return super().forward(input)
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self._forward(input)
 
 
 class ABCConv1d(_ABCConv, nn.Conv1d):
@@ -1048,7 +1220,7 @@ class ABCConv1d(_ABCConv, nn.Conv1d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.active:
             return super().forward(input)
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self._forward(input)
 
 
 class ABCConv3d(_ABCConv, nn.Conv3d):
@@ -1073,7 +1245,7 @@ class ABCConv3d(_ABCConv, nn.Conv3d):
     def forward(self, input: Tensor) -> Tensor:
         if not self.active:
             return super().forward(input)
-        return self._conv_forward(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self._forward(input)
 
 
 class ABCLinear(_ABCLayer, nn.Linear):
@@ -1106,7 +1278,13 @@ class ABCLinear(_ABCLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         if not self.active:
             return super().forward(input)
-        return F.linear(self.quantized_input(input), self.quantized_weight(), self.bias)
+        return self._forward(input)
+
+    def _multiply(self, Aq: Tensor, Wq: Tensor) -> Tensor:
+        return F.linear(Aq, Wq, self.bias)
+
+    def _simple_geometry(self, input: Tensor) -> tuple | None:
+        return () if input.ndim > 1 else None
 
 
 _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear)}
@@ -1574,7 +1752,7 @@ def _compensated(layer: _ABCLayer, W: Tensor, R: Tensor, wanted: Tensor) -> tupl
         candidates = [W_GOK, target_GOK]
         if us is not None:
             design_LU = _design(layer.code[0], layer.weight_bases, H_GKK)
-            levels_GOL = _levels(target_GOK.reshape(W.shape), *quantization)[1]
+            levels_GOL = _fitted(target_GOK.reshape(W.shape), *quantization)[4]
             levels_GOL = levels_GOL.expand(len(W), -1).reshape(*W_GOK.shape[:2], -1)
             for _ in range(2):
                 rounded_GOK = torch.stack([_round_columns(*each) for each in zip(target_GOK, levels_GOL, H_GKK)])
@@ -1663,8 +1841,8 @@ def _progress_bar(total: int, description: str = "calibrate", unit: str = "layer
 
 
 class Summary(list):
-    """What `summary` and `plan` return: a list of dicts, one a layer. Prints as a table, in Jupyter as an HTML one;
-    `pandas.DataFrame(summary)` works."""
+    """What `summary`, `plan` and `export_onnx` return: a list of dicts, one a layer. Prints as a table, in Jupyter as
+    an HTML one; `pandas.DataFrame(summary)` works."""
 
     def total(self) -> dict:
         """The sums of the countable columns."""
@@ -1699,7 +1877,7 @@ class Summary(list):
         return f"<table><thead>{row(head, 'th')}</thead><tbody>{body}</tbody><tfoot>{row(total, 'th')}</tfoot></table>"
 
 
-_WORDS = ("layer", "kind", "code", "why")  # columns of a Summary that read from the left
+_WORDS = ("layer", "kind", "code", "stored", "runs", "why")  # columns of a Summary that read from the left
 
 
 def _format(value) -> str:
@@ -1714,7 +1892,9 @@ def summary(model: nn.Module, example_input: Tensor) -> Summary:
     where that of the weights is another than that of the activations), parameters, bits (stored by binarized weights
     once packed), float_bytes and packed_bytes (of parameters and buffers, before and after `pack`), macs
     (multiply-accumulates of the float layer), binary_macs (M * N times as many, where both sides are binary), engine
-    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would).
+    ("bits" or "float": how a packed layer computes where it is now, or how a binarized one would). Where only the
+    weights are binary that is "float" here; ONNX Runtime runs them faster, in int8, where the processor has a dot
+    product of bytes: see `export_onnx`.
     """
     _check_own(model)
     rows: dict[nn.Module, dict] = {}
@@ -2038,7 +2218,13 @@ def _staircase_backward_fake(R, G, thresholds, half_steps, zero):
     return torch.empty_like(R), *(thresholds.new_empty(thresholds.shape, dtype=dtype) for _ in range(2))
 
 
-_INTERFACE = 4  # of the operators, and of what this file and abcnets_kernels ask of one another
+def _fit_levels_fake(W, us, per_channel, code, nearest):
+    G, M = len(W) if per_channel else 1, _bases_with(len(us), code, "us")
+    dtype = torch.promote_types(W.dtype, torch.float32)
+    return torch.empty_like(W), *(W.new_empty((G, n), dtype=dtype) for n in (1, 1, M, len(us) + 1, len(us)))
+
+
+_INTERFACE = 5  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
@@ -2066,6 +2252,9 @@ def _define_operators() -> None:
          "(Tensor R, Tensor thresholds, Tensor half_steps, bool zero) -> Tensor"),
         (_staircase_backward, _staircase_backward_fake,
          "(Tensor R, Tensor G, Tensor thresholds, Tensor half_steps, bool zero) -> (Tensor, Tensor, Tensor)"),
+        (_fit_levels, _fit_levels_fake,
+         "(Tensor W, Tensor us, bool per_channel, str code, bool nearest) "
+         "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"),
     ):  # fmt: skip
         name = plain.__name__.strip("_")
         _library.define(name + schema)
@@ -2079,7 +2268,7 @@ def _run_operator(plain, x: Tensor, *arguments) -> Tensor | tuple:
     first_look = x.device.type not in _found
     if "engine" in _engine(x.device.type) and first_look:
         return getattr(torch.ops.abcnets, plain.__name__.strip("_"))(x, *arguments)
-    if plain not in (_staircase, _staircase_backward):  # where one trains, nobody expects to need an engine
+    if plain in (packed_conv, packed_max_pool, packed_chain):  # where one trains, nobody expects to need an engine
         _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 
@@ -2159,7 +2348,10 @@ def _look_for_engine(device: str) -> None:
 
 
 def engines() -> dict[str, str]:
-    """What runs packed layers on each device, such as {"cpu": "numba", "cuda": "float convolutions: no NVIDIA GPU"}."""
+    """What runs packed layers on each device, and how it counts bits.
+
+    Such as {"cpu": "numba (AVX2 look-up)", "cuda": "float convolutions: no NVIDIA GPU"}.
+    """
     found = {device: _engine(device) for device in ("cpu", "cuda")}
     return {device: what.get("engine") or f"float convolutions: {what['missing']}" for device, what in found.items()}
 
@@ -2863,7 +3055,8 @@ def fused_for(name: str, value, wanted) -> None:
                          f"for {got}")  # fmt: skip
 
 
-def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
+def export_onnx(model: nn.Module, example_input: Tensor, path, *, activations: str | None = None,
+                calibration=None) -> Summary | None:  # fmt: skip
     """Write a model as one ONNX file, which runs without torch; replaces the file atomically.
 
     Takes a model with ABC layers (its quantized weights become float32 constants), what `pack` or `load_packed`
@@ -2872,22 +3065,48 @@ def export_onnx(model: nn.Module, example_input: Tensor, path) -> None:
     float convolutions: the file is as small as that of `save_packed`, but no faster than a float network's. Between
     the layers of a fused model it hands on booleans.
 
+    With `activations="int8"` the file is as small, and ONNX Runtime runs its convolutions and linear layers in
+    integers (QLinearConv, QGemm), which is a few times as fast where the processor has a dot product of 8-bit
+    numbers. It is what binary weights with float activations are for: a value of eight bits is a sum of eight bases,
+    R ~ s (q - z), which such an instruction counts at once.
+
+    - Activations are uint8, with one scale s and zero z for a tensor, whose range is that of least squared error on the
+      calibration batches (torch.ao's HistogramObserver). Where N bases stand in front of a layer, their levels are
+      codes, the nearest multiples of one scale: as they are for N = 1 and for uniform codes, off by at most a 254th of
+      their span else.
+    - Weights are int8 with one scale a channel. Those of M bases stay bits in the file, whoever packs them, and a
+      table of 2^M levels a channel: exact for M = 1, else off by at most half a 127th of the channel's largest. Layers
+      with float weights, the first and the last above all, are rounded to 127ths likewise; so are more than 7 bases,
+      as numbers, since bits of them are no smaller. Biases are int32, and off by at most half of s times the scale.
+    - BatchNorm becomes a part of the layer before it, through a max-pool too where it rises, or else a convolution of
+      its own. ReLU, max-pool, sums, concatenation and average pooling are in integers. The rest stays float.
+
     Input and output are called "input" and "output", and their first dimension, the batch, may be of any size.
 
     Args:
         model: the model, which is exported as it is in eval mode; it is not touched.
         example_input: a batch of the right shape and dtype; its values don't matter.
         path: the file to write.
+        activations: None, which leaves them float, or "int8".
+        calibration: for int8, which is then in float32: an iterable of inputs, or of (input, ...) tuples such as a
+            DataLoader yields, or one tensor; some hundred images.
 
+    Returns: for int8 a `Summary`: what became of each layer, and each operator that stays float. Otherwise None.
     Raises: ImportError without the packages abcnets_kernels, onnx and onnxscript; ValueError for an example without a
-        batch, and where torch.export can't trace the model. A NaN that would have to become bits in a fused model
-        raises nothing in the file: it counts as below every threshold.
+        batch, where torch.export can't trace the model, and for int8 where a calibration batch is of another shape or
+        not finite or there is none, and for a fused model in which bits go from layer to layer. A NaN that would have
+        to become bits or a code raises nothing in the file: in a fused model it counts as below every threshold.
+
+    On x86 processors without VNNI, ONNX Runtime adds two products of 8-bit numbers in 16 bits, which overflow: set
+    `options.add_session_config_entry("session.x64quantprecision", "1")`. With M = 1 they never do.
 
     Example::
 
         abcnets.export_onnx(abcnets.pack(model), images[:1], "model.onnx")
         session = onnxruntime.InferenceSession("model.onnx")
         (logits,) = session.run(None, {"input": images.numpy()})
+
+        print(abcnets.export_onnx(model, images[:1], "int8.onnx", activations="int8", calibration=images))
     """
     _check_own(model)
-    _kernels("export").export_onnx(_this_file(), model, example_input, path)
+    return _kernels("export").export_onnx(_this_file(), model, example_input, path, activations, calibration)

@@ -4,7 +4,8 @@
     layout.py               how bits, weights, thresholds and border constants lie in memory; the algebra
     cache.py                what is made once and kept beside a layer's tensors
     cpu/, cuda/             the engines, from naive to fastest, one idea a file
-    fuse.py, export.py      bits from layer to layer; ONNX files
+    fuse.py                 bits from layer to layer
+    export.py, int8.py      ONNX files; their integer form
     check.py, clock.py      random layers and the reference; one clock
     command.py              what the command lines share
     bench.py, report.py     one CSV, one table, one figure for every rung and rival
@@ -19,7 +20,7 @@ import sys
 from pathlib import Path
 
 NAME = "abcnets_kernels"
-INTERFACE = 4  # what `register`, `fuse`, `export` and abcnets.py agree on; each side refuses another number
+INTERFACE = 5  # what `register`, `fuse`, `export` and abcnets.py agree on; each side refuses another number
 
 
 class _OtherName(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

@@ -3,6 +3,7 @@
     python -m kernels.bench                                     all sizes, 1 thread and all threads; writes the results
     python -m kernels.bench --quick                             a few sizes, nothing written
     python -m kernels.bench --shape 128,128,3,28,1 --batch 8    one convolution (C, O, K, size, padding[, stride])
+    python -m kernels.bench --isa avx2                          as on a processor with AVX2 alone; writes its results
     python -m kernels.bench --device cuda                       the CUDA ladder, cuda/ladder.py; writes its results
     python -m kernels.bench --readme                            no times: table and figure from the results there are
 
@@ -13,16 +14,23 @@ processor, OpenVINO's, if it is there (`pip install openvino`). "words" is the p
 bits in and out. Libraries with threads of their own are timed after the others, because these spin for a while after
 each call and would slow down whoever comes next. How: clock.py.
 
-Results: results/cpu.csv and results/cuda.csv, a row a contender and size, where an operation is one multiply-add of the
-float convolution, or of two bits. A setting of bits is M x N, and "uniform 2" for N of equal betas. report.py makes
+With --isa avx2 all sides are held to AVX2: Numba, torch's own kernels and oneDNN, in a process of their own. What can't
+be held to it is left out: torch's x86 engine for int8, onnxruntime, OpenVINO.
+
+Results: results/cpu.csv, avx2.csv and cuda.csv, a row a contender and size, where an operation is one multiply-add of
+the float convolution, or of two bits. A setting of bits is M x N, and "uniform 2" for N of equal betas. report.py makes
 README.md's tables and figures of them.
 """
 
 import argparse
 import os
+import platform
+import subprocess
+import sys
 import time
 import warnings
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +43,14 @@ from .clock import SIMULATED, interleaved_medians, machine
 from .command import COUNT, POSITIVE, THREADS, Parser, Refused, checked
 
 QUICK = [FIRST_AUTHOR[1], RESNET_18[1], RESNET_18[3]]
+ON_AVX2 = [
+    Shape(128, 128, 3, 28, 1, B=8), Shape(64, 64, 3, 56, 1), Shape(256, 256, 3, 14, 1), Shape(32, 32, 3, 14, 1, B=32),
+    Shape(16, 32, 3, 28, 1, B=32),
+]  # fmt: skip
+AVX2 = {
+    "NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "+avx2,+fma,+bmi,+bmi2,+popcnt,+lzcnt,+f16c",
+    "ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2",
+}  # fmt: skip
 ON_A_CPU = FIRST_AUTHOR + [replace(shape, B=B) for B in (1, 8) for shape in RESNET_18[:6]]
 
 
@@ -101,13 +117,13 @@ def float_contenders(shape: Shape, x, compiled=False) -> dict:
 INPUT_SCALE, WEIGHT_SCALE, OUTPUT_SCALE = 0.03, 0.002, 0.1  # any will do: values do not change the time
 
 
-def torch_int8_contenders(shape: Shape, x) -> dict:
+def torch_int8_contenders(shape: Shape, x, engines=("x86", "onednn")) -> dict:
     """Float in, float out, through torch's quantized convolution."""
     weight, bias = torch.randn(shape.O, shape.C, shape.K, shape.K) * 0.05, torch.randn(shape.O)
     x = x.to(memory_format=torch.channels_last)
     contenders = {}
     supported = torch.backends.quantized.supported_engines
-    for engine in ("x86", "onednn") if "x86" in supported else ("qnnpack",):
+    for engine in engines if "x86" in supported else ("qnnpack",):
         torch.backends.quantized.engine = engine
         scales, zeros = torch.full((shape.O,), WEIGHT_SCALE), torch.zeros(shape.O, dtype=torch.long)
         quantized = torch.quantize_per_channel(weight, scales, zeros, 0, torch.qint8)
@@ -200,16 +216,19 @@ def openvino_contenders(shape: Shape, x, threads: int) -> dict:
 # --------------------------------------------------------------------------- times and rows
 
 
-def time_shape(shape: Shape, threads: int, settings=SETTINGS, seconds=6.0, compiled=False) -> dict:
-    """Seconds of every contender at one size, by (name, setting); what isn't made of bits has the setting None."""
+def time_shape(shape: Shape, threads: int, settings=SETTINGS, seconds=6.0, compiled=False, isa=None) -> dict:
+    """Seconds of every contender at one size, by (name, setting); what isn't made of bits has the setting None.
+
+    isa: with "avx2" only those that can be held to it.
+    """
     torch.set_num_threads(threads)
     x = shape.images()
     contenders = packed_contenders(shape, x, settings) | float_contenders(shape, x, compiled)
     with torch.inference_mode(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's quantized tensors announce their successor
-        contenders |= torch_int8_contenders(shape, x)
+        contenders |= torch_int8_contenders(shape, x, ("onednn",) if isa else ("x86", "onednn"))
         times = interleaved_medians(contenders, seconds)
-        for others in (onnxruntime_contenders, openvino_contenders):
+        for others in () if isa else (onnxruntime_contenders, openvino_contenders):
             if found := others(shape, x, threads):
                 time.sleep(0.05)  # the threads before them come to rest
                 times |= interleaved_medians(found, seconds / 6)
@@ -282,7 +301,7 @@ def measure_cpu(options) -> None:
     need_engine("cpu")
     from .cpu import peak
 
-    shapes = QUICK if options.quick else ON_A_CPU
+    shapes = QUICK if options.quick else ON_AVX2 if options.isa else ON_A_CPU
     if options.shape:
         shapes = [replace(options.shape, B=options.batch)]
     seconds = min(options.seconds, 2.0) if options.quick or options.shape else options.seconds
@@ -292,12 +311,24 @@ def measure_cpu(options) -> None:
     rows = []
     for shape in shapes:
         for threads in options.threads:
-            times = time_shape(shape, threads, options.settings, seconds, options.compile)
+            times = time_shape(shape, threads, options.settings, seconds, options.compile, options.isa)
             new = rows_of(shape, threads, times, peak.peak())
             print_rows(shape, threads, new)
             rows += [row | about for row in new]
     if not (options.quick or options.shape):
-        report.write("cpu", rows)
+        report.write(options.isa or "cpu", rows)
+
+
+def measure_avx2(options, arguments) -> None:
+    """`measure_cpu` where all libraries are held to AVX2, which they ask the environment for when they are loaded."""
+    if AVX2.items() <= os.environ.items():
+        return measure_cpu(options)
+    if platform.machine() not in ("x86_64", "AMD64"):
+        raise Refused(f"AVX2 is for x86, and this is {platform.machine()}")
+    folder = Path(__file__).resolve().parent
+    command = [sys.executable, "-m", f"{folder.name}.bench", *(sys.argv[1:] if arguments is None else arguments)]
+    done = subprocess.run(command, cwd=folder.parent, env=os.environ | AVX2)
+    sys.exit(done.returncode)
 
 
 def measure_cuda(options) -> None:
@@ -325,6 +356,7 @@ def main(arguments=None) -> None:
     on_cpu.add_argument("--batch", type=COUNT, default=1, help="images, with --shape")
     on_cpu.add_argument("--settings", type=SETTING, nargs="+", default=SETTINGS, metavar='"M x N"', help="to time")
     on_cpu.add_argument("--threads", type=THREADS, nargs="+", default=sorted({1, os.cpu_count() or 1}))
+    on_cpu.add_argument("--isa", choices=["avx2"], help="hold all sides to these instructions")
     on_cpu.add_argument("--seconds", type=POSITIVE, default=6.0, help="for the rounds of one size")
     on_cpu.add_argument("--compile", action="store_true", help="time torch.compile's float32 convolution too")
     on_cpu.add_argument("--quick", action="store_true", help="three sizes, two seconds each, nothing written")
@@ -332,7 +364,9 @@ def main(arguments=None) -> None:
     on_cuda.add_argument("--limit", type=POSITIVE, default=420, help="seconds after which no new measurement starts")
     options = parser.parse_args(arguments)
     if options.readme:
-        parser.run(report.write_readme, options.device)
+        parser.run(report.write_readme, options.isa or options.device)
+    elif options.isa:
+        parser.run(measure_avx2, options, arguments)
     else:
         parser.run(measure_cpu if options.device == "cpu" else measure_cuda, options)
 

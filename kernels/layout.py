@@ -44,6 +44,9 @@ so that 1-D, 2-D and 3-D are one case.
     weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
     CPU tiles            uint{16, 32, 64} [block of O][M][tap, unit][Q][512 / bits]   one lane an output channel; a unit
                                         is as much of a channel word as a lane holds
+    look-up image        uint8 [B][padded S][P][N][16]           16 times each nibble of a word (four channels), or
+                         uint16 ...        [P][16]               16 (a + 16 b) of two words' nibbles: offsets of tables
+    look-up tiles        uint8 [block of O][M][tap, nibble][Q][lanes]   nibbles that index these tables; 128: unseen
 """
 
 import math
@@ -325,6 +328,10 @@ def counts_as_uniform(betas_N: np.ndarray, groups: int, uses: int) -> bool:
     return has_form and uses >= 64 and bool((betas_N == betas_N[0]).all())
 
 
+# What the padded image holds of a pixel (pack.py):
+BASES, UNIFORM_WORDS, NIBBLES, UNIFORM_NIBBLES = range(4)  # the words of N bases, of uniform levels; nibbles of either
+
+
 def image_words(N: int, uniform: bool) -> int:
     """Words that the padded image holds for 64 channels of a pixel."""
     return 2 if uniform else N
@@ -345,23 +352,24 @@ def in_blocks(values, axis: int, block: int = BLOCK) -> np.ndarray:
     return np.moveaxis(values, axis, 0)
 
 
-def word_ranges(masks_OP: np.ndarray, block: int = BLOCK) -> tuple:
+def word_ranges(masks_OP: np.ndarray, block: int = BLOCK, step: int = 1) -> tuple:
     """(first of each block, width): the channel words, or units, a block of outputs sees, as equally wide ranges.
 
     Without groups those are all that have channels. With groups a block sees few of them, and skipping the others is
-    what makes a grouped or depthwise convolution cheap.
+    what makes a grouped or depthwise convolution cheap. Both are multiples of `step`.
     """
     seen = in_blocks(masks_OP != 0, 0, block).any(1)  # (blocks, P)
+    seen = seen.reshape(len(seen), -1, step).any(2)
     P = seen.shape[1]
     first = seen.argmax(1)
     last = P - 1 - seen[:, ::-1].argmax(1)
     width = int((last - first + 1).max())
-    return np.minimum(first, P - width).astype(np.int64), width
+    return step * np.minimum(first, P - width).astype(np.int64), step * width
 
 
 @dataclass(frozen=True)
 class Lanes:
-    """How a CPU tile counts: Q registers of 512 / bits lanes, one lane an output channel.
+    """How a CPU tile counts: Q registers of register_bits / bits lanes, one lane an output channel.
 
     A 64-bit lane holds 64 channels of one tap: of a layer with 16 channels it counts three quarters for nothing. So
     lanes are as wide as the layer is deep, and there are more of them.
@@ -372,12 +380,27 @@ class Lanes:
 
     bits: int = 64
     registers: int = 2
+    register_bits: int = 512
     repeats: int = 1
+    step = 1  # units that a step of the tile takes
 
     @property
     def block(self) -> int:
         """Output channels of a tile, a multiple of 16."""
-        return 512 // self.bits * self.registers
+        return self.register_bits // self.bits * self.registers
+
+    @property
+    def most(self) -> int:
+        """The largest K whose counts fit: K less K // 2 in a lane, or K in the 16 bits behind a lane of 8."""
+        return (1 << 16) - 1 if self.bits == 8 else (1 << self.bits) - 2
+
+    def image(self, uniform: bool) -> int:
+        """What the padded image holds."""
+        return UNIFORM_WORDS if uniform else BASES
+
+    def word_bytes(self, N: int, uniform: bool) -> int:
+        """Of what the image holds for 64 channels of a pixel."""
+        return 8 * image_words(N, uniform)
 
     def units(self, words: np.ndarray) -> np.ndarray:
         """uint64 (..., P) -> (..., 64 P / bits), the words in pieces of a lane."""
@@ -390,6 +413,9 @@ class Lanes:
     def cost(self, masks_OP: np.ndarray) -> float:
         """Registers that a tap takes, where a register of 16 bits that are not repeated costs a fifth more.
 
+        Broadcasting 16 bits is no load alone on Intel's processors. On ARM lanes of 64 bits take five instructions, not
+        three, those of 8 bits are emptied now and then, and few registers have more broadcasts each.
+
         Infinity where blocks begin within words and see more than the rest of them, or channels are too many to repeat.
         """
         if self.repeats > 1 and (masks_OP.shape[1] > 1 or masks_OP.max() >> self.bits):
@@ -398,21 +424,27 @@ class Lanes:
         within = first * self.bits % 64
         if ((within > 0) & (within + width * self.bits > 64)).any():
             return math.inf
-        return len(first) * self.registers * width * (1.2 if self.bits == 16 and self.repeats == 1 else 1)
+        price = {
+            8: 1 + 0.3 / self.registers,
+            16: 1.2 if self.repeats == 1 else 1,
+            64: 5 / 3 if self.register_bits == 128 else 1,
+        }.get(self.bits, 1)
+        return len(first) * self.registers * width * price
 
 
-LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1), Lanes(16, 1, repeats=2)
+LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1), Lanes(16, 1, repeats=2)  # of AVX-512
+ARM_LANES = Lanes(32, 4, 128), Lanes(8, 4, 128), Lanes(8, 2, 128), Lanes(8, 1, 128), Lanes(64, 8, 128)
 LONG_WINDOW = 16  # words
 
 
-def choose_lanes(masks_OP: np.ndarray, taps: int, widths) -> Lanes:
-    """The cheapest lanes that have a vector popcount (`widths`) and can count to K / 2.
+def choose_lanes(masks_OP: np.ndarray, taps: int, widths, lanes=LANES) -> Lanes:
+    """The cheapest of the lanes that have a vector popcount (`widths`) and whose counters do not overflow.
 
     Of those that cost the same, 64 bits for long windows, since they need fewer broadcasts, and not for short ones,
     since 64-bit counters are slower to turn into floats.
     """
     K = taps * int(np.bitwise_count(masks_OP[0]).sum())
-    fitting = [lanes for lanes in LANES if lanes.bits in widths and (K + 1) // 2 < 1 << (lanes.bits - 1)]
+    fitting = [lanes for lanes in lanes if lanes.bits in widths and K <= lanes.most]
     long = taps * word_ranges(masks_OP)[1] >= LONG_WINDOW
     return min(fitting, key=lambda lanes: (lanes.cost(masks_OP), (lanes.bits == 64) != long))
 
@@ -432,3 +464,96 @@ def tile_masks(masks_OU: np.ndarray, taps: int, first: np.ndarray, width: int, b
     """(O, units) -> [blocks][tap, unit][block]: the masks, repeated for every tap, in the weights' order."""
     repeated_1OTU = np.repeat(masks_OU[None, :, None], taps, axis=2)
     return tile_weights(repeated_1OTU, first, width, block)
+
+
+# --------------------------------------------------------------------------- CPU tiles that look up
+
+
+@dataclass(frozen=True)
+class LookUp:
+    """How a CPU tile without a vector popcount counts: Q registers of byte lanes, one lane an output channel.
+
+    The unit is a nibble, four channels. For a nibble a of the activations, a table of 16 bytes says popcount(a ^ w) for
+    each nibble w of weights. Two words share a look-up where a table has room for both: `pair`. Its entry holds
+
+        uniform levels (N = 2; 3)    popcount(a ^ w) + popcount(b ^ w);   2 popcount(carry ^ w) + popcount(sum ^ w)
+        N = 2                        popcount(a ^ w) + 16 popcount(b ^ w), two counts in a byte
+    """
+
+    lanes: int  # bytes of a register
+    registers: int = 2
+    step: int = 8  # nibbles that a step of the tile takes
+    repeats = 1  # of a word in the image
+
+    @property
+    def block(self) -> int:
+        """Output channels of a tile, a multiple of 16."""
+        return self.lanes * self.registers
+
+    def image(self, uniform: bool) -> int:
+        """What the padded image holds."""
+        return UNIFORM_NIBBLES if uniform else NIBBLES
+
+    def word_bytes(self, N: int, uniform: bool) -> int:
+        """Of what the image holds for 64 channels of a pixel."""
+        return 32 if N == 2 or uniform else 16 * N
+
+    def units(self, words: np.ndarray) -> np.ndarray:
+        """uint64 (..., P) -> uint8 (..., 16 P), the nibbles of the words."""
+        halves = words.view(np.uint8)
+        return np.stack([halves & 15, halves >> 4], -1).reshape(*words.shape[:-1], -1)
+
+    def offsets(self, units: np.ndarray, word_bytes: int) -> np.ndarray:
+        """Where nibbles lie in a pixel; each base's sixteen, or the pairs', side by side."""
+        return units // 16 * word_bytes + units % 16 * (2 if word_bytes == 32 else 1)
+
+
+def looks_up_uniform(betas_N: np.ndarray) -> bool:
+    """Whether a look-up counts all bases at once: equal betas."""
+    return len(betas_N) in (2, 3) and bool((betas_N == betas_N[0]).all())
+
+
+def table_weights(N: int, uniform: bool) -> tuple:
+    """What popcount(a ^ w) and popcount(b ^ w) count for in a look-up's entry; (1,) where it is of one word."""
+    if uniform:
+        return (1, 1) if N == 2 else (2, 1)
+    return (1, 16) if N == 2 else (1,)
+
+
+def look_up_tables(weights: tuple) -> np.ndarray:
+    """uint8 [a, or a + 16 b][w], the entries of `table_weights`."""
+    counts = np.bitwise_count(np.arange(16)[:, None] ^ np.arange(16))
+    tables = weights[0] * counts
+    if len(weights) == 2:
+        tables = (tables[None] + weights[1] * counts[:, None]).reshape(256, 16)
+    return tables.astype(np.uint8)
+
+
+def choose_look_up(masks_OP: np.ndarray, taps: int, N: int, uniform: bool, lanes: int) -> LookUp | None:
+    """The cheapest look-up, or None where none counts this layer.
+
+    That is where groups begin within a nibble, where 16-bit counters may overflow, and where the nibbles of a tile that
+    begins within a word lie further apart than those from a word's start (groups, N >= 3).
+    """
+    masks_OU = LookUp(lanes).units(masks_OP)
+    seen = masks_OU[:, masks_OU.any(0)]
+    K = taps * int(np.bitwise_count(masks_OP[0]).sum())
+    if not ((seen == seen.max(0)) | (seen == 0)).all() or K * (N if uniform else 1) >= 1 << 16:
+        return None
+    found = [LookUp(lanes, registers, step) for registers in (2, 1) for step in (8, 4)]
+
+    def cost(look_up):
+        """Registers a tap; few of them do not hide loads, and short steps not their bookkeeping."""
+        first, width = word_ranges(masks_OU, look_up.block, look_up.step)
+        within = first % 16
+        if look_up.word_bytes(N, uniform) > 32 and ((within > 0) & (within + width > 16)).any():
+            return math.inf
+        return len(first) * look_up.registers * width * (1.25 if look_up.registers == 1 else 1) * (8 + 4 / look_up.step)
+
+    best = min(found, key=cost)
+    return best if cost(best) < math.inf else None
+
+
+def hide_unseen(nibbles: np.ndarray, masks: np.ndarray) -> np.ndarray:
+    """Nibbles of weights, with 128 where the mask is 0: such an index finds 0 in any table."""
+    return nibbles | np.where(masks == 0, np.uint8(128), np.uint8(0))

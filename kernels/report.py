@@ -71,7 +71,7 @@ def refill(page: Path, command: str, values: dict[str, str]) -> None:
 
 
 def write(device: str, rows: list[dict]) -> None:
-    """Rows of "cpu" or "cuda" into results/DEVICE.csv, and what the README shows of them.
+    """Rows of "cpu", "avx2" or "cuda" into results/DEVICE.csv, and what the README shows of them.
 
     A CPU's take the place of those of the same machine, that is of one hardware and instruction set; others stay.
     """
@@ -79,12 +79,21 @@ def write(device: str, rows: list[dict]) -> None:
 
     RESULTS.mkdir(exist_ok=True)
     path, new = RESULTS / f"{device}.csv", pd.DataFrame(rows, dtype=object)
-    if device == "cpu" and path.exists():
+    if device != "cuda" and path.exists():
         old = pd.read_csv(path, dtype=str, keep_default_na=False)  # so that they stay to the letter
         measured = pd.MultiIndex.from_frame(new[MACHINE])
         new = pd.concat([old[~pd.MultiIndex.from_frame(old[MACHINE]).isin(measured)], new])
     new.to_csv(path, index=False, lineterminator="\n")
     write_readme(device)
+
+
+def write_arm(rows: list[dict], table: str) -> None:
+    """What cpu/assembly.py counts, as results/arm.csv and in the README."""
+    import pandas as pd
+
+    RESULTS.mkdir(exist_ok=True)
+    pd.DataFrame(rows).to_csv(RESULTS / "arm.csv", index=False, lineterminator="\n")
+    refill(HERE / "README.md", "python -m kernels.cpu.assembly --write", {"arm": table})
 
 
 def read(device: str):
@@ -100,9 +109,11 @@ def write_readme(device: str) -> None:
     rows, page = read(device), HERE / "README.md"
     if device == "cpu":
         command, text, figure = "python -m kernels.bench", cpu_table(rows), cpu_figure
+    elif device == "avx2":
+        command, text, figure = "python -m kernels.bench --isa avx2", cpu_table(rows), None
     else:
         command, text, figure = "python -m kernels.bench --device cuda", cuda_table(rows), cuda_figure
-    if rows is not None:
+    if rows is not None and figure is not None:
         figure(rows, RESULTS / f"{device}.svg")
     if page.exists():  # it does not where the package is installed
         refill(page, command, {device: text})

@@ -5,6 +5,7 @@ Accuracy on the test images, bytes of the file and milliseconds an image of
     torch           float32 and bfloat16, both memory layouts, BatchNorm folded into the convolution that it follows
     onnxruntime     float32; int8, static and per channel, in either form that onnxruntime's quantizer writes
     abcnets         each fine-tuned network of RESULTS/runs.csv, packed, from its file, with bits kept between layers
+    abcnets in int8 the same networks in onnxruntime, with activations in 8 bits and weights as bits in the file
 
 All are made from one float network, all run in one process in turn, on the same threads; the median round counts.
 onnxruntime is timed after the others, because its threads spin for a while after each call.
@@ -33,7 +34,7 @@ import pandas as pd
 import torch
 from data import load_data
 from files import ROOT, tqdm, writable
-from runs import default_runs, load_float, write_csv
+from runs import load_float, main_runs, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import load_weights
@@ -56,11 +57,13 @@ class Contender:
     run: Callable[[torch.Tensor], torch.Tensor]
     M: int | None = None
     N: int | None = None
+    code: str = "thermometer"
 
     @property
     def name(self) -> str:
         bases = f" M = {self.M or 'float'}, N = {self.N or 'float'}" if self.M or self.N else ""
-        return f"{self.form}{bases}" + (f", {self.variant}" if self.variant else "")
+        words = bases + (f", {self.code}" if self.code != "thermometer" else "")
+        return f"{self.form}{words}" + (f", {self.variant}" if self.variant else "")
 
 
 def torch_contenders(network: nn.Module, folder: Path) -> list[Contender]:
@@ -89,33 +92,44 @@ def _run_torch(model, order, dtype, x):
     return model(x.to(dtype=dtype, memory_format=order)).float()
 
 
-def abcnets_contenders(network: nn.Module, runs: pd.DataFrame, out: Path, folder: Path) -> list[Contender]:
-    """Each recorded run's network, packed, written and read again, with bits kept between layers."""
+def abcnets_contenders(networks: dict, network: nn.Module, folder: Path) -> list[Contender]:
+    """Each of the `binary_networks`, packed, written and read again, with bits kept between layers."""
     contenders = []
-    for row in runs.itertuples():
-        M, N = (int(count) if count > 0 else None for count in (row.M, row.N))
-        trained = load_weights(abcnets.convert(network, M, N), out / f"{row.run}.pt")
-        path = folder / f"{Path(row.run).name}.safetensors"
+    for (M, N, code), trained in networks.items():
+        path = folder / f"{M}-{N}-{code}.safetensors"
         abcnets.save_packed(abcnets.pack(trained), path)
         loaded = abcnets.load_packed(path, network)
         for layout, order in LAYOUTS.items():
             fused = abcnets.fuse(loaded).to(memory_format=order)
             run = functools.partial(_run_torch, fused, order, torch.float32)
-            contenders.append(Contender("abcnets", layout, path, run, M, N))
+            contenders.append(Contender("abcnets", layout, path, run, M, N, code))
     return contenders
 
 
+def binary_networks(network: nn.Module, runs: pd.DataFrame, out: Path) -> dict[tuple, nn.Module]:
+    """{(M, N, code): the network of a run}"""
+    networks = {}
+    for row in runs.itertuples():
+        M, N = (int(count) if count > 0 else None for count in (row.M, row.N))
+        code = row.options.removeprefix("code=") or "thermometer"
+        networks[M, N, code] = load_weights(abcnets.convert(network, M, N, code=code), out / f"{row.run}.pt").eval()
+    return networks
+
+
 def kept_runs(results: Path, dataset: str, out: Path) -> pd.DataFrame:
-    """The binarized runs of a data set with default options and seed; those whose network is not in `out` are named."""
-    rows = default_runs(results, dataset).query("M > 0 or N > 0")
+    """The binarized runs of a data set with the first seed in which nothing but bases and code was chosen.
+
+    Those whose network is not in `out` are named and left out.
+    """
+    rows = main_runs(results, dataset).query("(M > 0 or N > 0) and seed == 0")
     kept = [(out / f"{run}.pt").exists() for run in rows.run]
     for row in rows[[not there for there in kept]].itertuples():
         print(f"{row.run} is left out: {out / row.run}.pt is missing; `{row.command}` writes it")
     return rows[kept]
 
 
-def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tuple[str, str], Path]:
-    """{(form, variant): file} for onnxruntime: float32, and int8 calibrated on so many training images."""
+def onnx_files(network: nn.Module, batches: list[torch.Tensor], folder: Path) -> dict[tuple, Path]:
+    """{(form, variant): file} of a float network for onnxruntime: float32, and int8 calibrated on the batches."""
     try:
         import onnxscript  # noqa: F401  what torch.onnx.export needs
         from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
@@ -125,18 +139,18 @@ def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tupl
 
     class Images(CalibrationDataReader):
         def __init__(self):
-            self.batches = iter(data.calibration_batches(images))
+            self.batches = iter(batches)
 
         def get_next(self):
             batch = next(self.batches, None)
-            return None if batch is None else {"x": batch.contiguous().numpy()}
+            return None if batch is None else {"input": batch.numpy()}
 
     exported, prepared = folder / "float32.onnx", folder / "prepared.onnx"
-    example = next(data.test_batches(2))[0].contiguous()
+    example = batches[0][:1].expand(2, *batches[0].shape[1:])
     with contextlib.redirect_stdout(io.StringIO()):  # the exporter's account of its steps
         torch.onnx.export(
-            copy.deepcopy(network).to(memory_format=torch.contiguous_format), (example,), exported, input_names=["x"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
+            copy.deepcopy(network).to(memory_format=torch.contiguous_format), (example,), exported,
+            input_names=["input"], dynamic_shapes=({0: torch.export.Dim("batch")},), external_data=False, verbose=False,
         )  # fmt: skip
     quant_pre_process(exported, prepared)  # shapes, and BatchNorm folded where it follows a convolution
     files = {("onnxruntime float32", ""): exported}
@@ -149,20 +163,30 @@ def onnx_files(network: nn.Module, data, folder: Path, images: int) -> dict[tupl
     return files
 
 
+def int8_files(networks: dict, batches: list[torch.Tensor], folder: Path) -> dict[tuple, Path]:
+    """{(form, variant, M, N, code): file} of the `binary_networks`: weights as bits, activations in int8."""
+    files = {}
+    for case, network in networks.items():
+        path = folder / "-".join(map(str, (*case, "int8.onnx")))
+        abcnets.export_onnx(network, batches[0], path, activations="int8", calibration=batches)
+        files[("abcnets in int8", "", *case)] = path
+    return files
+
+
 def onnx_contenders(files: dict, threads: int) -> list[Contender]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
     contenders = []
-    for (form, variant), path in files.items():
+    for (form, variant, *case), path in files.items():
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        contenders.append(Contender(form, variant, path, functools.partial(_run_onnx, session)))
+        contenders.append(Contender(form, variant, path, functools.partial(_run_onnx, session), *case))
     return contenders
 
 
 def _run_onnx(session, x):
-    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+    return torch.from_numpy(session.run(None, {"input": x.numpy()})[0])
 
 
 def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
@@ -214,9 +238,10 @@ def compare(options) -> None:
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with torch.inference_mode(False), torch.no_grad():
-            torch_forms = torch_contenders(network, folder)
-            ours = abcnets_contenders(network, runs, options.out, folder)
-            files = onnx_files(network, data, folder, options.calibrate)
+            torch_forms, networks = torch_contenders(network, folder), binary_networks(network, runs, options.out)
+            ours = abcnets_contenders(networks, network, folder)
+            batches = [batch.contiguous() for batch in data.calibration_batches(options.calibrate)]
+            files = onnx_files(network, batches, folder) | int8_files(networks, batches, folder)
         percent = accuracies([*torch_forms, *ours, *onnx_contenders(files, 1)], data)
         cases = list(itertools.product(options.threads, options.batches))
         with tqdm(cases, desc="timing", unit="case", leave=False) as bar:
@@ -228,6 +253,7 @@ def compare(options) -> None:
                 for c in itertools.chain(*groups):
                     rows.append({
                         "dataset": data.name, "form": c.form, "variant": c.variant, "M": c.M, "N": c.N,
+                        "code": c.code if c.M or c.N else None,
                         "accuracy": round(percent[c.file], 2), "bytes": c.file.stat().st_size,
                         "batch": batch, "threads": threads,
                         "ms_per_image": float(f"{times[c.name]:.4g}"), **where,

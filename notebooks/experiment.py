@@ -39,7 +39,7 @@ from data import Data, load_data
 from files import ROOT, TRAINED, writable
 from recipe import Recipe
 from runs import binarized, collect, keep_rows, load_float, pretrained, read_csv, write_csv
-from step import measure_compiled, measure_steps, use_threads
+from step import NETWORKS, measure_compiled, measure_steps, use_threads
 from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
 
@@ -133,13 +133,13 @@ def run_sensitivity(options) -> None:
 def run_step(options) -> None:
     _check_bases(options)
     writable(options.results)
-    rows = []
+    key = ["network", "M", "N", "code", "precision", "batch_size", "threads"]
     for row in measure_steps(options.M, options.N, options.rounds, options.threads, batch_size=options.batch_size,
-                             device=options.device, code=options.code or ("thermometer", "thermometer")):  # fmt: skip
-        rows.append(row)
-        print("{precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
+                             device=options.device, code=options.code or ("thermometer", "thermometer"),
+                             network=options.network):  # fmt: skip
+        keep_rows(options.results / "step.csv", [row], key)
+        print("{network}, {precision}: step {float_ms} -> {binarized_ms} ms, {ratio} x; "
               "memory {float_mib} -> {binarized_mib} MiB, {memory_ratio} x".format(**row), flush=True)  # fmt: skip
-    write_csv(options.results / "step.csv", rows)
 
 
 def run_compile(options) -> None:
@@ -258,6 +258,7 @@ def command_line() -> Parser:
     layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--code", **code)
+    step.add_argument("--network", choices=NETWORKS, default="nine-layer", help="default: nine-layer")
     step.add_argument("--batch-size", type=COUNT, default=128)
     step.add_argument("--rounds", type=COUNT, default=25)
     compiling = command("compile", run_compile, "time of torch.compile against eager", bases, where)

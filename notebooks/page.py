@@ -27,11 +27,14 @@ CODE_OR_FORMULA = re.compile(rf"(<(code|pre)\b.*?</\2>|<[^>]*>)|{FORMULA}", re.D
 
 
 class PageExporter(HTMLExporter):
-    """nbconvert's exporter, without scripts and with MathML."""
+    """nbconvert's exporter, without scripts, with MathML and with the words that a picture's metadata has (`alt`)."""
 
-    raw_template = "{% extends 'lab/index.html.j2' %}" + "".join(
-        f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS
-    )
+    raw_template = "".join([
+        "{% extends 'lab/index.html.j2' %}",
+        *(f"{{% block {name} %}}{{% endblock %}}" for name in SCRIPTS),
+        "{% block data_png scoped %}{{ super() | replace('<img ', '<img alt=\"' ~ "  # which this template leaves out
+        "((output | get_metadata('alt', 'image/png')) or '') | escape_html ~ '\" ') }}{% endblock %}",
+    ])  # fmt: skip
 
     @pass_context
     def markdown2html(self, context, source: str) -> str:

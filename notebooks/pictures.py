@@ -1,14 +1,21 @@
-"""A layer, the idea of codes, and a table of sensitivities, as matplotlib figures.
+"""A layer, the idea of codes, and a table of sensitivities, as matplotlib figures; and what notebooks do with figures.
 
     picture(model[3], R)         what a layer does; in a cell of a notebook it shows
     numerals()                   a thermometer beside a numeral: what a code makes of the same bits
     heat_map(table)              how much each layer hurts; budget.py's tables have it as `.picture()`
+    tiles(row, row)              rows of small images
+    log_axis(axis, values), label_points(axis, points)      a trade-off: a logarithmic cost, labels that do not collide
+    show(figure, path, alt)      in a notebook and as a file, with words for those who do not see it
+    has_reader()                 whether somebody is there to move a slider
 
-Needs abcnets.py and matplotlib.
+Needs abcnets.py and matplotlib; `show` and `has_reader` need IPython.
 """
 
+import base64
 import copy
+import io
 import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -306,6 +313,112 @@ def _named(M: int | None, N: int | None, code: str | None) -> str:
     """A setting below its column: "2, float", and under it the code where it is not the thermometer."""
     counts = ", ".join("float" if count is None else str(count) for count in (M, N))
     return counts if code in (None, "thermometer") else f"{counts}\n{code}".replace(" x ", "\nx ")
+
+
+# --------------------------------------------------------------------------- For notebooks
+
+
+def tiles(*rows, limits: tuple[float, float] | None = None, size: float = 0.95):
+    """Rows of small images, each row named on its left, as a matplotlib Figure.
+
+    Args:
+        *rows: (name, images) or (name, images, captions): images (H, W), (1, H, W) or, in colour, (3, H, W) from 0 to
+            1; captions above them.
+        limits: what is black and what is white; None: the least and the greatest of each row.
+        size: of a tile, in inches.
+    """
+    plt = _pyplot()
+    columns = max(len(images) for _, images, *_ in rows)
+    captioned = any(len(row) > 2 for row in rows)
+    widest = max(len(line) for name, *_ in rows for line in name.split("\n"))
+    extent = size * columns + 0.09 * widest, (size + 0.35 * captioned) * len(rows)
+    with plt.rc_context({**_LOOK, "axes.titlelocation": "center"}):
+        figure, axes = plt.subplots(len(rows), columns, figsize=extent, squeeze=False, layout="constrained")
+        for (name, images, *captions), line in zip(rows, axes):
+            images = [torch.as_tensor(image).detach().float().cpu() for image in images]
+            low, high = limits or (min(i.min().item() for i in images), max(i.max().item() for i in images))
+            for axis in line:
+                axis.set(xticks=[], yticks=[])
+                axis.spines[:].set_visible(False)
+            for axis, image, caption in zip(line, images, captions[0] if captions else [""] * columns):
+                image = image.movedim(0, -1).squeeze(-1) if image.ndim == 3 else image
+                axis.imshow(image.numpy(), cmap="gray", vmin=low, vmax=high)
+                axis.set_title(caption, fontsize=7.5 if size < 1.2 else 10)
+            line[0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=9)
+        plt.close(figure)  # it is shown where it is returned to, once
+    return figure
+
+
+def log_axis(axis, values) -> None:
+    """A logarithmic x axis with room on both sides of positive values, and its ticks, 1, 2, 5 times ten, written out.
+
+    Without values it stays as it is.
+    """
+    values = [float(value) for value in values]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    margin = max(0.12 * math.log(high / low), 0.15)
+    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
+    ticks = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    axis.set(xscale="log", xlim=(low, high))
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def label_points(axis, points, fontsize: float = 8) -> None:
+    """Labels beside points, where they lie neither on each other nor on other points. The axis has its limits already.
+
+    Args:
+        points: (x, y, label, colour) each.
+    """
+    axis.figure.draw_without_rendering()  # a layout settles now, before it is measured
+    pixel = 72 / axis.figure.dpi  # in points from here on
+    at = [tuple(pixel * axis.transData.transform((x, y))) for x, y, *_ in points]
+    (left, low), (right, top) = pixel * axis.transAxes.transform([(0, 0), (1, 1)])
+    taken = [(left - 999, low, left, top), (right, low, right + 999, top), (left, top, right, top + 999),
+             (left, low - 999, right, low), *((x - 4, y - 4, x + 4, y + 4) for x, y in at)]  # fmt: skip
+    for (x, y), (*point, label, colour) in zip(at, points):
+        width, height = 0.62 * fontsize * len(label), fontsize
+        beside = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 6), (-width / 2, -6 - height),
+                  (5, 4), (5, -4 - height), (-5 - width, 4), (-5 - width, -4 - height),
+                  (-width / 2, 17), (-width / 2, -17 - height)]  # fmt: skip
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in beside]
+        best = min(range(len(boxes)), key=lambda place: sum(_overlap(boxes[place], other) for other in taken))
+        taken.append(boxes[best])
+        axis.annotate(label, point, beside[best], textcoords="offset points", fontsize=fontsize, color=colour)
+
+
+def _overlap(a, b) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
+
+
+def show(figure, path: str | Path, alt: str) -> None:
+    """Write a figure as PNG to `path` and display it in a notebook, with `alt` for those who do not see it.
+
+    page.py, like nbconvert, takes the words from the output's metadata. The figure is closed: it shows once.
+    """
+    from IPython.display import display
+    from PIL import Image
+
+    drawn, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight", dpi=150)
+    image = Image.open(drawn).convert("RGB")
+    image.convert("P", palette=Image.Palette.ADAPTIVE, colors=200).save(small, format="png", optimize=True)
+    Path(path).write_bytes(small.getvalue())
+    _pyplot().close(figure)
+    about = {"alt": alt, "width": round(0.6 * image.width)}  # 90 pixels an inch, and the more on a finer screen
+    display({"image/png": base64.b64encode(small.getvalue()).decode(), "text/plain": alt},
+            metadata={"image/png": about}, raw=True)  # fmt: skip
+
+
+def has_reader() -> bool:
+    """Whether this notebook runs in front of somebody, and not from top to bottom by a program such as nbconvert."""
+    from IPython import get_ipython
+
+    kernel = getattr(get_ipython(), "kernel", None)
+    return bool(getattr(kernel, "_allow_stdin", False))  # front ends offer to ask their user, nbclient does not
 
 
 def _pyplot():

@@ -84,7 +84,8 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
     What a checkpoint of the same recipe holds is not trained again. Under a launcher all processes call this alike.
 
     Args:
-        kept: take a network of that name that is in `out` as it is, whatever its epochs; then without a history.
+        kept: take a network of that name that is in `out`, or else comes with the repository, as it is, whatever its
+            epochs; then without a history (see `curve`).
         replace: whether what is kept of another recipe under that name may be lost.
         **options: seed, epochs and other fields of `Recipe`.
 
@@ -92,8 +93,10 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
     """
     recipe = Recipe.of(data, **options)
     path = Path(out) / f"{recipe.name}.pt"
-    if kept and path.exists():
-        return load_float(data, out, recipe.seed, path), []
+    for file, whose in ((path, path), (trained_file(recipe.name), "the one that comes with the repository")):
+        if kept and file.exists():
+            print(f"{recipe.name}: {whose}, as it is")
+            return load_float(data, out, recipe.seed, file), []
     _claim(recipe, out, results, replace)
     model, history = pretrain(data, checkpoint=path.with_suffix(".checkpoint"), key=recipe.key(), replace=replace,
                               description=recipe.name, **recipe.training())  # fmt: skip
@@ -250,7 +253,7 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     keep_rows(Path(results) / "runs.csv", [row], by=["run"])
     if history:
-        write_csv(Path(results) / "curves" / f"{recipe.name.replace('/', '-')}.csv", history)
+        write_csv(_curve_file(recipe.name, results), history)
     print(f"{recipe.name}: {'fine-tuned ' * recipe.is_binary}{percent['accuracy']:.2f} %, kept in {path}")
 
 
@@ -289,6 +292,19 @@ def _command(recipe: Recipe, out: Path) -> str:
         if path.exists() and fingerprint(load(path)) == recipe.start:
             return recipe.command(None if path == usual else path)
     return ""
+
+
+def _curve_file(run: str, results: str | Path) -> Path:
+    return Path(results) / "curves" / f"{run.replace('/', '-')}.csv"
+
+
+def curve(run: str, *results: str | Path) -> pd.DataFrame:
+    """The training curve of a run, from the first of these folders of tables that has it; else an empty one."""
+    columns = ["epoch", "loss", "train_accuracy", "validation_accuracy", "seconds"]
+    for path in (_curve_file(run, folder) for folder in results):
+        if path.exists():
+            return read_csv(path).reindex(columns=columns)  # what was tested and not validated is empty
+    return pd.DataFrame(columns=columns, dtype=float)
 
 
 # --------------------------------------------------------------------------- All rows

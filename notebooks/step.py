@@ -1,32 +1,38 @@
 """What a training step costs, binarized against float; what torch.compile makes of it; what a forward pass costs.
 
-`experiment.py step` and `experiment.py compile`: both measure the nine-layer network, a row a case, into out/results;
-the tracked table is `experiment.py step --results notebooks/results`.
+`experiment.py step` measures one of the `NETWORKS`, `experiment.py compile` the nine-layer one; a row a case, into
+out/results. `make step` writes the tracked table, notebooks/results/step.csv.
 """
 
 import functools
+import itertools
+import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from networks import nine_layer
+from networks import nine_layer, resnet20
 from training import mixed_precision
 
 import abcnets
 from kernels.clock import interleaved_medians, machine
 
+NETWORKS = {"nine-layer": (nine_layer, (1, 28, 28)), "resnet-20": (resnet20, (3, 32, 32))}  # and an image's shape
+
 
 def training_step(M: int | None, N: int | None, batch_size: int, device: torch.device, mixed: bool,
-                  compiled: bool = False, code=("thermometer", "thermometer")):  # fmt: skip
-    """A function that makes one full step (forward, backward, optimizer) of the nine-layer network."""
+                  compiled: bool = False, code=("thermometer", "thermometer"), network="nine-layer"):  # fmt: skip
+    """A function that makes one full step (forward, backward, optimizer) of a network."""
     torch.manual_seed(0)
-    model = nine_layer()
+    build, shape = NETWORKS[network]
+    model = build()
     if M or N:
         model = abcnets.convert(model, M, N, code=code)
     model = model.to(device, memory_format=torch.channels_last).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
-    images = torch.randn(batch_size, 1, 28, 28, device=device).contiguous(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, *shape, device=device).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(10, (batch_size,), device=device)
     forward = torch.compile(model, fullgraph=True) if compiled else model
 
@@ -63,15 +69,33 @@ def inference(form: str, M: int, N: int, batch_size: int, device: torch.device, 
     return run
 
 
-def step_memory(kind: tuple, **options) -> float:
-    """MiB that three steps need at their peak beyond what a step on one image does; call it in a fresh process."""
-    peak = torch.cuda.max_memory_allocated if options["device"].type == "cuda" else _peak_resident
+def step_memory(kind: tuple, **options) -> tuple[float, float]:
+    """(MiB of tensors at a step's peak, MiB that the process holds at its peak beyond what a step on one image needs).
+
+    Call it in a fresh process. The first is what the step needs, to the byte. The second has the gaps in malloc's heap
+    too, which differ from run to run. On a GPU both are what torch's allocator gave out.
+    """
+    on_gpu = options["device"].type == "cuda"
+    peak = torch.cuda.max_memory_allocated if on_gpu else _peak_resident
     training_step(*kind, **{**options, "batch_size": 1})()
     before = peak()
     step = training_step(*kind, **options)
     for _ in range(3):
         step()
-    return (peak() - before) / 2**20
+    held = (peak() - before) / 2**20
+    return (held if on_gpu else _peak_of_tensors(step)), held
+
+
+def _peak_of_tensors(step) -> float:
+    """MiB of CPU tensors that a step makes and needs at the same time, as torch's profiler counts them."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "trace.json"
+        profile.export_chrome_trace(str(path))
+        events = json.loads(path.read_text())["traceEvents"]
+    events = sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"])
+    return max(itertools.accumulate(event["args"]["Bytes"] for event in events)) / 2**20
 
 
 def _peak_resident() -> int:
@@ -85,7 +109,7 @@ def _peak_resident() -> int:
 
 
 def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None, **common) -> Iterator[dict]:
-    """Time and memory of a step, in both precisions. common: batch_size, device, code."""
+    """Time and memory of a step, in both precisions. common: batch_size, device, code, network."""
     kinds = {"float": (None, None), "binarized": (M, N)}
     for mixed in (False, True):
         steps = {name: training_step(*kind, mixed=mixed, **common) for name, kind in kinds.items()}
@@ -95,17 +119,16 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
             with torch.multiprocessing.get_context("spawn").Pool(1, use_threads, (threads,)) as pool:
                 mib[name] = pool.apply(step_memory, (kind,), {"mixed": mixed, **common})
         yield {
-            "network": "nine-layer", "M": M, "N": N, "code": ",".join(dict.fromkeys(common["code"])),
+            "network": common["network"], "M": M, "N": N, "code": ",".join(dict.fromkeys(common["code"])),
             "precision": "mixed" if mixed else "float32", "batch_size": common["batch_size"],
+            "threads": torch.get_num_threads(),
             "float_ms": round(ms["float"], 1), "binarized_ms": round(ms["binarized"], 1),
             "ratio": round(ms["binarized"] / ms["float"], 3),
-            "float_mib": round(mib["float"]), "binarized_mib": round(mib["binarized"]),
-            "memory_ratio": round(mib["binarized"] / mib["float"], 3), **_where(common["device"]),
+            "float_mib": round(mib["float"][0], 1), "binarized_mib": round(mib["binarized"][0], 1),
+            "memory_ratio": round(mib["binarized"][0] / mib["float"][0], 3),
+            "float_held_mib": round(mib["float"][1]), "binarized_held_mib": round(mib["binarized"][1]),
+            **machine(common["device"]),
         }  # fmt: skip
-
-
-def _where(device: torch.device) -> dict:
-    return machine(device, torch.get_num_threads())
 
 
 def use_threads(count: int | None) -> None:
@@ -136,5 +159,6 @@ def measure_compiled(M: int | None, N: int | None, rounds: int, **common) -> Ite
         yield {
             "network": "nine-layer", "what": what, "form": form, **bases, "batch_size": common["batch_size"],
             "eager_ms": round(ms["eager"], 2), "compiled_ms": round(ms["compiled"], 2),
-            "speedup": round(ms["eager"] / ms["compiled"], 3), **_where(common["device"]),
+            "speedup": round(ms["eager"] / ms["compiled"], 3),
+            **machine(common["device"], torch.get_num_threads()),
         }  # fmt: skip

@@ -18,6 +18,8 @@ import abcnets
 from abcnets import PackedChain, PackedLayer, PackedPool
 
 pytest.importorskip("numba")
+from test_kernels_cpu import HERE, counting
+
 from kernels.cpu import chain as cpu_chain
 from kernels.cpu import engine as cpu_engine
 
@@ -120,6 +122,20 @@ def test_a_chain_puts_out_what_its_steps_do(seed, threads):
         torch.set_num_threads(1)
         assert torch.equal(in_one_call(chain, x.to(memory_format=torch.channels_last)), expected)
         assert torch.equal(in_one_call(chain, x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+
+
+@pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
+@pytest.mark.parametrize("seed", range(100, 104))
+def test_chains_of_layers_that_look_up(seed, tile, threads):
+    """Their images hold nibbles, which the step before does not store."""
+    torch.set_num_threads(1)
+    chain, x = random_chain(seed)
+    expected = one_by_one(chain, x)
+    with counting(tile):
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            for images in (x, x[:1]) if chain.dimensions > 2 else (x,):
+                assert torch.equal(in_one_call(chain, images), expected[: len(images)])
 
 
 def test_the_operator_anywhere_puts_out_what_the_engine_does():
@@ -295,8 +311,9 @@ def test_fuse_makes_chains_of_what_reads_one_another():
 
 
 IN_A_FORKED_CHILD = """
-import os, signal, torch
-import tests.test_chain as t
+import os, signal, sys, torch
+sys.path.insert(0, "tests")
+import test_chain as t
 torch.set_num_threads(2)
 chain, x = t.some_chain()
 expected = chain(x)

@@ -40,7 +40,7 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
     for row in rows:
         forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
     assert set(forms) == {("torch float32", 0, 0), ("torch bfloat16", 0, 0), ("onnxruntime float32", 0, 0),
-                          ("onnxruntime int8", 0, 0), ("abcnets", 1, 1)}  # fmt: skip
+                          ("onnxruntime int8", 0, 0), ("abcnets", 1, 1), ("abcnets in int8", 1, 1)}  # fmt: skip
     assert "digits/M2-N2 is left out" in capsys.readouterr().out
     assert {row["dataset"] for row in rows} == {"digits"}
     assert all(row["ms_per_image"] > 0 and row["hardware"] and "torch" in row["versions"] for row in rows)
@@ -48,8 +48,10 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
     for form, which in {"torch float32": 0, "onnxruntime float32": 0, "abcnets": 1}.items():
         for row in (row for row in rows if row["form"] == form):
             assert row["accuracy"] == pytest.approx(expected[which], abs=0.5), row  # of 500, two on a boundary
+    assert {row["code"] for row in forms["abcnets", 1, 1]} == {"thermometer"}
     sizes = {key[0]: min(row["bytes"] for row in group) for key, group in forms.items()}
     assert sizes["torch float32"] > 1.9 * sizes["torch bfloat16"] > sizes["onnxruntime int8"] > 2 * sizes["abcnets"]
+    assert sizes["abcnets in int8"] < 1.1 * sizes["abcnets"]
 
 
 def test_what_is_missing_or_too_large_is_one_sentence(trained, tmp_path, refused):

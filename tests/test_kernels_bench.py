@@ -17,6 +17,7 @@ import abcnets
 pytest.importorskip("numba")
 from kernels import bench, check, report
 from kernels.check import Shape
+from kernels.cpu import assembly
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ROOT = Path(__file__).parent.parent
@@ -129,11 +130,58 @@ else:
         assert str(bench.Setting(2, 3, "uniform")) == "2 x uniform 3"
         assert bench._setting("2 x uniform 3") == bench.Setting(2, 3, "uniform")
 
-    @pytest.mark.parametrize("device", ["cpu", "cuda"])
+    def test_avx2_rows_and_table(elsewhere):
+        threads = torch.get_num_threads()
+        shape, settings = Shape(16, 16, 3, 6, 1), [bench.Setting(1, 1), bench.Setting(2, 2, "uniform")]
+        times = bench.time_shape(shape, 1, settings, seconds=0.01, isa="avx2")
+        torch.set_num_threads(threads)
+        names = {name for name, _ in times}
+        assert {"packed", "float32"} <= names and not any("onnxruntime" in name or "x86" in name for name in names)
+        page = "<!-- avx2: python -m kernels.bench --isa avx2 -->\nold\n<!-- /avx2 -->\n"
+        (elsewhere / "README.md").write_text(page)
+        about = {"isa": "AVX2", "hardware": "a machine", "versions": "torch 0", "clock_ghz": 3.0, "bound_tops": 1.0}
+        report.write("avx2", [row | about for row in bench.rows_of(shape, 1, times, 1e12)])
+        assert files(elsewhere) == ["README.md", "avx2.csv"]
+        text = (elsewhere / "README.md").read_text()
+        assert "**a machine, AVX2.** torch 0" in text and "nan" not in text and "\nold\n" not in text
+
+    def test_held_to_avx2_is_a_process_of_its_own(monkeypatch, elsewhere, refused):
+        started = []
+
+        def run(command, cwd, env):
+            started.append((command, env))
+            return subprocess.CompletedProcess(command, 5)
+
+        monkeypatch.setattr(bench.subprocess, "run", run)
+        monkeypatch.setattr(bench.platform, "machine", lambda: "x86_64")
+        with pytest.raises(SystemExit) as left:
+            bench.main(["--isa", "avx2", "--threads", "1"])
+        ((command, environment),) = started
+        assert left.value.code == 5 and command[1:] == ["-m", "kernels.bench", "--isa", "avx2", "--threads", "1"]
+        assert bench.AVX2.items() <= environment.items()
+        monkeypatch.setattr(bench.platform, "machine", lambda: "arm64")
+        assert "AVX2 is for x86, and this is arm64" in refused(bench.main, "--isa", "avx2")
+
+    def test_peak_of_every_way_to_count(monkeypatch):
+        from kernels.cpu import peak, system
+
+        for features in ((), ("avx2",), ("avx2", "avx512bw")):
+            if set(features) <= system.features():
+                with monkeypatch.context() as patch:
+                    patch.setattr(system, "features", lambda features=features: frozenset(features))
+                    assert 1e9 < peak.peak.__wrapped__() < 1e14
+
+    def test_the_readme_shows_what_was_counted_for_arm():
+        rows = pd.read_csv(ROOT / "kernels/results/arm.csv").to_dict("records")
+        text = (ROOT / "kernels/README.md").read_text()
+        assert report.fill(text, "python -m kernels.cpu.assembly --write", {"arm": assembly.table(rows)}) == text
+
+    @pytest.mark.parametrize("device", ["cpu", "avx2", "cuda"])
     def test_the_readme_shows_the_results_that_there_are(device):
         text = (ROOT / "kernels/README.md").read_text()
-        table = {"cpu": report.cpu_table, "cuda": report.cuda_table}[device](report.read(device))
-        command = "python -m kernels.bench" + " --device cuda" * (device == "cuda")
+        tables = {"cpu": report.cpu_table, "avx2": report.cpu_table, "cuda": report.cuda_table}
+        table = tables[device](report.read(device))
+        command = "python -m kernels.bench" + {"cpu": "", "avx2": " --isa avx2", "cuda": " --device cuda"}[device]
         assert report.fill(text, command, {device: table}) == text
 
     @pytest.mark.parametrize("option", ["threads", "settings", "seconds", "batch", "shape"])

@@ -1,7 +1,10 @@
 """The CPU engine against the plain torch implementation of the same operators."""
 
+import collections
+import contextlib
 import gc
 import math
+import re
 import subprocess
 import sys
 import threading
@@ -13,14 +16,17 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import abcnets
 
 pytest.importorskip("numba")
 from kernels import layout
+from kernels.cpu import assembly
 from kernels.cpu import engine as cpu_engine
 from kernels.cpu import scalar as cpu_scalar
 from kernels.cpu import system as cpu_system
+from kernels.cpu import vector as cpu_vector
 
 abcnets.engines()  # loads them
 
@@ -168,6 +174,39 @@ def assert_right(case, x=None, result=None):
     largest = alphas.abs().sum(0).max() * levels * products + (0 if bias is None else bias.abs().max())
     assert result.shape == expected.shape
     torch.testing.assert_close(result.double(), expected.double(), rtol=1e-5, atol=1e-6 * largest.item())
+
+
+# --------------------------------------------------------------------------- tiles
+
+FEATURES = {  # what a processor has that counts so, of all that decides
+    "AVX-512 popcount": {"avx2", "avx512bw", "avx512vpopcntdq", "avx512bitalg"},
+    "AVX-512 look-up": {"avx2", "avx512bw"},
+    "AVX2 look-up": {"avx2"},
+    "64-bit words": set(),
+    "NEON dot product": {"neon", "dotprod"},
+    "NEON bytes": {"neon"},
+}
+ANYWHERE = {"64-bit words", "NEON dot product", "NEON bytes"}  # LLVM lowers their IR to whatever there is
+HERE = [tile for tile in FEATURES if tile in ANYWHERE or FEATURES[tile] <= cpu_system.features()]
+
+
+@contextlib.contextmanager
+def counting(tile):
+    """Layers that are new to the engine are counted as on a processor with this tile."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_system, "features", lambda: frozenset(FEATURES[tile]))
+        assert cpu_system.tile() == tile
+        yield
+
+
+@pytest.fixture(params=HERE)
+def tile(request):
+    with counting(request.param):
+        yield request.param
+
+
+def layer_of(case):
+    return cpu_engine._layers.get((*case.tensors, *case.out[:2]), case.channels, case.groups, case.out[2])
 
 
 @pytest.fixture(autouse=True)
@@ -388,11 +427,121 @@ def test_lanes_of_any_width_count_the_same(data, case, threads, words_in):
     assert results and all(torch.equal(result, y) for result in results)
 
 
+@examples(90)
+@given(st.data(), cases(most_bases=3), st.integers(1, 2), st.booleans(), st.booleans(), st.sampled_from(HERE))
+def test_every_tile_counts_the_same(data, case, threads, words_in, uniform, tile):
+    """To the bit, and where the scalar engine's sums are exact, as that one."""
+    torch.set_num_threads(threads)
+    if uniform:
+        in_integers(case)
+    x = words_of(case.x, *case.tensors[3:5]) if words_in else data.draw(in_memory(case))
+    y, O = case.run(x), case.tensors[1].shape[1]
+    with counting(tile):
+        case.tensors = tuple(t if t is None else t.clone() for t in case.tensors)  # no table is found
+        assert torch.equal(case.run(x), y)
+        generator = torch.Generator().manual_seed(O)
+        thresholds = thresholds_of(2, O, generator, binary=uniform) * y.std(correction=0)
+        case.out = thresholds, torch.rand(O, generator=generator) < 0.5, 2
+        assert torch.equal(case.run(x), words_of(y, *case.out))
+    if uniform and y.numel() < 2000:
+        case.out = None, None, 0
+        assert torch.equal(cpu_scalar.packed_conv(x, *case.arguments), y)
+
+
+@pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
+@pytest.mark.parametrize("groups, C, O, looks_up", [
+    (1, 3, 5, True), (2, 8, 70, True), (3, 36, 33, True), (7, 84, 70, True), (7, 7 * 64, 140, True),
+    (16, 256, 32, True), (2, 6, 8, False), (5, 70, 40, False), (72, 72, 72, False),
+])  # fmt: skip
+def test_look_ups_of_groups_that_begin_with_a_nibble(tile, groups, C, O, looks_up):
+    for N, uniform in ((1, False), (2, False), (2, True), (3, True), (3, False)):
+        case = small_case(groups=groups, C=C, O=O, N=N, size=(4, 5))
+        if uniform:
+            in_integers(case)
+        y = case.run()
+        with counting(tile):
+            case.tensors = tuple(t if t is None else t.clone() for t in case.tensors)
+            assert torch.equal(case.run(), y)
+            lanes = layer_of(case).lanes
+            across_words = (C, N, uniform) == (84, 3, False)  # the groups of an AVX2 tile, which is narrower
+            assert isinstance(lanes, layout.LookUp) == (looks_up and not (across_words and tile == "AVX2 look-up"))
+
+
+@pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
+@pytest.mark.parametrize("N, uniform", [(1, False), (2, False), (2, True), (3, False), (3, True)])
+@pytest.mark.parametrize("longest", [True, False])
+def test_counters_of_a_look_up_reach_their_ends(tile, N, uniform, longest):
+    """Everything differs, or nothing does, in windows that just fit, and those that do not go elsewhere."""
+    taps = ((1 << 16) - 1) // (8 * (N if uniform else 1)) + (0 if longest else 1)
+    case = small_case(C=8, O=9, B=1, M=1, N=N, size=(taps + 1,), kernel=(taps,), padding=(0, 0), bias=False)
+    bits, alphas, betas, thresholds, flips, *rest = case.tensors
+    betas = torch.full((N,), 0.5) if uniform else 2.0 ** torch.arange(N)
+    with counting(tile):
+        for filling in (0, 255):
+            tensors = torch.full_like(bits, filling), torch.ones_like(alphas), betas.clone()
+            case.tensors = *tensors, torch.zeros_like(thresholds), torch.zeros_like(flips), *rest
+            for sign in (1, -1):
+                y = case.run(torch.full_like(case.x, sign))
+                assert torch.equal(y, torch.full((1, 9, 2), (1 if filling else -1) * sign * 8.0 * taps * betas.sum()))
+        assert isinstance(layer_of(case).lanes, layout.LookUp) == longest
+
+
+@pytest.mark.parametrize("weights", [(1,), (1, 16), (1, 1), (2, 1)])
+def test_tables_of_look_ups(weights):
+    assert weights in [layout.table_weights(N, uniform) for N, uniform in ((1, 0), (2, 0), (2, 1), (3, 0), (3, 1))]
+    tables = layout.look_up_tables(weights)
+    assert tables.shape == (16 ** len(weights), 16) and tables.dtype == np.uint8
+    for index, w in np.ndindex(tables.shape):
+        expected = sum(weight * (index >> 4 * i & 15 ^ w).bit_count() for i, weight in enumerate(weights))
+        assert tables[index, w] == expected
+
+
+@pytest.mark.parametrize("processor", assembly.PROCESSORS)
+@pytest.mark.parametrize("N, uniform", [(1, False), (2, False), (2, True), (3, True)])
+def test_on_arm_a_step_is_three_instructions_and_nothing_spills(processor, N, uniform):
+    """Compiled for ARM here, not run."""
+    for lanes in (assembly.DOTS, assembly.BYTES) if assembly.PROCESSORS[processor] else (assembly.BYTES,):
+        text, pixels = assembly.tile_assembly(lanes, N, uniform, processor)
+        loop = assembly.inner_loop(text)
+        names = collections.Counter(line.split()[0] for line in loop)
+        vectors = collections.Counter(line.split()[0] for line in loop if re.search(r"\bv\d+\.", line))
+        steps = pixels * cpu_vector.counters_of(N, uniform) * lanes.registers
+        assert names["cnt"] == names["eor"] == steps and names["orr"] == steps * (uniform and N == 2)
+        assert vectors["udot" if lanes is assembly.DOTS else "add"] == steps
+        assert assembly.spills(loop) == 0 and len(loop) < (6 if N == 2 and uniform else 4.5) * steps
+
+
+def test_without_an_emulator_for_arm_one_sentence_says_what_to_install(monkeypatch, refused):
+    monkeypatch.setattr(assembly.shutil, "which", lambda name: None)
+    assert "apt install qemu-user" in refused(assembly.main, "--run")
+    assert "llvm-mca" in refused(assembly.main, "--write")
+
+
+@pytest.mark.parametrize("codes", [{}, {"code": "binary"}, {"code": ("binary", "uniform")}, {"zero": True}])
+def test_a_whole_network_with_every_tile(codes):
+    torch.manual_seed(0)
+    bases = dict(weight_bases=2, activation_bases=2, active=True)
+    layers = [abcnets.ABCConv2d(*sizes, 3, padding=1, **bases, **codes) for sizes in ((20, 40), (40, 70))]
+    norms = [nn.BatchNorm2d(layer.out_channels) for layer in layers]
+    parts = [[layer, norm, nn.MaxPool2d(2), nn.ReLU()] for layer, norm in zip(layers, norms)]
+    last = abcnets.ABCLinear(70 * 4, 40, **bases, **codes)  # 80 uses of a word: uniform levels pay for every tile
+    model = nn.Sequential(*parts[0], *parts[1], nn.Flatten(), last).eval()
+    x, results = torch.randn(3, 20, 8, 8), []
+    abcnets.calibrate(model, x)
+    for tile in HERE:
+        with counting(tile):
+            packed = abcnets.pack(model, engine="bits")
+            results.append((packed(x), abcnets.fuse(packed)(x)))
+    assert len(results) == len(HERE)
+    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+
+
 @pytest.mark.parametrize(
     "C, O, groups, taps, lanes",
     [
         (128, 128, 1, 9, (64, 2)), (128, 128, 1, 1, (32, 1)), (64, 64, 1, 9, (32, 1)), (32, 32, 1, 9, (32, 1)),
-        (16, 32, 1, 9, (16, 1, 2)), (16, 16, 1, 9, (32, 1)), (16, 32, 1, 4095, (16, 1, 2)), (16, 32, 1, 4096, (32, 1)),
+        (16, 32, 1, 9, (16, 1, 512, 2)), (16, 16, 1, 9, (32, 1)), (16, 32, 1, 4095, (16, 1, 512, 2)),
+        (16, 32, 1, 4096, (32, 1)),
         (256, 256, 16, 9, (32, 1)), (80, 64, 2, 9, (64, 2)),  # 40 channels from the 41st on: over the end of a word
     ],
 )  # fmt: skip
@@ -426,6 +575,7 @@ def test_scalar_rung(case):
     assert differing <= 2
 
 
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("groups", [4, 24, 72])
 def test_groups_and_depthwise(groups):
     case = small_case(C=72, O=144, groups=groups)
@@ -468,6 +618,7 @@ def test_empty_batch():
     assert case.run().shape == (0, 9, 7, 1, 2)
 
 
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(9, 7), (2, 3)])
 def test_nan(order, size):
@@ -512,6 +663,7 @@ def test_wrong_shapes():
 # --------------------------------------------------------------------------- threads, caches, processes
 
 
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("B", [1, 2, 3, 9])
 def test_the_number_of_threads_changes_nothing(B):
     case = small_case(B=B, size=(23, 17))
@@ -522,6 +674,7 @@ def test_the_number_of_threads_changes_nothing(B):
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
+@pytest.mark.usefixtures("tile")
 @pytest.mark.parametrize("threads", [1, 2])
 def test_concurrent_calls(threads):
     torch.set_num_threads(threads)
@@ -544,6 +697,7 @@ def test_concurrent_calls(threads):
     assert not wrong
 
 
+@pytest.mark.usefixtures("tile")
 def test_changed_tensors_are_noticed():
     case = small_case()
     before = case.run()
@@ -572,17 +726,18 @@ def test_caches_are_bounded_and_weak():
         gc.enable()
 
 
-IN_A_FORKED_CHILD = """
+FORKS = """
 import os, signal, torch
 import tests.test_kernels_cpu as t
 torch.set_num_threads(2)
 case = t.small_case(B=8)
 expected = case.run()
-child = os.fork()
-if child == 0:
-    signal.alarm(20)
-    os._exit(0 if torch.equal(case.run(), expected) else 1)
-assert os.waitpid(child, 0)[1] == 0
+if hasattr(os, "fork"):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        os._exit(0 if torch.equal(case.run(), expected) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 """
 
 WITHOUT_NUMBA = """
@@ -609,25 +764,31 @@ with tempfile.TemporaryDirectory() as folder:
     os.environ["NUMBA_CACHE_DIR"] = folder
     import torch
     import tests.test_kernels_cpu as t
-    assert platform.machine() not in ("x86_64", "AMD64") or t.cpu_system.popcount_lanes() == (64,)
+    from kernels.cpu import lookup
+    assert platform.machine() not in ("x86_64", "AMD64") or t.abcnets.engines()["cpu"] == "numba (AVX2 look-up)"
     for C, groups in ((16, 1), (70, 1), (32, 2)):
         case = t.small_case(C=C, groups=groups, N=2)
         t.assert_right(case)
         t.in_integers(case)
         assert torch.equal(case.run().double(), case.expect())
-"""
+        assert torch.equal(t.cpu_scalar.packed_conv(case.x, *case.arguments), case.run())
+    if isinstance(lanes := t.layer_of(case).lanes, t.layout.LookUp):
+        assembly = lookup.block_kernel(2, 1, lanes)._library.get_asm_str()
+        loop = max(assembly.split(".LBB"), key=lambda block: block.count("vpshufb"))
+        pixels = lookup.tile_pixels(2, 1, 32, lanes.registers)
+        assert loop.count("vpshufb") == loop.count("vpaddb") == pixels * lanes.registers * lanes.step
+        assert not any("ymm" in line and "rsp" in line for line in loop.splitlines()) and "zmm" not in assembly
+""" + FORKS
 
 IMPORT_LOADS_NO_NUMBA = """
 import sys, abcnets
 assert not {"numba", "abcnets_kernels", "kernels"} & set(sys.modules)
-assert abcnets.engines()["cpu"] == "numba"
+assert abcnets.engines()["cpu"].startswith("numba (")
 """
 
 
-@pytest.mark.parametrize("script", [IN_A_FORKED_CHILD, WITHOUT_NUMBA, WITHOUT_A_VECTOR_POPCOUNT, IMPORT_LOADS_NO_NUMBA])
+@pytest.mark.parametrize("script", [FORKS, WITHOUT_NUMBA, WITHOUT_A_VECTOR_POPCOUNT, IMPORT_LOADS_NO_NUMBA])
 def test_in_a_fresh_process(script, pytestconfig):
-    if script is IN_A_FORKED_CHILD and sys.platform == "win32":
-        pytest.skip("no fork")
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=pytestconfig.rootpath, capture_output=True, text=True, timeout=120
     )
@@ -635,7 +796,7 @@ def test_in_a_fresh_process(script, pytestconfig):
 
 
 def test_registered_for_the_cpu():
-    assert abcnets.engines()["cpu"] == "numba"
+    assert abcnets.engines()["cpu"] == f"numba ({cpu_system.tile()})"
     case = small_case()
     assert torch.equal(torch.ops.abcnets.packed_conv(case.x, *case.arguments), case.run())
     assert cpu_system.thread_count() >= 1

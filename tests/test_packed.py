@@ -26,7 +26,8 @@ from torch._subclasses import FakeTensorMode
 import abcnets
 import kernels.fuse
 from abcnets import ABCConv1d, ABCConv2d, ABCConv3d, ABCLinear, PackedLayer
-from kernels.cpu.system import has_vector_popcount
+from kernels.cpu.engine import BITS_PAY_UP_TO
+from kernels.cpu.system import tile
 
 
 @st.composite
@@ -123,8 +124,8 @@ def test_packing_weights_only_and_leaving_the_rest():
 
 def test_auto_runs_layers_beyond_the_limit_as_float():
     layers = [ABCLinear(4, 4, weight_bases=M, activation_bases=N, active=True) for M, N in ((4, 4), (5, 5), (1, 8))]
-    with_popcount = has_vector_popcount()
-    assert [abcnets.pack(layer).runs_bits() for layer in layers] == [with_popcount, False, with_popcount]
+    limit = BITS_PAY_UP_TO[tile()]
+    assert [abcnets.pack(layer).runs_bits() for layer in layers] == [limit >= 16, False, limit >= 8]
     few = [ABCLinear(4, 4, weight_bases=M, activation_bases=N, active=True) for M, N in ((1, 1), (2, 2), (1, 4))]
     assert all(abcnets.pack(layer).runs_bits() for layer in few)
     assert [abcnets.pack(layer).runs_bits("mps") for layer in layers] == [False, False, False]

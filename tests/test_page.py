@@ -41,6 +41,13 @@ def test_formulas_are_mathml_and_nothing_is_fetched(tmp_path):
     assert not fetched(text)
 
 
+def test_a_picture_has_its_words(tmp_path):
+    dot = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+    output = nbformat.v4.new_output("display_data", {"image/png": dot}, metadata={"image/png": {"alt": "One dot"}})
+    cell = nbformat.v4.new_code_cell("dot", outputs=[output])
+    assert re.search(r'<img[^>]*alt="One dot"', written(nbformat.v4.new_notebook(cells=[cell]), tmp_path))
+
+
 def test_amounts_and_links_are_no_formulas(tmp_path):
     text = "It costs $5 today, $6 tomorrow. [A $x$](http://a.b/?x=$y&z=$w), \\$5 and \\$6.\n\n## For $7\n\n$y$"
     page_text = written(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell(text)]), tmp_path)

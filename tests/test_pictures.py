@@ -1,13 +1,19 @@
 """Pictures of layers."""
 
+import base64
 import copy
+import itertools
+import random
 import sys
 import warnings
+from types import SimpleNamespace
 
+import IPython
 import matplotlib
+import matplotlib.pyplot as plt
 import pytest
 import torch
-from pictures import numerals, picture
+from pictures import has_reader, label_points, log_axis, numerals, picture, show, tiles
 from torch import nn
 
 import abcnets
@@ -155,3 +161,70 @@ def test_picture_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match="pip install matplotlib"):
         picture(ABCLinear(3, 3))
+
+
+def test_tiles_show_their_images():
+    grey, colour = torch.arange(12.0).view(2, 2, 3), torch.rand(1, 3, 4, 5)
+    figure = tiles(("two", grey, ["a", "b"]), ("one\nin colour", colour))
+    first, second, third, rest = figure.axes
+    assert [axis.get_ylabel() for axis in figure.axes] == ["two", "", "one\nin colour", ""]
+    assert [axis.get_title() for axis in figure.axes] == ["a", "b", "", ""]
+    for axis, image in ((first, grey[0]), (second, grey[1]), (third, colour[0].permute(1, 2, 0))):
+        assert torch.equal(torch.as_tensor(axis.images[0].get_array().data), image)
+    assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 11)  # those of the row
+    assert not rest.images
+    assert tiles(("", grey), limits=(-1, 1)).axes[0].images[0].get_clim() == (-1, 1)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_lie_apart_and_inside(seed):
+    """A crowd of points, some nearly in one place: no label lies on another, or leaves the axis."""
+    draw = random.Random(seed)
+    settings = itertools.product((1, 2, 3), (1, 2))
+    points = [(10 ** draw.uniform(1, 3), draw.uniform(91, 94), f"{M} × {N}", "#0072B2") for M, N in settings]
+    points += [(points[0][0] * 1.03, points[0][1] + 0.02, "onnxruntime int8", "#555555")]
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot(*zip(*((x, y) for x, y, *_ in points)), "o")
+    axis.set_ylim(90.5, 94.5)
+    log_axis(axis, [x for x, *_ in points])
+    label_points(axis, points)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == [label for *_, label, _ in points]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+    plt.close(figure)
+
+
+def test_a_logarithmic_axis_has_round_ticks_written_out():
+    figure, axis = plt.subplots()
+    log_axis(axis, [60, 800])
+    low, high = axis.get_xlim()
+    assert axis.get_xscale() == "log" and low < 60 and high > 800
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["50", "100", "200", "500", "1000"]
+    log_axis(axis, [])  # nothing was measured
+    assert axis.get_xlim() == (low, high)
+    plt.close(figure)
+
+
+def test_a_figure_is_shown_and_kept_with_words(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", lambda data, **how: shown.append((data, how)))
+    figure, axis = plt.subplots(figsize=(4, 2))
+    axis.plot([1, 2])
+    show(figure, tmp_path / "line.png", "A rising line")
+    ((data, how),) = shown
+    assert data["text/plain"] == how["metadata"]["image/png"]["alt"] == "A rising line" and how["raw"]
+    assert base64.b64decode(data["image/png"]) == (tmp_path / "line.png").read_bytes()
+    width = plt.imread(tmp_path / "line.png").shape[1]
+    assert how["metadata"]["image/png"]["width"] == pytest.approx(0.6 * width, abs=1)
+    assert not plt.fignum_exists(figure.number)
+
+
+def test_a_reader_is_there_where_one_can_be_asked(monkeypatch):
+    assert not has_reader()
+    for asked in (False, True):
+        shell = SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=asked))
+        monkeypatch.setattr(IPython, "get_ipython", lambda shell=shell: shell)
+        assert has_reader() == asked

@@ -1,4 +1,5 @@
-"""The activation quantizer on the CPU engine against plain torch: the same bits, sums that are rounded less."""
+"""The quantizers on the CPU engine against plain torch: the same bits, but for sums, which are rounded less; and steps
+of training that keep R alone."""
 
 import math
 import subprocess
@@ -8,6 +9,7 @@ import warnings
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -246,6 +248,249 @@ def test_calls_at_the_same_time():
     assert not wrong
 
 
+# Weights
+
+
+def shifts(code, M):
+    return abcnets.gaussian_shifts(2**M - 1 if code == "binary" else M)
+
+
+@st.composite
+def weights(draw):
+    """Gaussian weights of any shape and order of memory, of any size and mean."""
+    shape = draw(st.sampled_from([(1, 1), (3, 1), (1, 300), (5, 16), (7, 3, 5), (6, 4, 3, 3), (33, 16, 3, 3),
+                                  (8, 2, 2, 3, 2)]))  # fmt: skip
+    W = torch.randn(shape, generator=torch.Generator().manual_seed(draw(st.integers(0, 2**31))))
+    W = draw(st.sampled_from([1, 1e-6, 1e6])) * (W + draw(st.sampled_from([0, 0, 0.3])))
+    return ordered(W, draw(st.sampled_from(ORDERS[:4])))
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(weights(), st.sampled_from(abcnets.CODES), st.integers(1, 4), st.booleans(), st.booleans(), st.integers(1, 2))
+def test_levels_are_those_of_plain_torch(W, code, M, per_channel, nearest, threads):
+    torch.set_num_threads(threads)
+    code = "thermometer" if M == 1 else code
+    us = shifts(code, M)[torch.randperm(len(shifts(code, M)), generator=torch.Generator().manual_seed(M))]
+    options = us, per_channel, code, nearest
+    Wq, centre, _, _, levels, thresholds = tables = torch.ops.abcnets.fit_levels(W, *options)
+    wanted = abcnets._fit_levels(W, *options)
+    for ours, theirs in zip(tables, wanted):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype and ours.stride() == theirs.stride()
+    exact = abcnets._fit_levels(W.double(), us.double(), per_channel, code, nearest)
+    size = W.abs().max().item()
+    for ours, best in zip(tables, exact):
+        assert torch.allclose(ours.double(), best, rtol=1e-5, atol=2e-6 * size)
+    if code == "thermometer" or M == 2:  # or plain torch's own rounding is a matter of how its system is conditioned
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=2e-6 * size) for a, b in zip(tables, wanted))
+    # From the thresholds follow the bases, and from the levels the weights, to the bit.
+    x = W.reshape(len(levels), -1) - centre
+    place = (x[:, :, None] >= thresholds[:, None]).sum(2)
+    assert torch.equal(Wq.reshape(x.shape), levels.gather(1, place))
+    B, alphas = abcnets.weight_bases(W, *options), abcnets.fit_weight(W, *options)
+    sum_of_bases = (alphas.view(len(B), -1, *[1] * (W.ndim - 1)) * B).sum(0)
+    assert torch.allclose(sum_of_bases, abcnets.quantize_weight(W, *options), rtol=1e-5, atol=1e-6 * size)
+
+
+@pytest.mark.parametrize("code, M", [("thermometer", 2), ("binary", 2), ("binary", 3), ("uniform", 3)])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers(code, M, value):
+    W = torch.randn(3, 40)
+    W[1, 4] = value
+    ours, plain = (fit(W, shifts(code, M), True, code, True)[0] for fit in (torch.ops.abcnets.fit_levels,
+                                                                         abcnets._fit_levels))  # fmt: skip
+    assert torch.equal(ours.isnan(), plain.isnan()) and torch.allclose(ours[[0, 2]], plain[[0, 2]], atol=1e-5)
+
+
+@pytest.mark.parametrize("code, M", [("thermometer", 3), ("binary", 2), ("binary", 3), ("uniform", 2)])
+def test_weights_of_few_values(code, M):
+    """Empty bins, all weights alike, and zeros."""
+    few = torch.randn(6, 50).round()
+    for W in (few, torch.full((2, 9), 0.3), torch.zeros(2, 9), torch.ones(4, 1)):
+        ours, plain = (fit(W, shifts(code, M), True, code, True) for fit in (torch.ops.abcnets.fit_levels,
+                                                                          abcnets._fit_levels))  # fmt: skip
+        error, wanted = ((W - fitted[0]).square().sum() for fitted in (ours, plain))
+        assert error <= wanted * (1 + 1e-4) + 1e-10 and all(table.isfinite().all() for table in ours)
+
+
+@pytest.mark.parametrize("code, M", [("thermometer", 3), ("binary", 2)])
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_learned_shifts_get_the_gradient_of_plain_torch(code, M, per_channel, monkeypatch):
+    W, G = torch.randn(2, 8, 4, 3, 3)
+    found = []
+    for has_operator in (abcnets._has_operator, lambda *tensors: False):
+        monkeypatch.setattr(abcnets, "_has_operator", has_operator)
+        inputs = W.clone().requires_grad_(), shifts(code, M).flip(0).clone().requires_grad_()
+        Wq = abcnets.quantize_weight(*inputs, per_channel, code, False)
+        found.append([Wq, *torch.autograd.grad(Wq, inputs, G)])
+    assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(*found)) and found[0][2].abs().min() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_levels_operator_is_what_it_says_to_torch(dtype):
+    for W in (torch.randn(4, 5, 3, 3, dtype=dtype), torch.randn(4, 5, 3, 3, dtype=dtype).mT):
+        for code in abcnets.CODES:
+            arguments = W.contiguous(memory_format=torch.channels_last), shifts(code, 2).to(dtype), True, code, True
+            torch.library.opcheck(
+                torch.ops.abcnets.fit_levels.default, arguments, test_utils=("test_schema", "test_faketensor")
+            )
+
+
+# Steps that keep R alone
+
+
+def layers():
+    bases = {"weight_bases": 2, "activation_bases": 2, "active": True}
+    yield abcnets.ABCConv2d(4, 6, 3, padding=1, **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, (3, 2), 2, dilation=2, groups=2, bias=False, code="binary", **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, padding="same", code="uniform", **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 2, padding="same", **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, padding=1, padding_mode="circular", **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, code="binary", **bases), (4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, **{**bases, "weight_bases": None}), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, **{**bases, "activation_bases": None}), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, learn_us=True, per_channel=False, **bases), (3, 4, 9, 8)
+    yield abcnets.ABCConv2d(4, 6, 3, **bases), (0, 4, 9, 8)
+    yield abcnets.ABCConv1d(4, 6, 3, padding=2, **bases), (3, 4, 9)
+    yield abcnets.ABCConv3d(4, 6, 3, stride=(1, 2, 1), code="binary", **bases), (2, 4, 5, 7, 6)
+    yield abcnets.ABCLinear(8, 6, code="binary", **bases), (5, 8)
+    yield abcnets.ABCLinear(8, 6, bias=False, **bases), (2, 5, 8)
+    yield abcnets.ABCLinear(8, 6, **bases), (8,)
+
+
+def forward_and_gradients(layer, x, dtype=None, only=None):
+    x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+    inputs = [x, *layer.parameters()] if only is None else only
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+        y = layer(x)
+    G = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).to(y.dtype)
+    return [y, *torch.autograd.grad(y, inputs, G)]
+
+
+@pytest.fixture
+def keeping(monkeypatch):
+    """keeping(False): Aq is kept, as without an engine."""
+    keeps_input = abcnets._keeps_input
+    return lambda R: monkeypatch.setattr(abcnets, "_keeps_input", keeps_input if R else lambda *tensors: False)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", ORDERS[:2])
+def test_the_same_step_to_the_bit(order, dtype, keeping):
+    for layer, shape in layers():
+        x = ordered(torch.randn(shape), order if layer.spatial_dims else "contiguous")
+        keeping(True)
+        lean = forward_and_gradients(layer, x, dtype)
+        keeping(False)
+        for a, b in zip(lean, forward_and_gradients(layer, x, dtype)):
+            assert torch.equal(a, b) and a.dtype == b.dtype and a.stride() == b.stride(), (layer, shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_less_is_kept(dtype, keeping):
+    """Of what is as large as the input, R alone."""
+
+    def large(R):
+        layer, kept = abcnets.ABCConv2d(8, 8, 3, padding=1, active=True), {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x}) or x, lambda x: x):
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                layer(R)
+        return [x for x in kept.values() if x.numel() == R.numel()]
+
+    R = torch.randn(4, 8, 10, 10, dtype=dtype, requires_grad=True)
+    assert [x.data_ptr() for x in large(R)] == [R.data_ptr()]
+    keeping(False)
+    assert len(large(R)) == 2
+
+
+def test_only_what_is_wanted(keeping):
+    layer, x = abcnets.ABCConv2d(4, 6, 3, active=True), torch.randn(2, 4, 7, 7)
+    for only in ([layer.weight], [layer.vs], [layer.bias, layer.betas]):
+        keeping(True)
+        lean = forward_and_gradients(layer, x, only=only)
+        keeping(False)
+        assert all(torch.equal(a, b) for a, b in zip(lean, forward_and_gradients(layer, x, only=only)))
+    keeping(True)
+    layer.requires_grad_(False)
+    (G,) = torch.autograd.grad(layer(x.requires_grad_()).sum(), [x])
+    layer.vs.requires_grad_()
+    assert torch.autograd.grad(layer(x.detach()).sum(), [layer.vs])[0].abs().sum() > 0 and G.abs().sum() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_of_gradients(dtype, keeping):
+    found = []
+    for keeps in (True, False):
+        keeping(keeps)
+        torch.manual_seed(0)
+        layer, x = abcnets.ABCConv2d(4, 6, 3, code="binary", active=True), torch.randn(2, 4, 7, 7).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+            y = layer(x).float()
+        G = torch.autograd.grad(y.square().sum(), [layer.weight, layer.bias, x], create_graph=True)
+        found.append([*G, *torch.autograd.grad(G[0].square().sum() + G[1].sum(), [layer.weight, layer.bias],
+                                               retain_graph=True)])  # fmt: skip
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            G[2].sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(*found)) and found[0][3].abs().sum() > 0
+
+
+def test_what_changes_in_place(keeping):
+    layer, x = abcnets.ABCConv2d(4, 6, 3, active=True), torch.randn(2, 4, 7, 7)
+    R = x.clone().requires_grad_() * 1
+    y = layer(R)
+    R.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(y.sum(), [layer.weight])
+    y = layer(x.requires_grad_())
+    wanted = torch.autograd.grad(y.square().sum(), [x], retain_graph=True)[0]
+    with torch.no_grad():
+        layer.weight.add_(1)
+    (G,) = torch.autograd.grad(y.square().sum(), [x], retain_graph=True)  # of the weights that there were
+    assert torch.equal(G, wanted)
+    with pytest.raises(RuntimeError, match="weight was modified"):
+        torch.autograd.grad(y.square().sum(), [x], create_graph=True)
+    layer.betas = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="one entry per activation base"):
+        layer(x)
+    layer = abcnets.ABCConv2d(4, 6, 3, active=True)
+    for module, shape in ((layer, (2, 4, 7, 7)), (abcnets.ABCLinear(8, 6, active=True), (2, 5, 8))):
+        x = torch.randn(shape, requires_grad=True)
+        results = []
+        for keeps in (True, False):
+            keeping(keeps)
+            y = nn.functional.relu(module(x), inplace=True)
+            results.append(torch.autograd.grad(y.square().sum(), [x, module.weight]))
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_transforms_of_whole_layers(keeping):
+    """Checkpoints, functorch and compilers get what they got before."""
+    layer, x = abcnets.ABCConv2d(4, 6, 3, code="binary", active=True), torch.randn(2, 4, 7, 7, requires_grad=True)
+    parameters = dict(layer.named_parameters())
+    loss = lambda p, x: torch.func.functional_call(layer, p, (x,)).square().sum()  # noqa: E731
+
+    def results():
+        inputs = [x, *parameters.values()]
+        for reentrant in (True, False):
+            y = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant)
+            if reentrant:
+                for p in inputs:
+                    p.grad = None
+                y.square().sum().backward()
+                yield from [p.grad.clone() for p in inputs]
+            else:
+                yield from torch.autograd.grad(y.square().sum(), inputs)
+        yield from torch.func.grad(loss)(parameters, x).values()
+        torch._dynamo.reset()
+        y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
+        yield from torch.autograd.grad(y.square().sum(), inputs)
+        yield torch.jit.trace(layer.eval(), x.detach())(x)
+
+    lean = list(results())
+    keeping(False)
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(lean, results(), strict=True))
+
+
 # Whole networks, other processes
 
 
@@ -270,9 +515,12 @@ def test_a_network_learns_the_same_without_it(code, precision, runs, monkeypatch
         return found
 
     fast = losses()
-    assert runs.count("forward") == runs.count("backward") == 16 and fast[-1] < fast[0]
+    # Aq is made again in the backward pass.
+    assert runs.count("forward") == 32 and runs.count("backward") == 16 and fast[-1] < fast[0]
+    monkeypatch.setattr(abcnets, "_keeps_input", lambda *tensors: False)
+    assert losses() == fast and len(runs) == 80
     monkeypatch.setattr(abcnets, "_has_operator", lambda *tensors: False)
-    assert losses() == pytest.approx(fast, rel=1e-2) and len(runs) == 32
+    assert losses() == pytest.approx(fast, rel=1e-2) and len(runs) == 80
 
 
 def test_without_an_engine_nothing_is_said(monkeypatch):
@@ -282,7 +530,9 @@ def test_without_an_engine_nothing_is_said(monkeypatch):
         warnings.simplefilter("error")
         Aq = abcnets._run_operator(abcnets._staircase, R, THRESHOLDS, HALF_STEPS, False)
         G_R = abcnets._run_operator(abcnets._staircase_backward, R, R, THRESHOLDS, HALF_STEPS, False)[0]
+        Wq = abcnets._run_operator(abcnets._fit_levels, R[None], torch.zeros(1), True, "thermometer", False)[0]
     assert torch.equal(Aq, abcnets._staircase(R, THRESHOLDS, HALF_STEPS, False)) and G_R.shape == R.shape
+    assert len(Wq.unique()) == 2
 
 
 TRAINS = """

@@ -31,8 +31,11 @@ def run(code, folder):
 
 
 def test_the_first_examples_run_as_they_stand_one_after_the_other(tmp_path):
-    assert "ABCConv2d" in run("\n".join(examples()[1:4]), tmp_path)
+    printed = run("\n".join(examples()[1:5]), tmp_path)
+    assert "ABCConv2d" in printed and "int8" in printed
     assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "model.safetensors").stat().st_size + 20_000
+    alone = "import sys\nassert len(logits) == 8 and not {'torch', 'abcnets', 'onnx'} & set(sys.modules)"
+    run(f"{examples()[5]}\n{alone}", tmp_path)
 
 
 def test_the_very_first_lines_run_on_any_trained_network(tmp_path):
@@ -43,7 +46,7 @@ def test_the_very_first_lines_run_on_any_trained_network(tmp_path):
 
 def test_the_example_of_any_model_runs_without_a_network(tmp_path):
     """As it stands, but for the trained weights: they would be downloaded."""
-    code = examples()[4]
+    code = examples()[6]
     assert code.count('weights="DEFAULT"') == 1
     printed = run("import networks; networks.import_torchvision()\n" + code.replace('"DEFAULT"', "None"), tmp_path)
     assert "last layer" not in printed and "settings say no" in printed and "packed_bytes" in printed

@@ -20,6 +20,7 @@ from recipe import NAMED, Recipe
 from runs import (
     binarized,
     collect,
+    curve,
     default_runs,
     finetuned,
     keep_rows,
@@ -338,11 +339,26 @@ def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_
     (out / "digits/float.pt").unlink()
     assert training.fingerprint(load_float(data, out)) == training.fingerprint(start)
     assert "digits/float is the one that comes with the repository" in capsys.readouterr().out
+    model, history = pretrained(data, out, results, kept=True)
+    assert training.fingerprint(model) == training.fingerprint(start) and history == []
+    assert "digits/float: the one that comes with the repository, as it is" in capsys.readouterr().out
     with pytest.raises(DataError, match="float-s2.pt is missing"):
         load_float(data, out, seed=2)
     (trained / names[1]).write_bytes(b"no tensors")
     with pytest.raises(DataError, match="can't be read as a safetensors file"):
         load_float(data, out)
+
+
+def test_a_curve_is_the_first_that_is_found(tmp_path):
+    folders = [tmp_path / name for name in ("own", "recorded")]
+    assert curve("digits/float", *folders).empty
+    table = pd.DataFrame({"epoch": [1, 2], "loss": [0.5, 0.25], "test_accuracy": [90.0, 91.0]})
+    write_csv(folders[1] / "curves/digits-float.csv", table)
+    found = curve("digits/float", *folders)
+    assert found.loss.tolist() == [0.5, 0.25] and found.validation_accuracy.isna().all()
+    write_csv(folders[0] / "curves/digits-float.csv", table.assign(loss=1.0, validation_accuracy=80.0))
+    found = curve("digits/float", *folders)
+    assert found.loss.tolist() == [1, 1] and found.validation_accuracy.tolist() == [80, 80]
 
 
 def test_a_level_that_nothing_falls_on_is_found(few_digits):

@@ -77,6 +77,22 @@ def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_la
     assert tables.for_writeup()["int8_beaten"] == "0 of the 1" and "**" not in tables.competitors_table()
 
 
+def test_networks_in_int8_have_a_table_of_their_own(monkeypatch):
+    floats = [competitor("onnxruntime float32", 94.0, 3.0), competitor("onnxruntime int8", 93.9, 1.0, size=238_000)]
+    trained, int8 = (competitor(form, percent, ms, M=2, size=size) | {"code": "binary"} for form, percent, ms, size in (
+        ("abcnets", 93.5, 2.0, 90_000), (tables.IN_INT8, 93.4, 0.9, 80_000)))  # fmt: skip
+    monkeypatch.setattr(tables, "COMPETITORS", [*floats, trained])
+    assert tables.MISSING in tables.int8_table()
+    monkeypatch.setattr(tables, "COMPETITORS", [*floats, trained, int8])
+    assert tables.int8_table().splitlines()[2:] == [
+        "| float, by onnxruntime's quantizer | 94.00 % | 93.90 % | 238 kB | 1.000 |",
+        "| binary 2 × float | 93.50 % | 93.40 % | 80 kB | 0.900 |",
+    ]
+    assert "0.900" not in tables.competitors_table() and "abcnets, binary 2 × float" in tables.competitors_table()
+    shown = {figures._kind(form): figures._form_label(form) for form in figures.figure_data()["competitors"]["forms"]}
+    assert shown["weights"] == shown[tables.IN_INT8] == "b2"
+
+
 def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monkeypatch):
     rows = [competitor(form, 94.0, ms, batch, size=size) for form, size, times in (
         ("torch float32", 800, (3.0, 1.0)), ("onnxruntime float32", 900, (2.0, 1.5)), ("onnxruntime int8", 250, (1, 1)),

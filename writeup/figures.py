@@ -191,7 +191,7 @@ def draw_competitors(plt, data):
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
         "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
-        "abcnets in int8": ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
+        tables.IN_INT8: ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
     }  # fmt: skip
     worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
     labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"

@@ -40,6 +40,7 @@ CPU = read("kernels/results/cpu.csv")
 CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] is not None]
 
 DATASET = "fashion-mnist"
+IN_INT8 = "abcnets in int8"  # as compare.py calls our networks with 8-bit activations
 SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
     (1, 1, "thermometer"), (1, 2, "binary"), (2, 2, "thermometer"), (2, 2, "binary"), (3, 3, "thermometer"),
     (3, 3, "binary"), (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
@@ -132,6 +133,13 @@ def competitors() -> list[dict]:
 
 def ours() -> list[dict]:
     return [form for form in competitors() if form["name"] == "abcnets"]
+
+
+def ours_in_int8() -> list[tuple[dict, dict | None]]:
+    """Our networks with 8-bit activations, each with the same one as it was."""
+    before = {(form["M"], form["N"], form["code"]): form for form in ours()}
+    forms = (form for form in competitors() if form["name"] == IN_INT8)
+    return [(form, before.get((form["M"], form["N"], form["code"]))) for form in forms]
 
 
 def rival(name: str) -> dict | None:
@@ -371,16 +379,41 @@ def codes_table() -> str:
 
 def competitors_table() -> str:
     """In bold what is faster than int8."""
-    cases = sorted({case for form in competitors() for case in form["ms"]}, key=lambda case: (case[1], case[0]))
-    rows = []
-    for form in competitors():
+    forms = [form for form in competitors() if form["name"] != IN_INT8]
+    cases, rows = _cases(forms), []
+    for form in forms:
         setting = f", {named(form['M'], form['N'], form['code'])}" if form["M"] or form["N"] else ""
         faster = faster_than_int8(form)
-        times = [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
-        times = [f"**{time}**" if case in faster else time for case, time in zip(cases, times)]
+        times = [f"**{time}**" if case in faster else time for case, time in zip(cases, _times(form, cases))]
         rows.append([form["name"] + setting, percent(form["accuracy"]), kB(form["bytes"]), *times])
-    head = ["form", "accuracy", "file", *(f"{batch} image{'s' * (batch > 1)}, {n} thr." for batch, n in cases)]
-    return table(head, rows, "lrr" + "r" * len(cases))
+    return table(["form", "accuracy", "file", *map(_in_words, cases)], rows, "lrr" + "r" * len(cases))
+
+
+def int8_table() -> str:
+    """onnxruntime's own int8 network, and ours with 8-bit activations; none without ours."""
+    ours, rows = ours_in_int8(), []
+    cases = _cases([form for form, _ in ours])
+    for form, before in [(rival("onnxruntime int8"), rival("onnxruntime float32")), *ours] if ours else []:
+        is_binary = form["M"] or form["N"]
+        name = named(form["M"], form["N"], form["code"]) if is_binary else "float, by onnxruntime's quantizer"
+        as_before = percent(before and before["accuracy"])
+        rows.append([name, as_before, percent(form["accuracy"]), kB(form["bytes"]), *_times(form, cases)])
+    head = ["weights × activations", "as trained", "in int8", "file", *map(_in_words, cases)]
+    return table(head, rows, "lrrr" + "r" * len(cases))
+
+
+def _cases(forms: list[dict]) -> list[tuple[int, int]]:
+    """The (batch, threads) that forms were timed at."""
+    return sorted({case for form in forms for case in form["ms"]}, key=lambda case: (case[1], case[0]))
+
+
+def _times(form: dict, cases) -> list[str]:
+    return [f"{form['ms'][case]:.3f}" if case in form["ms"] else MISSING for case in cases]
+
+
+def _in_words(case: tuple[int, int]) -> str:
+    batch, threads = case
+    return f"{batch} image{'s' * (batch > 1)}, {threads} thr."
 
 
 def cpu_estimate() -> str:
@@ -427,6 +460,20 @@ def network_table() -> str:
         cells.append([*map(str, key), f"{best:.2f} ms", *speeds])
     head = ["network", "batch", "threads", "float32, best form", *(f"$M=N={n}$" for n in counts)]
     return table(head, cells, "l" + "r" * (3 + len(counts)))
+
+
+def step_table() -> str:
+    """Time and memory of training steps, times the float network's; a line a network, code and number of threads."""
+    ratios, cells = {}, []
+    for row in STEP:
+        key = row["network"], row["code"], bases_of(row), row["threads"]
+        ratios.setdefault(key, {})[row["precision"]] = row["ratio"], row["memory_ratio"]
+    for (*words, threads), found in ratios.items():
+        both = [found.get(precision, (None, None)) for precision in ("float32", "mixed")]
+        numbers = [f"{ratio:.2f}" if ratio else MISSING for pair in zip(*both) for ratio in pair]
+        cells.append([*words, str(threads), *numbers])
+    head = ["network", "code", "bases", "threads", "time, float32", "time, mixed", "memory, float32", "memory, mixed"]
+    return table(head, cells, "lll" + "r" * 5)
 
 
 def gpu_estimate() -> str:
@@ -492,8 +539,8 @@ def _authors(text: str) -> str:
 
 TABLES = (
     bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
-    gpu_estimate, gpu_tile, accuracy_table, competitors_table, cifar_table, ablation_table, codes_table, code_errors,
-    mixed_table, references,
+    gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table,
+    code_errors, mixed_table, step_table, references,
 )  # fmt: skip
 
 
@@ -506,14 +553,16 @@ def bases_of(row: dict | None) -> str:
     if not row:
         return MISSING
     M, N = row["M"], row["N"]
-    return f"M = {M}" if not N else f"M = N = {M}" if M == N else f"M = {M}, N = {N}"
+    code = f", {row['code']}" if row.get("code", "thermometer") != "thermometer" else ""
+    return (f"M = {M}" if not N else f"M = N = {M}" if M == N else f"M = {M}, N = {N}") + code
 
 
 def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
-    steps = {row["precision"]: row for row in STEP}
+    case = {"network": "nine-layer", "code": "thermometer", "M": 3, "N": 3, "threads": 2}
+    steps = {row["precision"]: row for row in STEP if case.items() <= row.items()}
     cpu = CPU[0] if CPU else None
     shapes = {tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3}
     int8, binary = rival("onnxruntime int8"), [form for form in ours() if form["N"]]
@@ -534,7 +583,7 @@ def for_writeup() -> dict[str, str]:
         "epochs": say("{epochs}", reference),
         "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
         "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
-        "step_hardware": say("{hardware}", next(iter(STEP), None), NOT_MEASURED),
+        "step_hardware": say("{hardware}, {threads} threads", steps.get("float32"), NOT_MEASURED),
         "cpu_shapes": str(len(shapes)),
         "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
         "cpu_clock": say("{clock_ghz:.2f} GHz", cpu, NOT_MEASURED),
@@ -580,7 +629,7 @@ def crossover(column: str) -> str:
 FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
     ("float32", None, None, "thermometer"), ("onnxruntime int8", None, None, "thermometer"),
     ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 3, 3, "binary"),
-    ("abcnets in int8", 1, None, "thermometer"),
+    (IN_INT8, 1, None, "thermometer"),
 ]  # fmt: skip
 
 
@@ -603,7 +652,7 @@ def contender(name: str, M=None, N=None, code="thermometer") -> dict | None:
 
 def first_table() -> str:
     """What one would choose from: accuracy of all seeds, file, time on one thread."""
-    whats = {"float32": "float32", "onnxruntime int8": "int8", "abcnets": "", "abcnets in int8": ", in ONNX Runtime"}
+    whats = {"float32": "float32", "onnxruntime int8": "int8", "abcnets": "", IN_INT8: ", in ONNX Runtime"}
     rows = []
     for name, M, N, code in FIRST_SCREEN:
         form, found = contender(name, M, N, code), result(M, N, code)
@@ -652,6 +701,7 @@ def for_readme() -> dict[str, str]:
         "codes_table": codes_table(),
         "timed_accuracy_table": timed_accuracy_table(),
         "cifar_table": cifar_table(),
+        "int8_table": int8_table(),
         "speed_hardware": say("{hardware}", next(iter(SPEED), None), NOT_MEASURED),
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
     }

@@ -1,4 +1,4 @@
 """Bitwise convolution on a CPU, from plain loops (scalar.py) to the register tile (vector.py); engine.py calls them.
 
-staircase.py is for training.
+staircase.py and levels.py are for training.
 """

@@ -5,7 +5,8 @@
     Places      what one running call owns: all buffers between the steps, and the records that describe these
 
 A layer compares its sums with the next layer's thresholds and stores the bits in the padded image that this one reads,
-in the form in which it reads them. Behind a pool they need to be copied where that form is not the bases themselves.
+in the form in which it reads them. Behind a pool they need to be copied where that form is not the bases themselves;
+in front of a layer that looks up (layout.LookUp), whose image holds nibbles, they always are.
 """
 
 import ctypes
@@ -21,6 +22,7 @@ from .engine import Layer, Plan, _address, describe, describe_pool
 from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
+AS_BASES = layout.BASES, 1  # the form of an image: what it holds, and how often a word does
 
 
 def packed_chain(x, constants, program):
@@ -142,7 +144,7 @@ class Places:
         sums_bytes = max(each.sums_bytes for each in plan.plans if isinstance(each, Plan))
         self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
         last = len(chain.steps) - 1
-        form = False, 1  # of the image that a step writes: whether for uniform levels, and how often it repeats words
+        form = AS_BASES  # of the image that a step writes
         into = {"output_stride": 4 * prod(plan.output_shape[1:])}
         for i in reversed(range(last + 1)):  # the place that a step writes to is the place that the next one reads
             step, its_plan = chain.steps[i], plan.plans[i]
@@ -188,12 +190,13 @@ class Places:
 
     def _layer(self, layer, plan, into, is_first, behind_pool) -> tuple:
         """(record, where the step before writes, in which form)."""
-        words, form = self._buffer(plan.image_bytes), (layer.uniform, layer.lanes.repeats)
+        words, form = self._buffer(plan.image_bytes), (layer.lanes.image(layer.uniform), layer.lanes.repeats)
+        is_copied = isinstance(layer.lanes, layout.LookUp) or (behind_pool and form != AS_BASES)
         pixel_bytes = 8 * layer.P * layer.N
         if is_first:
             source, places = None, {"input_kind": plan.kind, "chunk_count": len(plan.chunks)}
-        elif behind_pool and form != (False, 1):  # pools write the bases, and these are copied
-            source, form = self._buffer(prod(plan.geometry.size) * pixel_bytes), (False, 1)
+        elif is_copied:  # the step before writes the bases
+            source, form = self._buffer(prod(plan.geometry.size) * pixel_bytes), AS_BASES
             places = {"input_kind": WORDS, "chunk_count": len(plan.chunks), "input": _address(source),
                       "image_stride": source.strides[0], "input_by_thread": self.plan.by_thread}  # fmt: skip
             before = self._into(source, np.arange(prod(plan.geometry.size)), pixel_bytes)

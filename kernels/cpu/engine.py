@@ -1,4 +1,5 @@
-"""The CPU engine: the operators of abcnets (`packed_conv`, `packed_max_pool`; `staircase`, to train) on Numba kernels.
+"""The CPU engine: abcnets' operators on Numba kernels (`packed_conv`, `packed_max_pool`; to train, `staircase` and its
+backward pass, `fit_levels`).
 
 Several layers in one call, `packed_chain`, are in chain.py.
 
@@ -10,7 +11,8 @@ This file is what happens around a kernel: who may use it, what is prepared once
                 each take one from the plan's list, so threads never share one.
 
 Float64 input, more than eight activation bases (four in the binary code, which then has fifteen thresholds), float
-activations (no bases) and NaN go to the plain implementation. Of the staircase: all but float32 and bfloat16.
+activations (no bases) and NaN go to the plain implementation. Of the staircase: all but float32 and bfloat16, and more
+than fifteen thresholds; of the levels: all but float32.
 """
 
 import ctypes
@@ -25,7 +27,18 @@ import torch
 from .. import layout
 from ..cache import Beside, Recent
 from . import system
-from .job import CHUNK, INTERLEAVED, PLANAR, SCRATCH_BYTES, STAIRCASE_SCRATCH_BYTES, WORDS, Job, PoolJob, StaircaseJob
+from .job import (
+    CHUNK,
+    INTERLEAVED,
+    PLANAR,
+    SCRATCH_BYTES,
+    STAIRCASE_SCRATCH_BYTES,
+    WORDS,
+    Job,
+    LevelsJob,
+    PoolJob,
+    StaircaseJob,
+)
 
 logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels took to compile
 
@@ -33,10 +46,14 @@ HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
 MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after the other
 STAIRCASE_THREADS_PAY_FROM = 32_768  # elements, as where torch's own element-wise operations begin to use them
+LEVELS_THREADS_PAY_FROM = 4096  # weights, at each of which the quantizer looks some ten times
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-BITS_PAY_UP_TO = {True: 16, False: 4}  # binary convolutions M N of a layer, with and without a vector popcount:
-#                                        beyond, one float convolution is faster (bench.py)
+BITS_PAY_UP_TO = {
+    "AVX-512 popcount": 16, "AVX-512 look-up": 8, "AVX2 look-up": 8, "64-bit words": 4,
+    "NEON dot product": 4, "NEON bytes": 4,  # not measured
+}  # fmt: skip
+# binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster (bench.py)
 
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
@@ -46,7 +63,12 @@ plain = None  # the abcnets module whose operators run what is not computed here
 
 def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     """Whether bits are faster here than one float convolution."""
-    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.has_vector_popcount()]
+    return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.tile()]
+
+
+def tile() -> str:
+    """What counts bits here, by name."""
+    return system.tile()
 
 
 def is_compiled_for(N, thresholds) -> bool:
@@ -73,6 +95,9 @@ def try_it() -> None:
     if Aq.tolist() != [-1, -1, 1]:
         raise RuntimeError(f"Numba's kernels compute wrongly here: {Aq.tolist()} instead of [-1, -1, 1]")
     _run_staircase("backward", R, Aq, halves, gradient=R, half_steps=halves)
+    Wq = _run_levels(torch.tensor([[-2, 0, 4]]).float(), np.float32([0]), True, 1)[0]
+    if Wq.tolist() != [[-2, -2, 2]]:
+        raise RuntimeError(f"Numba's kernels compute wrongly here: {Wq.tolist()} instead of [[-2, 2, 2]]")
 
 
 # --------------------------------------------------------------------------- the convolution
@@ -149,15 +174,19 @@ class Layer:
         self.words_MOTP = layout.weight_words(_numpy(bits), self.groups, self.channels)
         masks_OP = layout.channel_masks(self.O, self.channels, self.groups)
         taps = self.words_MOTP.shape[2]
-        self.lanes = lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes())
-        masks_OU, block = lanes.units(masks_OP), lanes.block
-        first, self.width = layout.word_ranges(masks_OU, block)
-        self.uniform = layout.counts_as_uniform(self.numbers[1], self.groups, self.M * self.O * taps // self.groups)
-        self.word_bytes = 8 * layout.image_words(self.N, self.uniform)  # of the bits of 64 channels
+        self._choose_tile(masks_OP, taps)
+        lanes, block = self.lanes, self.lanes.block
+        masks_OU = lanes.units(masks_OP)
+        first, self.width = layout.word_ranges(masks_OU, block, lanes.step)
+        self.word_bytes = lanes.word_bytes(self.N, self.uniform)  # of what the image holds for 64 channels
         self.tiles = len(first)
         self.tile_units = lanes.offsets(first, self.word_bytes)
-        self.weights = layout.tile_weights(lanes.units(self.words_MOTP), first, self.width, block)
-        self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block) if self.groups > 1 else None
+        units_MOTU, self.masks = lanes.units(self.words_MOTP), None
+        if isinstance(lanes, layout.LookUp):
+            units_MOTU = layout.hide_unseen(units_MOTU, masks_OU[:, None])
+        elif self.groups > 1:
+            self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block)
+        self.weights = layout.tile_weights(units_MOTU, first, self.width, block)
         self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2, block))
         per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.T, -1), (self.T, self.channels))
         self.thresholds = layout.threshold_table(per_channel, 64)
@@ -165,6 +194,18 @@ class Layer:
         if self.out_bases:
             self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
             self.out_flips = layout.flip_words(_numpy(out_flips))
+
+    def _choose_tile(self, masks_OP, taps) -> None:
+        """`lanes`, how the layer is counted, and whether its levels are counted as uniform ones."""
+        betas = self.numbers[1]
+        if width := system.look_up_lanes():
+            self.uniform = layout.looks_up_uniform(betas)
+            self.lanes = layout.choose_look_up(masks_OP, taps, self.N, self.uniform, width)
+            if self.lanes is not None:
+                return
+        self.uniform = layout.counts_as_uniform(betas, self.groups, self.M * self.O * taps // self.groups)
+        lanes = layout.ARM_LANES if system.is_arm() else layout.LANES
+        self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes(), lanes)
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
@@ -216,11 +257,12 @@ class Plan:
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(layer, shape[0], len(size))
-        self.in_place = kind == WORDS and not any(padding) and not layer.uniform and layer.lanes.repeats == 1
+        lanes, image = layer.lanes, layer.lanes.image(layer.uniform)
+        self.in_place = kind == WORDS and not any(padding) and (image, lanes.repeats) == (layout.BASES, 1)
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
         self.words_bytes, self.sums_bytes = prod(geometry.padded) * self.pixel_bytes, 0
-        if layer.uniform and layer.N == 2:
+        if image == layout.UNIFORM_WORDS and layer.N == 2:
             self.sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
             self.words_bytes = -(-self.words_bytes // 64) * 64
         self.image_bytes = self.words_bytes + self.sums_bytes
@@ -234,7 +276,7 @@ class Plan:
     def _make_tables(self, layer, geometry):
         self.pixel_bytes = layer.P * layer.word_bytes
         self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
-        units = layer.lanes.offsets(np.arange(layer.width), layer.word_bytes)
+        units = layer.lanes.offsets(np.arange(0, layer.width, layer.lanes.step), layer.word_bytes)
         self.tap_offsets = (geometry.taps[:, None] * self.pixel_bytes + units).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
         constants = layout.border_constants(
@@ -368,27 +410,29 @@ def _run_kernel() -> int:
 
 
 @functools.cache
-def store_kernel(kind: int, N: int, T: int, uniform: bool = False, repeats: int = 1) -> int:
+def store_kernel(kind: int, N: int, T: int, image: int = layout.BASES, repeats: int = 1) -> int:
     from . import store
 
-    return store.store_kernel(kind, N, T, int(uniform), repeats).address
+    return store.store_kernel(kind, N, T, image, repeats).address
 
 
 @functools.cache
-def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes) -> tuple:
+def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes | layout.LookUp) -> tuple:
     """Addresses of the functions that pack and convolve for a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
     """
     start = time.perf_counter()
-    from . import pack, vector
+    from . import lookup, pack, vector
 
-    functions = (
-        pack.chunk_kernel(N, T, int(uniform)),
-        vector.block_kernel(N, int(uniform), int(masked), lanes),
-    )
+    if isinstance(lanes, layout.LookUp):
+        block = lookup.block_kernel(N, int(uniform), lanes)
+    else:
+        block = vector.block_kernel(N, int(uniform), int(masked), lanes)
+    chunk = pack.chunk_kernel(N, T, lanes.image(uniform), lanes.word_bytes(N, uniform))
+    addresses = chunk.address, block.address
     logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
-    return tuple(function.address for function in functions)
+    return addresses
 
 
 def _address(array) -> int:
@@ -477,60 +521,69 @@ def staircase(R, thresholds, half_steps, zero):
     """abcnets::staircase, as abcnets.py documents it, to the bit."""
     if not _is_computed(R, thresholds):
         return plain._staircase(R, thresholds, half_steps, zero)
-    start, ascending, steps, below = (_numpy(tensor) for tensor in plain._climb(thresholds, half_steps, zero))
-    T, Aq = len(steps), torch.empty_like(R)
+    ascending, levels = _ladder(_small(thresholds).tobytes(), _small(half_steps).tobytes(), zero, R.dtype)
+    Aq = torch.empty_like(R)
+    _run_staircase("forward", R, Aq, ascending, levels=levels)
+    return Aq
+
+
+@functools.lru_cache(maxsize=256)  # in a step of training the backward pass asks again
+def _ladder(thresholds: bytes, half_steps: bytes, zero: bool, dtype):
+    """(thresholds ascending (T,), levels (T + 1,) and NaN in R's type): added up in the order of the plain operator."""
+    thresholds, half_steps = np.frombuffer(thresholds, np.float32), np.frombuffer(half_steps, np.float32)
+    order = thresholds.argsort(kind="stable")
+    ascending, steps = thresholds[order], 2 * half_steps[order]
+    T, start = len(steps), 0 if zero else -torch.from_numpy(steps).sum().item() / 2
     reached = np.tri(T + 1, T, -1, np.float32)  # [level][threshold]
     with np.errstate(all="ignore"):  # what scales of infinite size make of the levels
-        climbs = np.column_stack([np.full(T + 1, start), (reached - below) * steps])
-        levels = np.add.accumulate(climbs, axis=1)[:, -1]  # one after the other, as the plain sweeps add
-    _run_staircase("forward", R, Aq, ascending, levels=torch.from_numpy(np.append(levels, np.float32(np.nan))))
-    return Aq
+        climbs = (reached - (ascending <= 0) * np.float32(zero)) * steps
+        climbs = np.hstack([np.full((T + 1, 1), start, np.float32), climbs])
+        levels = np.add.accumulate(climbs, axis=1)[:, -1]
+    return ascending, torch.from_numpy(np.append(levels, np.float32(np.nan))).to(dtype)
 
 
 def staircase_backward(R, G, thresholds, half_steps, zero):
     """abcnets::staircase_backward, as abcnets.py documents it; only the sums are rounded less."""
     if not _is_computed(R, thresholds) or G.dtype is not R.dtype:
         return plain._staircase_backward(R, G, thresholds, half_steps, zero)
-    G_R, T = torch.empty_like(R), len(thresholds)
-    tables = {"gradient": G, "half_steps": _numpy(half_steps), "zero": zero}
-    near, above, total = _run_staircase("backward", R, G_R, _numpy(thresholds), **tables).split([T, T, 1])
-    below = torch.where(thresholds <= 0, 2, 0) if zero else 1
-    return G_R, near.float(), (2 * above - below * total).float()
+    G_R, T, edges = torch.empty_like(R), len(thresholds), _small(thresholds)
+    sums = _run_staircase("backward", R, G_R, edges, gradient=G, half_steps=_small(half_steps), zero=zero)
+    near, above, total = sums[:T], sums[T : 2 * T], sums[2 * T]
+    with np.errstate(all="ignore"):
+        signs = 2 * above - (2 * (edges <= 0) if zero else 1) * total
+        return G_R, *(torch.from_numpy(each.astype(np.float32)) for each in (near, signs))
+
+
+def _small(tensor):
+    return tensor.detach().float().contiguous().numpy()
 
 
 def _is_computed(R, thresholds) -> bool:
-    return R.dtype in (torch.float32, torch.bfloat16) and thresholds.dtype is torch.float32
+    known = R.dtype in (torch.float32, torch.bfloat16) and thresholds.dtype is torch.float32
+    return known and len(thresholds) <= MOST_THRESHOLDS
 
 
 def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None, half_steps=None, zero=False):
-    """Run a kernel; returns the sums of all threads, float64 (2 T + 1,), which are 0 forward."""
+    """Run a kernel; returns the sums of all threads, float64 (2 T + 1,), or None forward."""
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
-    gradient = None if gradient is None else _laid_out_like(output, gradient)
-    levels = None if levels is None else levels.to(R.dtype)
     threads = system.thread_count() if count >= STAIRCASE_THREADS_PAY_FROM else 1
-    sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # no cache line of two threads
+    job = StaircaseJob(input=R.data_ptr(), output=system.in_large_pages(output).data_ptr(), count=count)
+    job.thresholds, job.threads, sums = _address(thresholds), threads, None
     scratch = np.empty(threads * STAIRCASE_SCRATCH_BYTES, np.uint8)
-    job = StaircaseJob(
-        input=R.data_ptr(),
-        gradient=0 if gradient is None else gradient.data_ptr(),
-        output=system.in_large_pages(output).data_ptr(),
-        count=count,
-        bfloat16=R.dtype is torch.bfloat16,
-        zero=zero,
-        threshold_count=T,
-        thresholds=_address(thresholds),
-        levels=0 if levels is None else levels.data_ptr(),
-        half_steps=0 if half_steps is None else _address(half_steps),
-        sums=_address(sums),
-        sums_stride=sums.strides[0],
-        scratch=_address(scratch),
-        threads=threads,
-    )
+    job.scratch = _address(scratch)
+    if direction == "forward":
+        job.levels = levels.data_ptr()
+    else:
+        gradient = _laid_out_like(output, gradient)
+        sums = layout.aligned_zeros((threads, -(-(2 * T + 1) // 8) * 8), np.float64)  # no cache line of two threads
+        job.gradient, job.half_steps = gradient.data_ptr(), _address(half_steps)
+        job.zero, job.exact = zero, not np.isfinite(half_steps).all()
+        job.sums, job.sums_stride = _address(sums), sums.strides[0]
     if threads > 1:
         pool = system.pool()
         job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
-    system.run(_staircase_kernels()[direction], ctypes.addressof(job), threads)
-    return torch.from_numpy(sums).sum(0)[: 2 * T + 1]
+    system.run(_staircase_kernel(direction, T, R.dtype is torch.bfloat16), ctypes.addressof(job), threads)
+    return None if sums is None else sums.sum(0)[: 2 * T + 1]
 
 
 def _laid_out_like(output, tensor):
@@ -542,7 +595,63 @@ def _laid_out_like(output, tensor):
 
 
 @functools.cache
-def _staircase_kernels() -> dict:
+def _staircase_kernel(direction: str, T: int, bfloat16: bool) -> int:
+    """The address of a kernel for T thresholds."""
     from . import staircase
 
-    return {"forward": staircase.forward_kernel().address, "backward": staircase.backward_kernel().address}
+    make = staircase.forward_kernel if direction == "forward" else staircase.backward_kernel
+    return make(T, int(bfloat16)).address
+
+
+# --------------------------------------------------------------------------- the weights' quantizer
+
+
+def fit_levels(W, us, per_channel, code, nearest):
+    """abcnets::fit_levels, as abcnets.py documents it; means, spreads and levels are rounded less."""
+    if not (W.dtype is us.dtype is torch.float32 and W.numel()):
+        return plain._fit_levels(W, us, per_channel, code, nearest)
+    M = plain._bases_with(len(us), code, "us")
+    design = None if code == "thermometer" else _design(code, M)
+    return _run_levels(W, -np.sort(-_small(us)), per_channel, M, design, plain._rounds(code, M) if nearest else 0)
+
+
+def _run_levels(W, us, per_channel, M, design=None, rounds=0):
+    """Run the kernel, with us descending, and a design (T + 1, scales) where the code is no thermometer."""
+    G, T = len(W) if per_channel else 1, len(us)
+    Wq, size, like = torch.empty_like(W), W.numel() // G, W
+    # A channel's weights may lie in memory in any order, if only they lie there together.
+    if Wq.stride() != W.stride() or (G > 1 and W.stride(0) != size):
+        W, Wq = W.contiguous(), torch.empty(W.shape, dtype=W.dtype, device="cpu")
+    tables = [torch.empty(G, n, dtype=torch.float32, device="cpu") for n in (1, 1, M, T + 1, T)]
+    threads = system.thread_count() if W.numel() >= LEVELS_THREADS_PAY_FROM else 1
+    job = LevelsJob(
+        W=W.data_ptr(),
+        Wq=Wq.data_ptr(),
+        groups=G,
+        size=size,
+        us=_address(us),
+        threshold_count=T,
+        bases=M,
+        design=0 if design is None else _address(design),
+        scale_count=0 if design is None else design.shape[1],
+        rounds=rounds,
+        **dict(zip(("centres", "spreads", "alphas", "levels", "thresholds"), (t.data_ptr() for t in tables))),
+        threads=threads,
+    )
+    if threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
+    system.run(_levels_kernel(), ctypes.addressof(job), threads)
+    return Wq if W is like else torch.empty_like(like).copy_(Wq), *tables
+
+
+@functools.cache
+def _design(code: str, M: int):
+    return _numpy(plain._design(code, M, torch.zeros((), dtype=torch.float32, device="cpu")))
+
+
+@functools.cache
+def _levels_kernel() -> int:
+    from .levels import levels_kernel
+
+    return levels_kernel().address

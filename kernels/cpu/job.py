@@ -18,10 +18,12 @@ CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit re
 
 PART_BYTES = (PIXEL_BLOCK + 8) * 16 * 4  # scratch of one thread: [pixel][16 output channels] results before they are
 #                                          stored, and a little more, since the last tile may reach past the block,
-ROWS_BYTES = 2 * PART_BYTES  # of the at most 32 channels of a tile;
+ROWS_BYTES = 8 * PART_BYTES  # of the at most 128 channels of a tile;
 PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where an image has fewer pixels than a chunk;
-COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to their pixels
-SCRATCH_BYTES = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES
+COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to pixels;
+COUNTERS = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES  # where 16-bit counters begin, of a tile that counts in bytes,
+COUNTERS_BYTES = 24 * 64 * 2  # of at most 24 registers
+SCRATCH_BYTES = COUNTERS + COUNTERS_BYTES
 
 
 class Job(ctypes.Structure):
@@ -56,15 +58,15 @@ class Job(ctypes.Structure):
             "repeat",  # a word times this is what the image holds (layout.Lanes)
             "counted",  # word: the channels of a word of the image that are counted once
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T, uniform)
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes)
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes)
+            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or lookup's
             "parts",  # of 16 output channels that a tile has
             "tiles",  # of output channels
-            "weights",  # units [tile][M][tap, unit][16 parts]
+            "weights",  # units [tile][M][tap, unit][16 parts], or nibbles
             "masks",  # units [tile][tap, unit][16 parts], or 0 without groups
             "tile_units",  # where a tile's first unit lies in a pixel, [tile]
-            "tap_offsets",  # where tap and unit lie relative to the window's beginning, [tap, unit]
+            "tap_offsets",  # where tap and unit (or step of nibbles) lie, from the window's beginning, [tap, unit]
             "tap_count",
             "window_taps",  # how many pixels each tap lies from the window's beginning
             "window_tap_count",
@@ -164,8 +166,9 @@ class ChainJob(ctypes.Structure):
 CHAIN_JOB_DTYPE = np.dtype(ChainJob)
 
 
-STAIRCASE_BLOCK = 2048  # elements: R, G and dL/dR of one block (24 KB) stay in the first-level cache
-STAIRCASE_SCRATCH_BYTES = 4 * STAIRCASE_BLOCK * 4  # a thread's: a block of R, of G, of G without zeros, of results
+STAIRCASE_BLOCK = 2048  # elements that are summed in float32: 128 in each lane of a register
+STAIRCASE_SCRATCH_BYTES = 3 * 64 + 128  # a thread's: the last elements of R, G and dL/dR, of sixteen in each; a block's
+#                                         float32 sums, of up to 15 thresholds
 
 
 class StaircaseJob(ctypes.Structure):
@@ -178,9 +181,8 @@ class StaircaseJob(ctypes.Structure):
             "gradient",  # G, or 0 forward
             "output",  # Aq or dL/dR
             "count",
-            "bfloat16",  # 1: input, gradient and output are bfloat16; 0: float32
             "zero",  # 1: an R of 0 moves nothing
-            "threshold_count",  # T
+            "exact",  # 1: a half step is infinite or NaN
             "thresholds",  # float32 [T], ascending for the forward pass
             "levels",  # [T + 1] and NaN, of the output's kind; or 0 backward
             "half_steps",  # float32 [T], or 0 forward
@@ -195,3 +197,34 @@ class StaircaseJob(ctypes.Structure):
 
 
 STAIRCASE_JOB_DTYPE = np.dtype(StaircaseJob)
+
+
+class LevelsJob(ctypes.Structure):
+    """One call of the weights' quantizer. G channels, or one group of all weights, have T thresholds each."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "W",  # float32 [G][size]
+            "Wq",  # float32 [G][size]
+            "groups",  # G
+            "size",
+            "us",  # float32 [T], descending
+            "threshold_count",  # T
+            "bases",  # M
+            "design",  # float32 [T + 1][scale_count]: levels = design @ scales; or 0 for a thermometer
+            "scale_count",  # M, or 1 for uniform levels; 0 for a thermometer
+            "rounds",  # how often thresholds are put midway and levels fitted again
+            "centres",  # float32 [G]
+            "spreads",  # float32 [G]
+            "alphas",  # float32 [G][M]
+            "levels",  # float32 [G][T + 1]
+            "thresholds",  # float32 [G][T]
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+        )
+    ]
+
+
+LEVELS_JOB_DTYPE = np.dtype(LevelsJob)

@@ -10,8 +10,8 @@ thresholds, and the answers already are sixteen bits of the word. Each chunk of 
 
     words [padded pixel][P][N]
 
-whose border words are 0 and are never written. For uniform levels it holds other words than the N bases (layout.py):
-wherever a pixel's bits come from, `store_bases` turns them into what the image holds.
+whose border words are 0 and are never written. For uniform levels, and for tiles that look up, it holds something else
+than the words of the N bases (layout.py): wherever a pixel's bits come from, `store_bases` turns them into that.
 
 Run this file to check and time it: `python -m kernels.cpu.pack`.
 """
@@ -41,6 +41,8 @@ from .primitives import (
     popcount,
     store_float,
     store_int,
+    store_nibble_pairs,
+    store_nibbles,
     store_word,
     word_at_least,
 )
@@ -105,12 +107,14 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, 
 
 
 @functools.cache
-def chunk_kernel(N, T, uniform, stamp=STAMP):
-    """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen."""
-    word_bytes = 8 * layout.image_words(N, uniform)
+def chunk_kernel(N, T, image, word_bytes, stamp=STAMP):
+    """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen.
+
+    image: what it holds, one of layout's four kinds;  word_bytes: of 64 channels of a pixel
+    """
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
-    def pack_chunk(jobs, image, first, words, scratch):
+    def pack_chunk(jobs, number, first, words, scratch):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
         plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
@@ -119,18 +123,18 @@ def chunk_kernel(N, T, uniform, stamp=STAMP):
         if job.input_kind == LANDED:
             pass
         elif job.input_kind == WORDS:
-            copy_words(job, image, first, words, word_bytes, N, uniform)
+            copy_words(job, number, first, words, word_bytes, N, image)
         elif job.input_kind == INTERLEAVED:
-            nan = pack_interleaved(job, image, first, words, columns, word_bytes, N, T, uniform)
+            nan = pack_interleaved(job, number, first, words, columns, word_bytes, N, T, image)
         else:
             for word in range(P):
                 channels = min(job.channels - 64 * word, 64)
-                x = job.input + image * job.image_stride + 64 * word * job.channel_stride + 4 * first
+                x = job.input + number * job.image_stride + 64 * word * job.channel_stride + 4 * first
                 if count < CHUNK:  # too small to be read sixteen at a time
                     copy_plane(x, job.channel_stride, channels, count, plane)
                     x, stride = plane, 4 * CHUNK
                 nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N, T)
-                send_words(job, first, columns, load_word(job.flips + 8 * word), words + word * word_bytes, N, uniform)
+                send_words(job, first, columns, load_word(job.flips + 8 * word), words + word * word_bytes, N, image)
         if job.differing != 0:
             count_differing(job, first, words)
         return nan
@@ -139,28 +143,35 @@ def chunk_kernel(N, T, uniform, stamp=STAMP):
 
 
 @njit
-def send_words(job, first, columns, flip, words, N, uniform):
+def send_words(job, first, columns, flip, words, N, image):
     """columns [N][16] -> each pixel's place in the padded image."""
     for i in range(min(CHUNK, job.pixels)):
         target = words + load_word(job.landing + 8 * (first + i)) * job.pixel_bytes
-        store_bases(columns + 8 * i, 8 * CHUNK, flip, job.repeat, target, N, uniform)
+        store_bases(columns + 8 * i, 8 * CHUNK, flip, job.repeat, target, N, image)
 
 
 @njit
-def store_bases(source, stride, flip, repeat, target, N, uniform):
+def store_bases(source, stride, flip, repeat, target, N, image):
     """One pixel's words of N bases, `stride` bytes apart at source, XOR flip -> what the image holds of them."""
-    if not uniform:
+    if image == layout.BASES:
         for n in range(N):
             store_word(target + 8 * n, (load_word(source + n * stride) ^ flip) * repeat)
         return
+    if image == layout.NIBBLES and N != 2:
+        for n in range(N):
+            store_nibbles(target + 16 * n, load_word(source + n * stride) ^ flip)
+        return
     a, b = load_word(source) ^ flip, load_word(source + stride) ^ flip
-    if N == 2:
-        store_word(target, (a ^ b) * repeat)
-        store_word(target + 8, b * repeat)
-    else:
+    if N == 3:
         c = load_word(source + 2 * stride) ^ flip
-        store_word(target, ((a & b) | (c & (a | b))) * repeat)
-        store_word(target + 8, (a ^ b ^ c) * repeat)
+        a, b = (a & b) | (c & (a | b)), a ^ b ^ c
+    if image != layout.UNIFORM_WORDS:
+        store_nibble_pairs(target, a, b)
+        return
+    if N == 2:
+        a ^= b
+    store_word(target, a * repeat)
+    store_word(target + 8, b * repeat)
 
 
 @njit
@@ -184,10 +195,10 @@ def copy_plane(x, channel_stride, channels, pixels, plane):
 
 
 @njit
-def pack_interleaved(job, image, first, words, bases, word_bytes, N, T, uniform):
+def pack_interleaved(job, number, first, words, bases, word_bytes, N, T, image):
     P, pixel_stride = job.channel_words, job.pixel_stride
     table, flips, landing = job.thresholds, job.flips, job.landing
-    x = job.input + image * job.image_stride + first * pixel_stride
+    x = job.input + number * job.image_stride + first * pixel_stride
     nan = 0
     for pixel in range(first, first + min(CHUNK, job.pixels)):
         target = words + load_word(landing + 8 * pixel) * job.pixel_bytes
@@ -206,20 +217,20 @@ def pack_interleaved(job, image, first, words, bases, word_bytes, N, T, uniform)
                     step //= 2
                 store_word(bases + 8 * n, bits)
             flip = load_word(flips + 8 * word)
-            store_bases(bases, 8, flip, job.repeat, target + word * word_bytes, N, uniform)
+            store_bases(bases, 8, flip, job.repeat, target + word * word_bytes, N, image)
         x += pixel_stride
     return nan
 
 
 @njit
-def copy_words(job, image, first, words, word_bytes, N, uniform):
-    """Words came in: they only need borders, or to become those of uniform levels."""
+def copy_words(job, number, first, words, word_bytes, N, image):
+    """Words came in: they only need borders, or to become what the image holds."""
     P = job.channel_words
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        source = job.input + image * job.image_stride + 8 * N * P * pixel
+        source = job.input + number * job.image_stride + 8 * N * P * pixel
         target = words + load_word(job.landing + 8 * pixel) * job.pixel_bytes
         for word in range(P):
-            store_bases(source + 8 * N * word, 8, 0, job.repeat, target + word * word_bytes, N, uniform)
+            store_bases(source + 8 * N * word, 8, 0, job.repeat, target + word * word_bytes, N, image)
 
 
 def main() -> None:

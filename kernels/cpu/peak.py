@@ -4,6 +4,7 @@ Two measurements, neither of which touches memory beyond the first-level cache:
 
     clock()   a chain of xorshifts, six dependent instructions of one cycle each     -> cycles a second
     peak()    xor + popcount + add on sixteen independent registers, in a loop       -> products a second
+              (look-up + add on eight of them where popcounts are looked up)
 
 Their quotient is the cost of one 512-bit step: 1.5 cycles on Zen 4, which starts two vector instructions a cycle and
 needs three. `python -m kernels.cpu.peak` prints it for this machine.
@@ -16,9 +17,12 @@ import numpy as np
 from numba import njit, types
 from numba.extending import intrinsic
 
-from .primitives import I64, WORDS_8, Emitter, ir
+from .. import layout
+from . import system
+from .lookup import SHUFFLES
+from .primitives import I8, I64, WORDS_8, Emitter, ir
 
-REGISTERS = 16
+REGISTERS, LOOK_UPS = 16, 8
 PRODUCTS = 512  # of one register
 
 
@@ -56,9 +60,49 @@ def count_products(typing, words, count):
     return types.int64(types.int64, types.int64), emit
 
 
+@intrinsic(prefer_literal=True)
+def look_up_products(typing, tables, count, lanes):
+    """count rounds of LOOK_UPS x (look-up, add) of `lanes` bytes, in four of eight tables; returns some of the sum.
+
+    Behind the tables lie two registers of weights: of constants LLVM would make another instruction.
+    """
+    L = lanes.literal_value
+
+    def emit(context, builder, signature, args):
+        tables, count, _ = args
+        emitter = Emitter(builder)
+        BYTES, TABLE = ir.VectorType(I8, L), ir.VectorType(I8, 16)
+        weights = [emitter.load(BYTES, emitter.offset(tables, 128 + i * L, 1), 16) for i in range(2)]
+
+        def once(i, counts):
+            at = emitter.offset(tables, emitter.and_(i, emitter.const(3)), 16)
+            found = [emitter.load(TABLE, emitter.offset(at, j, 16), 16) for j in range(LOOK_UPS // 2)]
+            found = [emitter.shuffle(table, table, list(range(16)) * (L // 16)) for table in found]
+            pairs = [(table, weight) for table in found for weight in weights]
+            return [
+                emitter.in_order(emitter.add(total, emitter.call_llvm(SHUFFLES[L], BYTES, *pair)))
+                for total, pair in zip(counts, pairs)
+            ]
+
+        counts = emitter.loop(count, [emitter.const(0, BYTES)] * LOOK_UPS, once)
+        total = functools.reduce(emitter.add, counts)
+        return emitter.zext(builder.extract_element(total, ir.Constant(ir.IntType(32), 0)), I64)
+
+    return types.int64(types.int64, types.int64, lanes), emit
+
+
 @njit
 def products_loop(words, count):
     return count_products(words, count)
+
+
+@functools.cache
+def look_ups_loop(lanes):
+    @njit
+    def loop(tables, count):
+        return look_up_products(tables, count, lanes)
+
+    return loop
 
 
 def _best(function, *arguments) -> float:
@@ -81,7 +125,11 @@ def clock() -> float:
 @functools.cache
 def peak() -> float:
     """The bit products a second that one core counts at best."""
-    words, count = np.arange(8, dtype=np.uint64) * np.uint64(0x0123456789ABCDEF), 300_000
+    count = 300_000
+    if lanes := system.look_up_lanes():
+        tables = layout.aligned_zeros((128 + 2 * lanes,), np.uint8)
+        return count * LOOK_UPS * 4 * lanes / _best(look_ups_loop(lanes), tables.ctypes.data, count)
+    words = np.arange(8, dtype=np.uint64) * np.uint64(0x0123456789ABCDEF)
     return count * REGISTERS * PRODUCTS / _best(products_loop, words.ctypes.data, count)
 
 

@@ -23,7 +23,8 @@ from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-I1, I16, I32, I64, F32 = ir.IntType(1), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F32 = ir.FloatType()
 WORDS_8 = ir.VectorType(I64, 8)  # one 512-bit register of channel words
 FLOATS_8 = ir.VectorType(F32, 8)
 FLOATS_16 = ir.VectorType(F32, 16)
@@ -32,7 +33,7 @@ BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
 # Kernels therefore close over this number: an edit of these files gives them a new cache entry.
-_NAMES = "primitives", "job", "pack", "store", "vector", "pool"
+_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "chain", "steps"
 _FILES = *(Path(__file__).with_name(f"{name}.py") for name in _NAMES), Path(__file__).parents[1] / "layout.py"
 STAMP = crc32(b"".join(file.read_bytes() for file in _FILES))
 
@@ -56,7 +57,7 @@ class Emitter:
 
     def __init__(self, builder):
         self.builder = builder
-        for word in ("add", "sub", "mul", "and_", "or_", "xor", "shl", "zext", "trunc", "bitcast", "select"):
+        for word in ("add", "sub", "mul", "and_", "or_", "xor", "shl", "lshr", "zext", "trunc", "bitcast", "select"):
             setattr(self, word, getattr(builder, word))
 
     def const(self, number, type=I64):
@@ -96,19 +97,54 @@ class Emitter:
         lanes, bits = vector.type.count, vector.type.element.width
         return self.call_llvm(f"llvm.ctpop.v{lanes}i{bits}", vector.type, vector)
 
+    def in_order(self, value):
+        """The value. LLVM sums nothing across it in another order, which would take more registers than there are."""
+        same = ir.FunctionType(value.type, [value.type])
+        return self.builder.asm(same, "", "=v,0", [value], False)  # no instruction; v: any vector register of x86
+
+    def count_in_bytes(self, count, at_once, zeros, body, counters):
+        """for i in range(count): carried = body(i, carried), from zeros, registers of byte lanes.
+
+        After every `at_once` rounds, before a byte can overflow, they are added to 16-bit counters in memory and begin
+        anew. `byte_counts` reads what was counted, lane by lane of one register after the other.
+        """
+        lanes, at_once = zeros[0].type.count, self.const(at_once)
+        wide = ir.VectorType(I16, lanes // 2)
+        places = [self.offset(counters, i, lanes) for i in range(2 * len(zeros))]
+        for place in places:
+            self.store(self.const(0, wide), place, 16)
+
+        def some(s, _):
+            first = self.mul(s, at_once)
+            left = self.sub(count, first)
+            now = self.select(self.builder.icmp_signed("<", left, at_once), left, at_once)
+            carried = self.loop(now, zeros, lambda i, carried: body(self.add(first, i), carried))
+            halves = [(value, start) for value in carried for start in (0, lanes // 2)]
+            for place, (value, start) in zip(places, halves):
+                part = self.zext(self.shuffle(value, value, range(start, start + lanes // 2)), wide)
+                self.store(self.add(self.load(wide, place, 16), part), place, 16)
+            return []
+
+        self.loop(self.builder.sdiv(self.add(count, self.sub(at_once, self.const(1))), at_once), [], some)
+
+    def byte_counts(self, counters, i):
+        """The i-th sixteen of the counters that `count_in_bytes` leaves, as INTS_16."""
+        return self.zext(self.load(ir.VectorType(I16, 16), self.offset(counters, i, 32), 16), INTS_16)
+
     def multiply_add(self, a, b, c):
         return self.call_llvm("llvm.fma.v16f32", c.type, a, b, c)
 
     def to_ints(self, counts):
         """The lanes of registers, which may be 16, 32 or 64 bits wide, as one INTS_16 for every sixteen."""
-        bits = counts[0].type.element.width
-        if bits == 32:
-            return counts
+        lanes, bits = counts[0].type.count, counts[0].type.element.width
         if bits == 16:
             halves = [self.shuffle(count, count, range(i, i + 16)) for count in counts for i in (0, 16)]
             return [self.builder.sext(half, INTS_16) for half in halves]
-        eights = [self.trunc(count, ir.VectorType(I32, 8)) for count in counts]
-        return [self.shuffle(*pair, range(16)) for pair in zip(eights[::2], eights[1::2])]
+        ints = counts if bits == 32 else [self.trunc(count, ir.VectorType(I32, lanes)) for count in counts]
+        while lanes < 16:
+            lanes *= 2
+            ints = [self.shuffle(*pair, range(lanes)) for pair in zip(ints[::2], ints[1::2])]
+        return ints
 
     def load_floats_16(self, address, count):
         """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
@@ -203,6 +239,41 @@ def store_int(typing, address, number):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), emit
+
+
+def _nibbles(emitter, word):
+    """64 bits as sixteen bytes, a nibble each, the lowest first."""
+    both = emitter.bitcast(emitter.splat(word, ir.VectorType(I64, 1)), ir.VectorType(I8, 8))
+    low, high = emitter.and_(both, emitter.const(15, both.type)), emitter.lshr(both, emitter.const(4, both.type))
+    return emitter.shuffle(low, high, [i for byte in range(8) for i in (byte, 8 + byte)])
+
+
+@intrinsic
+def store_nibbles(typing, address, word):
+    """Write 16 times each of the word's sixteen nibbles at address, as bytes."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        nibbles = _nibbles(emitter, args[1])
+        emitter.store(emitter.shl(nibbles, emitter.const(4, nibbles.type)), args[0], 16)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), emit
+
+
+@intrinsic
+def store_nibble_pairs(typing, address, a, b):
+    """Write 16 (a + 16 b) at address for each of the two words' sixteen nibbles, as 16 bits each."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        a, b = _nibbles(emitter, args[1]), _nibbles(emitter, args[2])
+        pairs = emitter.or_(a, emitter.shl(b, emitter.const(4, b.type)))
+        wide = emitter.zext(pairs, ir.VectorType(I16, 16))
+        emitter.store(emitter.shl(wide, emitter.const(4, wide.type)), args[0], 16)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), emit
 
 
 def _store(context, builder, signature, args):

@@ -34,10 +34,13 @@ from .primitives import (
 )
 
 
-def store_kernel(kind, N, T, uniform, repeats):
-    """Stores a tile's channels at the (at most 64) pixels from `first` on, in the image of `output`."""
+def store_kernel(kind, N, T, image, repeats):
+    """Stores a tile's channels at the (at most 64) pixels from `first` on, in the image of `output`.
+
+    image: what it holds where these are bits, layout.BASES or UNIFORM_WORDS;  repeats: how often a word holds them
+    """
     if kind == WORDS:
-        return bits_kernel(N, T, uniform, repeats)
+        return bits_kernel(N, T, int(image == layout.UNIFORM_WORDS), repeats)
     return planes_kernel() if kind == PLANAR else interleaved_kernel()
 
 

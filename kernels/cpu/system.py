@@ -12,6 +12,7 @@ pages of 4 KB: asking for pages of 2 MB halves the time of writing it.
 import ctypes
 import functools
 import os
+import platform
 import sys
 from pathlib import Path
 
@@ -75,23 +76,53 @@ def run(address: int, argument: int, threads: int) -> None:
         _function(address)(argument)
 
 
-def has_vector_popcount() -> bool:
-    """Whether Numba compiles for a processor that counts the bits of 512-bit registers (AVX512_VPOPCNTDQ)."""
-    return 32 in popcount_lanes()
-
-
 @functools.cache
-def popcount_lanes() -> tuple:
-    """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
+def features() -> frozenset:
+    """What the processor that Numba compiles for has, as LLVM names it, such as "avx2"; "neon" on ARM."""
     from numba.core import codegen, config
 
-    features = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
-    features, lanes = features.split(","), [64]
-    if "+avx512vpopcntdq" in features:
-        lanes.append(32)
-        if "+avx512bitalg" in features:
-            lanes.append(16)
-    return tuple(lanes)
+    names = codegen.get_host_cpu_features() if config.CPU_FEATURES is None else config.CPU_FEATURES
+    found = {name[1:] for name in names.split(",") if name.startswith("+")}
+    if platform.machine() in ("aarch64", "arm64"):
+        found.add("neon")
+        if config.CPU_FEATURES is None and (sys.platform == "darwin" or "asimddp" in _cpuinfo()):
+            found.add("dotprod")  # LLVM does not ask the system for all there is
+    return frozenset(found)
+
+
+def _cpuinfo() -> str:
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""
+
+
+def tile() -> str:
+    """What counts bits here, by name."""
+    if is_arm():
+        return "NEON dot product" if 32 in popcount_lanes() else "NEON bytes"
+    if 32 in popcount_lanes():
+        return "AVX-512 popcount"
+    return {64: "AVX-512 look-up", 32: "AVX2 look-up", 0: "64-bit words"}[look_up_lanes()]
+
+
+def is_arm() -> bool:
+    """Whether registers have 128 bits, and an instruction that counts in bytes."""
+    return "neon" in features()
+
+
+def popcount_lanes() -> tuple:
+    """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
+    if is_arm():
+        return (64, 32, 8) if "dotprod" in features() else (64, 8)
+    if "avx512vpopcntdq" not in features():
+        return (64,)
+    return (64, 32, 16) if "avx512bitalg" in features() else (64, 32)
+
+
+def look_up_lanes() -> int:
+    """Bytes of the registers in which popcounts are looked up (lookup.py): 32, 64, or 0 where they are counted."""
+    if "avx512vpopcntdq" in features() or "avx2" not in features():
+        return 0
+    return 64 if "avx512bw" in features() else 32
 
 
 LARGE = 32 << 20  # bytes; smaller tensors come from memory that malloc keeps, without page faults

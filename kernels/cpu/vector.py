@@ -16,6 +16,12 @@ the next m. So nothing but the result is ever written, whatever M and N are.
 16 or 32 bits wide, and one register holds 32 or 16 output channels. The image stays as it is: a broadcast reads a part
 of a word, a unit. Only the order of weights and taps follows.
 
+**ARM** counts the bits of bytes (cnt), in registers of 128 bits. Where it adds the four bytes of a 32-bit lane to a
+counter in one instruction (udot), lanes are 32 bits wide; else 8, and after 31 units these counters are added to
+16-bit ones in memory, before they overflow:
+
+    eor, cnt, udot  or  eor, cnt, add      for 128 products
+
 **Uniform levels** (layout.py). N = 2 is counted once, N = 3 twice: the image holds other words, a tile has fewer
 counters, and their sum, an integer, becomes one float. The window sums that N = 2 takes away are made once an image
 and thread (`sum_windows`), for all windows that could begin at any pixel: sixteen at a time, side by side.
@@ -38,7 +44,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
+from .job import COUNTERS, PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
 from .pack import JOB
 from .primitives import (
     FLOATS_16,
@@ -61,9 +67,14 @@ def counters_of(N, uniform) -> int:
     return N - 1 if uniform else N
 
 
-def tile_pixels(counters) -> int:
-    """Pixels in a tile, by the counters of each: all must leave registers (of 32) for weights and a few temporaries."""
-    return next(P for P in (8, 4, 2, 1) if P * counters <= 24)
+def tile_pixels(N, uniform, lanes) -> int:
+    """Pixels in a tile: the counters of all must leave registers (of 32) for weights and temporaries.
+
+    More of those on ARM, where no operand comes from memory, and where several words of a pixel are on their way.
+    """
+    most = 24 if lanes.register_bits == 512 else 16 if layout.image_words(N, uniform) == 1 else 8
+    counters = counters_of(N, uniform) * lanes.registers
+    return next(P for P in (8, 4, 2, 1) if P * counters <= most or P == 1)
 
 
 # --------------------------------------------------------------------------- the tile
@@ -72,7 +83,8 @@ def tile_pixels(counters) -> int:
 @intrinsic(prefer_literal=True)
 def convolve_tile(
     typing, words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
-    windows, pixel_classes, differing, rows, bases, is_uniform, masked, lane_bits, registers, repeats, pixels,
+    windows, pixel_classes, differing, counters, rows, bases, is_uniform, masked, lane_bits, registers, register_bits,
+    repeats, pixels,
 ):  # fmt: skip
     """P pixels x 16 R output channels, complete: float32 rows[R][P][16], PART_BYTES from one R to the next.
 
@@ -82,28 +94,29 @@ def convolve_tile(
     scales, constants   [M][N][16 R], [class][tile][16 R] at the tile
     windows             [P] the pixels that the windows begin at;  pixel_classes [P] from `constants` to their classes
     differing           int32 [pixel] the popcount of d in the window that begins there (uniform levels, N = 2)
+    counters            scratch for lanes of 8 bits: two registers for each counter
     bases, pixels       N and P, literal ints as all that follow: loops over them are unrolled here, while compiling
     is_uniform          0 or 1: the image holds words for uniform levels
     masked              0 or 1: some lanes see only some of the unit's channels (groups)
-    lane_bits           of a lane, which holds an output channel's counter, and of a unit;  registers  Q of them
+    lane_bits           of a lane, which holds an output channel's counter, and of a unit
+    registers           Q of them, of register_bits each
     repeats             of a unit in a word
     """
-    literals = bases, is_uniform, masked, lane_bits, registers, repeats, pixels
-    N, uniform, masked_value, L, Q, repeat, P = (literal.literal_value for literal in literals)
-    S, counters = layout.image_words(N, uniform), counters_of(N, uniform)
-    LANE, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), 512 // L)
-    UNITS = ir.IntType(L * repeat)
-    R = 512 // L * Q // 16
+    literals = bases, is_uniform, masked, lane_bits, registers, register_bits, repeats, pixels
+    N, uniform, masked_value, L, Q, W, repeat, P = (literal.literal_value for literal in literals)
+    S, C = layout.image_words(N, uniform), counters_of(N, uniform)
+    LANE, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), W // L)
+    UNITS, REPEATED = ir.IntType(L * repeat), ir.VectorType(ir.IntType(L * repeat), W // (L * repeat))
+    R, size = W // L * Q // 16, W // 8
 
     def emit(context, builder, signature, args):
         words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants = args[:10]
-        first_windows, pixel_classes, differing, rows = args[10:14]
+        first_windows, pixel_classes, differing, counters, rows = args[10:15]
         emitter = Emitter(builder)
         pixels_P = [emitter.load(I64, emitter.offset(first_windows, p, 8), 8) for p in range(P)]
         windows = [emitter.offset(words, pixel, pixel_bytes) for pixel in pixels_P]
         classes = [emitter.add(constants, emitter.load(I64, emitter.offset(pixel_classes, p, 8), 8)) for p in range(P)]
         sums_PR = [emitter.load(FLOATS_16, emitter.offset(at, r, 64), 4) for at in classes for r in range(R)]
-        starts_PCQ = [emitter.splat(start if L == 64 else emitter.trunc(start, LANE), REGISTER)] * (P * counters * Q)
 
         def differences(words_S, weight):
             """What is to be counted."""
@@ -123,35 +136,41 @@ def convolve_tile(
             return [emitter.sub(twice, emitter.splat(window, INTS_16))]
 
         def weight_base(m, sums_PR):
-            base = emitter.offset(weights, emitter.mul(m, tap_count), 64 * Q)
+            base = emitter.offset(weights, emitter.mul(m, tap_count), size * Q)
 
             def tap(k, counts_PCQ):
                 new_counts = []
                 to_tap = emitter.load(I64, emitter.offset(tap_offsets, k, 8), 8)
-                weight_Q = [emitter.load(REGISTER, emitter.offset(base, k, 64 * Q, q, 64), 64) for q in range(Q)]
+                weight_Q = [emitter.load(REGISTER, emitter.offset(base, k, size * Q, q, size), size) for q in range(Q)]
                 mask_Q = [None] * Q
                 if masked_value:
-                    mask_Q = [emitter.load(REGISTER, emitter.offset(masks, k, 64 * Q, q, 64), 64) for q in range(Q)]
+                    at_Q = [emitter.offset(masks, k, size * Q, q, size) for q in range(Q)]
+                    mask_Q = [emitter.load(REGISTER, at, size) for at in at_Q]
                 for p in range(P):
                     at = emitter.add(windows[p], to_tap)
                     units_S = [emitter.load(UNITS, emitter.offset(at, i, 8), L * repeat // 8) for i in range(S)]
-                    splat_S = [emitter.splat(unit, ir.VectorType(UNITS, 512 // UNITS.width)) for unit in units_S]
-                    words_S = [emitter.bitcast(splat, REGISTER) for splat in splat_S]
+                    words_S = [emitter.bitcast(emitter.splat(unit, REPEATED), REGISTER) for unit in units_S]
                     differ_QC = [differences(words_S, weight) for weight in weight_Q]
-                    for c in range(counters):
+                    for c in range(C):
                         for differ_C, mask in zip(differ_QC, mask_Q):
                             differ = differ_C[c] if mask is None else emitter.and_(differ_C[c], mask)
                             count = counts_PCQ[len(new_counts)]
                             new_counts.append(emitter.add(count, emitter.popcount(differ)))
                 return new_counts
 
-            counts_PCQ = emitter.loop(tap_count, starts_PCQ, tap)
-            counts_PC = [counts_PCQ[i : i + Q] for i in range(0, P * counters * Q, Q)]
-            ints_PCR = [emitter.to_ints(counts_Q) for counts_Q in counts_PC]
+            if L == 8:
+                emitter.count_in_bytes(tap_count, 255 // 8, [emitter.const(0, REGISTER)] * (P * C * Q), tap, counters)
+                less = emitter.splat(emitter.trunc(start, I32), INTS_16)
+                counts = [emitter.add(emitter.byte_counts(counters, i), less) for i in range(P * C * R)]
+                ints_PCR = [counts[i : i + R] for i in range(0, P * C * R, R)]
+            else:
+                first = emitter.splat(start if L == 64 else emitter.trunc(start, LANE), REGISTER)
+                counts_PCQ = emitter.loop(tap_count, [first] * (P * C * Q), tap)
+                ints_PCR = [emitter.to_ints(counts_PCQ[i : i + Q]) for i in range(0, P * C * Q, Q)]
             sums_PR = list(sums_PR)
             for p in range(P):
                 for r in range(R):
-                    ints_C = [ints_R[r] for ints_R in ints_PCR[p * counters : (p + 1) * counters]]
+                    ints_C = [ints_R[r] for ints_R in ints_PCR[p * C : (p + 1) * C]]
                     for n, count in enumerate(sums_of_bases(ints_C, p)):
                         scale = emitter.load(FLOATS_16, emitter.offset(scales, m, N * R * 64, n * R + r, 64), 4)
                         total = builder.sitofp(count, FLOATS_16)
@@ -162,7 +181,7 @@ def convolve_tile(
             emitter.store(total, emitter.offset(rows, i % R, PART_BYTES, i // R, 64), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 14, *literals), emit
+    return types.void(*[types.int64] * 15, *literals), emit
 
 
 @functools.cache
@@ -172,8 +191,9 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
     rows receives float32 [part][pixel - first][16]; a part may be written a little past its pixels, up to a whole tile.
     Returns the end of the pixels.
     """
-    lane_bits, registers, repeats = lanes.bits, lanes.registers, lanes.repeats
-    P, tile_bytes, channel_bytes = tile_pixels(counters_of(N, uniform) * registers), 64 * registers, 4 * lanes.block
+    lane_bits, registers, register_bits, repeats = lanes.bits, lanes.registers, lanes.register_bits, lanes.repeats
+    P, channel_bytes = tile_pixels(N, uniform, lanes), 4 * lanes.block
+    tile_bytes = registers * register_bits // 8
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def convolve_block(jobs, words, tile, first, rows):
@@ -189,8 +209,8 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
         for pixel in range(first, last, P):
             convolve_tile(
                 words, job.pixel_bytes, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
-                job.windows + 8 * pixel, job.pixel_classes + 8 * pixel, rows + SCRATCH_BYTES,
-                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, repeats, P,
+                job.windows + 8 * pixel, job.pixel_classes + 8 * pixel, rows + SCRATCH_BYTES, rows + COUNTERS,
+                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, register_bits, repeats, P,
             )  # fmt: skip
         return last
 
