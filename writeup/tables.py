@@ -31,6 +31,7 @@ def read(path: str) -> list[dict]:
 RUNS = read("notebooks/results/runs.csv")
 SPEED = read("notebooks/results/speed.csv")
 STEP = read("notebooks/results/step.csv")
+STEP_OF_TEXT = {"network": "nine-layer", "code": "thermometer", "M": 3, "N": 3, "batch_size": 128, "threads": 2}
 MIXED = read("notebooks/results/mixed.csv")
 COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
@@ -561,8 +562,7 @@ def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
-    case = {"network": "nine-layer", "code": "thermometer", "M": 3, "N": 3, "threads": 2}
-    steps = {row["precision"]: row for row in STEP if case.items() <= row.items()}
+    steps = {row["precision"]: row for row in STEP if STEP_OF_TEXT.items() <= row.items()}
     cpu = CPU[0] if CPU else None
     shapes = {tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3}
     int8, binary = rival("onnxruntime int8"), [form for form in ours() if form["N"]]
