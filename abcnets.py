@@ -33,10 +33,12 @@ What is in it, from top to bottom:
     summary                                            what each layer holds and does (a `Summary`: a table)
     pack_bits, unpack_bits                             signs as bits
     packed_conv, packed_max_pool                       the two operators on bits, in plain torch
+    packed_chain                                       several of them in one call
     pack, PackedLayer                                  for inference: 1 bit a weight and base
     save_packed, load_packed                           one file, no pickle
     engines                                            which device runs packed layers how fast
     fuse, fused_for                                    bits from layer to layer
+    PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call
     export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
@@ -91,8 +93,9 @@ __version__ = "1.0.0"
 __all__ = [
     "CODES", "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "separate_thresholds", "plan", "convert",
-    "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "pack",
-    "PackedLayer", "save_packed", "load_packed", "engines", "fuse", "fused_for", "export_onnx",
+    "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool",
+    "packed_chain", "pack", "PackedLayer", "PackedPool", "PackedChain", "save_packed", "load_packed", "engines", "fuse",
+    "fused_for", "export_onnx",
 ]  # fmt: skip
 
 
@@ -1292,8 +1295,9 @@ _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinea
 
 def _check_own(model: nn.Module) -> None:
     """Layers of another copy of this file would pass for a stranger's here, and be left out without a word."""
+    own = _ABCLayer, PackedLayer, PackedPool, PackedChain
     for name, layer in model.named_modules():
-        if getattr(layer, "_is_abcnets", False) and not isinstance(layer, (_ABCLayer, PackedLayer)):
+        if getattr(layer, "_is_abcnets", False) and not isinstance(layer, own):
             raise ValueError(f"layer {name!r} is of another copy of abcnets ({type(layer).__module__}) than this one "
                              f"({__name__}), or was made before it was reloaded: use one of both")  # fmt: skip
 
@@ -1970,7 +1974,7 @@ def _first_tensor(output) -> Tensor | None:
 # Activations travel between layers as int64 words (B, *S, P, N), P = ceil(C / 64): bit c % 64 of word c // 64 is 1
 # where A_n = +1 at channel c, spare bits are 0.
 #
-# The two operators below are in plain torch: they unpack and run a float convolution, right everywhere, fast nowhere.
+# The operators below are in plain torch: they unpack and run a float convolution, right everywhere, fast nowhere.
 # Engines (abcnets_kernels) implement them for a device, on the same tensors.
 
 
@@ -2121,12 +2125,50 @@ def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation
     bases = len(raw)
     if binary:  # one number in the place of N flags
         raw = sum(2**k * bit for k, bit in zip(reversed(range(bases)), raw))[None]
-    pool = (F.max_pool1d, F.max_pool2d, F.max_pool3d)[len(kernel_size) - 1]
-    pooled = pool(raw.flatten(0, 1).movedim(-1, 1), kernel_size, stride, padding, dilation, ceil_mode)
+    pool, images = _MAX_POOLS[len(kernel_size) - 1], raw.flatten(0, 1).movedim(-1, 1)
+    pooled = pool(images, kernel_size, stride, padding, dilation, ceil_mode)
     pooled = pooled.movedim(1, -1).unflatten(0, raw.shape[:2])
     if binary:
         pooled = torch.stack([(pooled[0] / 2**k).floor() % 2 for k in reversed(range(bases))])
     return pooled.bool() ^ flips
+
+
+@torch.no_grad()
+def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
+    """abcnets::packed_chain: packed convolutions and max-pools one after the other, x in floats (B, C, *S) first.
+
+    `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`, or,
+    for "max_pool" of floats, their channels and then its sizes as the latter takes them. A tensor among them is
+    [where it begins in the bytes of `constants`, its dtype, its shape]. An engine runs all in one call.
+    """
+    for name, arguments in _chain_steps(program):
+        arguments = _chain_arguments(arguments, constants)
+        if name == "max_pool":
+            x = _MAX_POOLS[len(arguments[1]) - 1](x, *arguments[1:])
+        else:
+            x = getattr(torch.ops.abcnets, name)(x, *arguments)
+    return x
+
+
+_MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+
+
+@functools.lru_cache(maxsize=64)
+def _chain_steps(program: str) -> list:
+    return json.loads(program)
+
+
+def _chain_arguments(arguments: list, constants: Tensor) -> list:
+    """A step's arguments, with tensors where they are described. These are views of `constants`."""
+
+    def find(argument):
+        if not isinstance(argument, list) or len(argument) != 3 or not isinstance(argument[1], str):
+            return argument
+        start, name, shape = argument
+        dtype = getattr(torch, name)
+        return constants[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+
+    return [find(argument) for argument in arguments]
 
 
 def _pairs(padding) -> list[tuple[int, int]]:
@@ -2182,7 +2224,7 @@ def _fit_levels_fake(W, us, per_channel, code, nearest):
     return torch.empty_like(W), *(W.new_empty((G, n), dtype=dtype) for n in (1, 1, M, len(us) + 1, len(us)))
 
 
-_INTERFACE = 4  # of the operators, and of what this file and abcnets_kernels ask of one another
+_INTERFACE = 5  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
@@ -2205,6 +2247,7 @@ def _define_operators() -> None:
         (packed_max_pool, _packed_max_pool_fake,
          "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
          "bool ceil_mode, bool binary) -> Tensor"),
+        (packed_chain, packed_chain, "(Tensor x, Tensor constants, str program) -> Tensor"),
         (_staircase, _staircase_fake,
          "(Tensor R, Tensor thresholds, Tensor half_steps, bool zero) -> Tensor"),
         (_staircase_backward, _staircase_backward_fake,
@@ -2225,7 +2268,7 @@ def _run_operator(plain, x: Tensor, *arguments) -> Tensor | tuple:
     first_look = x.device.type not in _found
     if "engine" in _engine(x.device.type) and first_look:
         return getattr(torch.ops.abcnets, plain.__name__.strip("_"))(x, *arguments)
-    if plain in (packed_conv, packed_max_pool):  # not where one trains, which nobody expects to need an engine
+    if plain in (packed_conv, packed_max_pool, packed_chain):  # where one trains, nobody expects to need an engine
         _warn_without_engine(x.device.type)
     return plain(x, *arguments)
 
@@ -2322,6 +2365,14 @@ def _bits_pay(device: str, M: int, N: int, thresholds: int, spatial_dims: int, g
 
 
 _bits_pay._dynamo_marked_constant = True  # torch.compiler.assume_constant_result, which would import the compiler
+
+
+def _runs_chains(device: str) -> bool:
+    """Whether a device's engine runs `packed_chain`."""
+    return bool(_engine(device).get("chains"))
+
+
+_runs_chains._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -2520,6 +2571,15 @@ class PackedLayer(nn.Module):
             x = x.detach()
         if as_floats and x.dtype != torch.int64:
             return self._float_convolve(x, padding).to(x.dtype)
+        arguments = self._arguments(padding)
+        y = torch.ops.abcnets.packed_conv.default(x, *arguments)
+        dtype = arguments[1].dtype  # of alphas
+        if x.dtype == torch.int64 and y.dtype == torch.float32 != dtype:  # the operator's word for words
+            y = y.to(dtype)
+        return y
+
+    def _arguments(self, padding) -> tuple:
+        """What `packed_conv` takes after x."""
         own = self._buffers  # as attributes they would be looked for in three places: a fifth of a small call's time
         try:
             bits, alphas, betas, thresholds, bias, zero = (
@@ -2529,14 +2589,11 @@ class PackedLayer(nn.Module):
             bits, alphas, betas, thresholds = self.bits, self.alphas, self.betas, self.thresholds
             bias, zero = self.bias, self.zero
         folded = own["in_thresholds"]
-        y = torch.ops.abcnets.packed_conv.default(
-            x, bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, zero,
+        return (
+            bits, alphas, betas, thresholds if folded is None else folded, own["in_flips"], bias, zero,
             self.channels, self.stride, padding, self.dilation, self.groups, own["out_thresholds"], own["out_flips"],
             self.out_bases,
         )  # fmt: skip
-        if x.dtype == torch.int64 and y.dtype == torch.float32 != alphas.dtype:  # the operator's word for words
-            y = y.to(alphas.dtype)
-        return y
 
     @torch.no_grad()
     def _float_convolve(self, x: Tensor, padding) -> Tensor:
@@ -2587,6 +2644,130 @@ class PackedLayer(nn.Module):
         if self.groups != 1:
             size += f", groups={self.groups}"
         return f"{size}, {_describe_bases(self)}, engine={self.engine!r}"
+
+
+class PackedPool(nn.Module):
+    """A max-pool of bits between two packed layers, in the place of one of floats: `packed_max_pool`. Made by `fuse`.
+
+    Shape: words (B, *S, P, N) -> words (B, *S', P, N).
+    """
+
+    _is_abcnets = True
+
+    def __init__(self, pool: nn.Module, flips: Tensor, binary: bool):
+        super().__init__()
+        self.channels, self.sizes, self.binary = len(flips), _pool_sizes(pool), binary
+        self.register_buffer("flips", flips, persistent=False)
+
+    def forward(self, words: Tensor) -> Tensor:
+        return torch.ops.abcnets.packed_max_pool.default(words, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        return self.flips, self.channels, *self.sizes, self.binary
+
+
+class PackedChain(nn.Module):
+    """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
+
+    That is for float32 batches on a CPU, with the engine there; all else, and any step with a hook, runs step by step.
+    So does a program that is exported. Where tensors of the steps are replaced or changed in place, the next call sees
+    it, as `PackedLayer` does; a model that was compiled does not.
+
+    Shape: as the first step takes and the last one puts out.
+    """
+
+    _is_abcnets = True
+
+    def __init__(self, steps: list[nn.Module]):
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+        self.channels, self.dimensions = steps[0].channels, steps[0].spatial_dims + 2
+        self._kept = None  # constants and program of the operator, hooks of the steps, and what they were made from
+
+    def __getstate__(self):
+        return {**super().__getstate__(), "_kept": None}  # its tensors are those of the steps
+
+    def forward(self, input: Tensor) -> Tensor:
+        kept = self._as_one(input)
+        if kept is not None:
+            x = input.detach() if input.requires_grad else input
+            return torch.ops.abcnets.packed_chain.default(x, kept[0], kept[1])
+        for step in self.steps:
+            input = step(input)
+        return input
+
+    def _as_one(self, x: Tensor) -> tuple | None:
+        """What is kept, if this input can run in one call."""
+        if x.dtype != torch.float32 or not x.is_cpu or x.ndim != self.dimensions or x.shape[1] != self.channels:
+            return None
+        if torch.compiler.is_exporting() or not _runs_chains("cpu"):
+            return None
+        kept = self._kept
+        if not torch.compiler.is_compiling():
+            if type(x) is not Tensor or torch.jit.is_tracing():
+                return None
+            if kept is None or not _are_same(*kept[3]):
+                kept = self._kept = self._gather()
+        if kept is None or not kept[1]:
+            return None
+        for hooks in kept[2]:
+            if hooks:
+                return None
+        return kept
+
+    def _gather(self) -> tuple:
+        """(bytes of all tensors, program, dictionaries of hooks, what `_are_same` takes).
+
+        The program is empty where the operator does not compute what the steps do.
+        """
+        owners = [own for step in self.steps for own in (step._buffers, step._parameters)]
+        seen = [(own, name, t) for own in owners for name, t in own.items() if t is not None]
+        places, names, tensors = ([*column] for column in zip(*seen))
+        # read before the tensors are: what is made while one changes is never taken for what it changed to
+        counted = [t for t in tensors if not t.is_inference()]
+        seen = places, names, tensors, counted, [t._version for t in counted]
+        hooks = [each for m in self.steps for each in (m._forward_hooks, m._forward_pre_hooks)]
+        if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
+            return None, "", hooks, seen
+        pieces, steps, size = [], [], 0
+        with torch.inference_mode(False), torch.no_grad():
+            channels = self.channels
+            for step in self.steps:
+                name, arguments = _chain_step(step, channels)
+                channels = step.out_channels if isinstance(step, PackedLayer) else channels
+                for i, argument in enumerate(arguments):
+                    if isinstance(argument, Tensor):
+                        flat = argument.detach().reshape(-1).view(torch.uint8)
+                        shape, dtype = list(argument.shape), str(argument.dtype).removeprefix("torch.")
+                        pieces.append(F.pad(flat, (0, -len(flat) % 64)))
+                        arguments[i] = [size, dtype, shape]
+                        size += len(pieces[-1])
+                steps.append([name, arguments])
+            return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen
+
+
+def _are_same(places: list, names: list, tensors: list, counted: list, versions: list) -> bool:
+    """Whether tensors lie where they lay, in dictionaries, and those whose changes are counted are what they were."""
+    found = map(dict.get, places, names)
+    return all(map(operator.is_, found, tensors)) and [*map(operator.attrgetter("_version"), counted)] == versions
+
+
+def _pool_sizes(pool: nn.Module) -> tuple:
+    """What `packed_max_pool` takes of a max-pool of floats: its sizes, one int for each dimension, and ceil_mode."""
+    dims = _POOL_DIMENSIONS[type(pool)]
+    sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
+    return *([size] * dims if isinstance(size, int) else list(size) for size in sizes), pool.ceil_mode
+
+
+_POOL_DIMENSIONS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+
+
+def _chain_step(step: nn.Module, channels: int) -> tuple[str, list]:
+    if isinstance(step, PackedLayer):
+        return "packed_conv", list(step._arguments(step.padding))
+    if isinstance(step, PackedPool):
+        return "packed_max_pool", list(step._arguments())
+    return "max_pool", [channels, *_pool_sizes(step)]
 
 
 def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:
@@ -2844,10 +3025,12 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
 
     Between two packed layers, whatever is elementwise and monotone in each channel only moves the next layer's
     thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. From then on
-    these layers run bits. Packed layers that run as floats (see `PackedLayer.runs_bits`) stay as they are, but for a
-    BatchNorm behind them. So does everything of which it can't be shown that the outputs stay the same: layers that
-    are called more than once or have hooks, values with another reader, norms over another dimension than the
-    channels. How that is shown, and what is folded where there are no bits, is told in kernels/fuse.py.
+    these layers run bits, and those that only read one another are steps of one `PackedChain`, which an engine runs in
+    one call; so is a max-pool of floats right behind them. Packed layers that run as floats (see
+    `PackedLayer.runs_bits`) stay as they are, but for a BatchNorm behind them. So does everything of which it can't be
+    shown that the outputs stay the same: layers that are called more than once or have hooks, values with another
+    reader, norms over another dimension than the channels. How that is shown, and what is folded where there are no
+    bits, is told in kernels/fuse.py.
 
     Args:
         model: what `pack` or `load_packed` returned, in float32; it is not touched.

@@ -7,6 +7,9 @@ with the comparison. No float tensor is written on the way. Behind any other pro
 residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them. A BatchNorm whose
 result is needed in float folds into the scales and bias of the convolution in front of it.
 
+Last, layers and pools that only read one another, and a max-pool of floats behind them, become the steps of one module,
+a PackedChain: an engine runs it in one call (cpu/chain.py).
+
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
 
@@ -41,7 +44,7 @@ class _Fusion:
     """A traced copy of a packed model, in which chains of modules are replaced by thresholds."""
 
     def __init__(self, abcnets, model: nn.Module):
-        self.packed_layer = abcnets.PackedLayer
+        self.abcnets, self.packed_layer = abcnets, abcnets.PackedLayer
         _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
         own = _own_tensors(model)
         try:
@@ -84,6 +87,7 @@ class _Fusion:
         for node in list(self.fused.graph.nodes):
             if type(self.module_of(node)) in _BATCH_NORMS:
                 self.fold_norm(node)
+        self.chain_steps()
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
         for module in self.fused.modules():
@@ -218,19 +222,55 @@ class _Fusion:
 
     def insert_pool(self, link, source, flips: Tensor, layer):
         """A max-pool of words in the place of one of floats."""
-        pool = self.module_of(link)
-        sizes = (pool.kernel_size, pool.stride, pool.padding, pool.dilation)
-        sizes = [[size] * layer.spatial_dims if isinstance(size, int) else list(size) for size in sizes]
-        name = f"{link.name}_flips"
+        pool = self.abcnets.PackedPool(self.module_of(link), flips, layer.code[1] == "binary")
+        name = self.unused(f"{link.name}_of_bits")
+        self.fused.add_module(name, pool)
+        with self.fused.graph.inserting_after(source):
+            return self.fused.graph.call_module(name, (source,))
+
+    def unused(self, name: str) -> str:
         while hasattr(self.fused, name):
             name += "_"
-        self.fused.register_buffer(name, flips, persistent=False)
-        graph = self.fused.graph
-        with graph.inserting_after(source):
-            flips_node = graph.get_attr(name)
-        with graph.inserting_after(flips_node):
-            arguments = (source, flips_node, layer.channels, *sizes, pool.ceil_mode, layer.code[1] == "binary")
-            return graph.call_function(torch.ops.abcnets.packed_max_pool.default, arguments)
+        return name
+
+    def chain_steps(self) -> None:
+        """Let layers and pools that only read one another be one module."""
+        taken = set()
+        for first in list(self.fused.graph.nodes):
+            steps = [] if first in taken else self.steps_from(first)
+            if len(steps) < 2:
+                continue
+            taken.update(steps)
+            name = self.unused(f"chain_{first.name.strip('_')}")
+            modules = [self.module_of(node) for node in steps]
+            self.fused.add_module(name, self.abcnets.PackedChain(modules))
+            for layer in filter(self.is_packed, modules):
+                layer.folded = True
+            with self.fused.graph.inserting_after(steps[-1]):
+                call = self.fused.graph.call_module(name, (_argument(first),))
+            steps[-1].replace_all_uses_with(call)
+            for node in reversed(steps):
+                self.fused.graph.erase_node(node)
+
+    def steps_from(self, node) -> list:
+        """The nodes of a chain that begins here: a layer, those that alone read one another, perhaps a float pool."""
+        steps, layer = [], self.module_of(node)
+        while self.is_step(layer):
+            steps.append(node)
+            readers = list(node.users)
+            if layer.out_thresholds is None:  # floats come out
+                pools = [link for link in readers if _argument(link) is node and self.pool_of(link, layer) is not None]
+                return steps + (pools if len(readers) == 1 else [])
+            (node,) = readers
+            while type(self.module_of(node)) is self.abcnets.PackedPool:
+                steps.append(node)
+                (node,) = node.users
+            layer = self.module_of(node)
+        return []
+
+    def is_step(self, layer) -> bool:
+        is_known = type(layer) is self.packed_layer and layer.activation_bases is not None and self.is_own(layer)
+        return is_known and layer.runs_bits() and layer.padding_mode == "zeros"
 
 
 class _Memory:

@@ -39,6 +39,7 @@ so that 1-D, 2-D and 3-D are one case.
     contract's words     int64 (B, *S, P, N)                     bit c % 64 of word c // 64 is channel c
     padded words         int64 [B][padded S][P][N]               the same with zero borders: CPU engine's image
                                         ...[P][2]                (d, a_2) or (carry, sum) for uniform levels
+                                        of at most 16 channels   perhaps twice in a word (Lanes.repeats)
     file's weights       uint8 (M, O, *K, ceil(C / groups / 8))  bit c % 8 of byte c // 8, counted within the group
     weight words         uint64 (M, O, taps, P)                  in the input's channel words; 0 outside the group
     CPU tiles            uint{16, 32, 64} [block of O][M][tap, unit][Q][512 / bits]   one lane an output channel; a unit
@@ -372,11 +373,15 @@ class Lanes:
 
     A 64-bit lane holds 64 channels of one tap: of a layer with 16 channels it counts three quarters for nothing. So
     lanes are as wide as the layer is deep, and there are more of them.
+
+    To broadcast 16 bits takes more than a load on Intel's processors, to broadcast 32 bits does not. So the words of
+    an image of at most 16 channels hold these twice (repeats = 2), and 32 bits are broadcast.
     """
 
     bits: int = 64
     registers: int = 2
     register_bits: int = 512
+    repeats: int = 1
     step = 1  # units that a step of the tile takes
 
     @property
@@ -406,21 +411,28 @@ class Lanes:
         return units * self.bits // 64 * word_bytes + units * self.bits % 64 // 8
 
     def cost(self, masks_OP: np.ndarray) -> float:
-        """Registers that a tap takes; infinity where blocks begin within words and see more than the rest of them.
+        """Registers that a tap takes, where a register of 16 bits that are not repeated costs a fifth more.
 
-        Broadcasting 16 bits is no load alone on Intel's processors, so there such a register costs a fifth more. On
-        ARM lanes of 64 bits take five instructions, not three, those of 8 bits are emptied now and then, and few
-        registers have more broadcasts each.
+        Broadcasting 16 bits is no load alone on Intel's processors. On ARM lanes of 64 bits take five instructions, not
+        three, those of 8 bits are emptied now and then, and few registers have more broadcasts each.
+
+        Infinity where blocks begin within words and see more than the rest of them, or channels are too many to repeat.
         """
+        if self.repeats > 1 and (masks_OP.shape[1] > 1 or masks_OP.max() >> self.bits):
+            return math.inf
         first, width = word_ranges(self.units(masks_OP), self.block)
         within = first * self.bits % 64
         if ((within > 0) & (within + width * self.bits > 64)).any():
             return math.inf
-        price = {8: 1 + 0.3 / self.registers, 16: 1.2, 64: 5 / 3 if self.register_bits == 128 else 1}.get(self.bits, 1)
+        price = {
+            8: 1 + 0.3 / self.registers,
+            16: 1.2 if self.repeats == 1 else 1,
+            64: 5 / 3 if self.register_bits == 128 else 1,
+        }.get(self.bits, 1)
         return len(first) * self.registers * width * price
 
 
-LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1)  # of AVX-512
+LANES = Lanes(64, 2), Lanes(32, 1), Lanes(16, 1), Lanes(16, 1, repeats=2)  # of AVX-512
 ARM_LANES = Lanes(32, 4, 128), Lanes(8, 4, 128), Lanes(8, 2, 128), Lanes(8, 1, 128), Lanes(64, 8, 128)
 LONG_WINDOW = 16  # words
 
@@ -471,6 +483,7 @@ class LookUp:
     lanes: int  # bytes of a register
     registers: int = 2
     step: int = 8  # nibbles that a step of the tile takes
+    repeats = 1  # of a word in the image
 
     @property
     def block(self) -> int:

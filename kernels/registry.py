@@ -8,7 +8,7 @@ NAMES = {"cpu": "numba", "cuda": "numba-cuda"}
 NEEDS = {"cpu": "pip install --upgrade numba numpy", "cuda": "pip install --upgrade numba-cuda[cu13]"}
 
 # An engine has some of them, or all.
-OPERATORS = ("packed_conv", "packed_max_pool", "staircase", "staircase_backward", "fit_levels")
+OPERATORS = ("packed_conv", "packed_max_pool", "packed_chain", "staircase", "staircase_backward", "fit_levels")
 
 _libraries = {}  # an operator's implementation lives as long as its library object
 
@@ -22,8 +22,9 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         forked: whether this process was forked from one that may have used torch's threads.
 
     Returns: {"engine": its name and how it counts, "pays": a function (M, N, thresholds, spatial_dims, groups) ->
-        whether bits are faster there than one float convolution}, or {"missing": why there is no engine, "install":
-        what would help, or ""}. An engine is tried before it is registered, and registering twice is harmless.
+        whether bits are faster there than one float convolution, "chains": whether it has `packed_chain`}, or
+        {"missing": why there is no engine, "install": what would help, or ""}. An engine is tried before it is
+        registered, and registering twice is harmless.
     """
     if device == "cuda" and not torch.cuda.is_available():
         return {"missing": "no NVIDIA GPU", "install": ""}
@@ -37,7 +38,7 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         return {"missing": reason[0], "install": NEEDS[device]}
     implement(device, engine, abcnets)
     tile = f" ({engine.tile()})" if hasattr(engine, "tile") else ""
-    return {"engine": NAMES[device] + tile, "pays": engine.pays}
+    return {"engine": NAMES[device] + tile, "pays": engine.pays, "chains": hasattr(engine, "packed_chain")}
 
 
 def implement(device: str, engine, abcnets) -> None:

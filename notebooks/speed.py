@@ -5,13 +5,16 @@ kept between layers where they can be (`abcnets.fuse`). Beside them the float ne
 both memory layouts, each also with BatchNorm folded into the convolutions where it follows one, and with --compile
 what torch.compile makes of it. All contenders run in one process, in turn; the median round counts.
 
-Writes notebooks/results/speed.csv and the table of networks in kernels/README.md.
+Writes notebooks/results/speed.csv and the table of networks in kernels/README.md. With --int8 nothing is written: it
+times the nine-layer network on one thread, in three settings and in onnxruntime's int8, in turn, and prints ratios.
 """
 
 import argparse
 import copy
+import functools
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
@@ -105,18 +108,67 @@ def table(rows: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+class RandomImages:
+    """What compare.py's onnx_files takes to calibrate and export on, where values don't matter."""
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+    def calibration_batches(self, images: int):
+        yield torch.randn(images, *self.shape)
+
+    def test_batches(self, batch: int):
+        yield torch.randn(batch, *self.shape), None
+
+
+SETTINGS = {
+    "M = N = 1": (1, 1, "thermometer"), "M = 2, N = 2 uniform": (2, 2, ("binary", "uniform")),
+    "M = N = 2": (2, 2, "binary"),
+}  # fmt: skip
+
+
+def beside_int8(seconds: float) -> None:
+    """Print how fast the nine-layer network is on one thread, in each of SETTINGS and in onnxruntime's int8."""
+    from compare import onnx_contenders, onnx_files
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    network, shape = nine_layer()
+    images, fused = torch.randn(64, *shape), {}
+    for name, (M, N, code) in SETTINGS.items():
+        binarized = abcnets.convert(network, M, N, code=code)
+        fused[name] = abcnets.fuse(abcnets.pack(abcnets.calibrate(binarized, images, compensate=False, progress=False)))
+    with tempfile.TemporaryDirectory() as folder:
+        with torch.no_grad():
+            files = onnx_files(network, RandomImages(*shape), Path(folder), 64)
+        int8 = [c for c in onnx_contenders(files, 1) if "int8" in c.form]
+        for batch in (1, 32):
+            x = images[:batch]
+            runs = {name: functools.partial(model, x) for name, model in fused.items()}
+            runs |= {c.name: functools.partial(c.run, x) for c in int8}
+            with torch.inference_mode():
+                times = interleaved_medians(runs, seconds, rounds=1000)
+            best = min(times[c.name] for c in int8)
+            for name, taken in times.items():
+                speed = f"{1e6 * taken / batch:8.1f} us an image, {best / taken:5.2f} times int8's speed"
+                print(f"nine-layer, batch {batch:2}: {name:30} {speed}", flush=True)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
     parser.add_argument("--bases", type=COUNT, nargs="+", default=[1, 2, 3])
     parser.add_argument("--threads", type=THREADS, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--seconds", type=POSITIVE_OR_0, default=15.0, help="for the rounds of one case")
+    parser.add_argument("--int8", action="store_true", help="the nine-layer network beside onnxruntime's int8, alone")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
     parser.run(run, parser.parse_args(arguments))
 
 
 def run(options) -> None:
     need_engine("cpu")
+    if options.int8:
+        return beside_int8(options.seconds)
     tables = []
     for name, batch in CASES:
         for threads in options.threads if name in options.networks else []:

@@ -480,12 +480,12 @@ def test_fused_models_hand_on_bits_and_put_out_the_same():
     fused = abcnets.fuse(packed)
     assert torch.allclose(packed(x), model(x), atol=1e-4)
     assert torch.equal(fused(x), packed(x))
-    left = [type(m).__name__ for m in fused.children() if not isinstance(m, PackedLayer)]
+    left = [type(m).__name__ for m in fused.children() if not isinstance(m, (PackedLayer, abcnets.PackedChain))]
     assert sorted(left) == ["Conv2d", "Flatten", "Linear", "ReLU"]  # nothing but the ends and what Flatten separates
     seen = []
     handles = [
         m.register_forward_hook(lambda m, i, o: seen.append(o.dtype))
-        for m in fused.children()
+        for m in fused.modules()
         if isinstance(m, PackedLayer)
     ]
     fused(x)
@@ -546,12 +546,10 @@ def test_sums_stay_float_in_a_fused_residual_network():
     packed = abcnets.pack(model, engine="bits")
     fused = abcnets.fuse(packed)
     assert torch.equal(fused(x), packed(x))
-    assert [fused.get_submodule(f"convs.{i}").out_thresholds is not None for i in range(4)] == [
-        True,
-        False,
-        True,
-        False,
-    ]
+    layers = [m for m in fused.modules() if isinstance(m, PackedLayer)]
+    assert [layer.out_thresholds is not None for layer in layers] == [True, False, True, False]
+    chains = [m for m in fused.modules() if isinstance(m, abcnets.PackedChain)]
+    assert [[*chain.steps] for chain in chains] == [layers[:2], layers[2:]]
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
 
 

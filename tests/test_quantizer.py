@@ -530,7 +530,9 @@ def test_without_an_engine_nothing_is_said(monkeypatch):
         warnings.simplefilter("error")
         Aq = abcnets._run_operator(abcnets._staircase, R, THRESHOLDS, HALF_STEPS, False)
         G_R = abcnets._run_operator(abcnets._staircase_backward, R, R, THRESHOLDS, HALF_STEPS, False)[0]
+        Wq = abcnets._run_operator(abcnets._fit_levels, R[None], torch.zeros(1), True, "thermometer", False)[0]
     assert torch.equal(Aq, abcnets._staircase(R, THRESHOLDS, HALF_STEPS, False)) and G_R.shape == R.shape
+    assert len(Wq.unique()) == 2
 
 
 TRAINS = """

@@ -39,7 +39,8 @@ DOTS, BYTES = layout.ARM_LANES[:2]
 def tile_module(lanes: layout.Lanes, N: int, uniform: bool, masked: bool = False) -> tuple[ir.Module, int]:
     """(a module with vector.convolve_tile as the function `tile`, the pixels of the tile)."""
     pixels = vector.tile_pixels(N, uniform, lanes)
-    literals = N, int(uniform), int(masked), lanes.bits, lanes.registers, lanes.register_bits, pixels
+    widths = lanes.bits, lanes.registers, lanes.register_bits, lanes.repeats
+    literals = N, int(uniform), int(masked), *widths, pixels
     signature, emit = vector.convolve_tile._defn(None, *[types.int64] * 15, *map(types.literal, literals))
     module = ir.Module("tile")
     module.triple = TRIPLE

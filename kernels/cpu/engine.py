@@ -1,6 +1,8 @@
 """The CPU engine: abcnets' operators on Numba kernels (`packed_conv`, `packed_max_pool`; to train, `staircase` and its
 backward pass, `fit_levels`).
 
+Several layers in one call, `packed_chain`, are in chain.py.
+
 This file is what happens around a kernel: who may use it, what is prepared once and kept, how a call is described.
 
     Layer       what depends on a layer's tensors: weights in tile order, scales, thresholds. Kept beside them.
@@ -255,9 +257,15 @@ class Plan:
         if min(geometry.output) < 1:
             raise ValueError(f"packed_conv: a kernel of {kernel} does not fit an input of {tuple(size)}")
         self.output_shape = self._output_shape(layer, shape[0], len(size))
-        self.in_place = kind == WORDS and not any(padding) and layer.lanes.image(layer.uniform) == layout.BASES
+        lanes, image = layer.lanes, layer.lanes.image(layer.uniform)
+        self.in_place = kind == WORDS and not any(padding) and (image, lanes.repeats) == (layout.BASES, 1)
         self.words_by_thread = not self.in_place and (threads == 1 or self.images >= 4 * threads)
         self._make_tables(layer, geometry)
+        self.words_bytes, self.sums_bytes = prod(geometry.padded) * self.pixel_bytes, 0
+        if image == layout.UNIFORM_WORDS and layer.N == 2:
+            self.sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
+            self.words_bytes = -(-self.words_bytes // 64) * 64
+        self.image_bytes = self.words_bytes + self.sums_bytes
 
     def _output_shape(self, layer, B, dimensions):
         size = () if self.linear else self.geometry.output[3 - dimensions :]
@@ -278,6 +286,7 @@ class Plan:
         # the last tile may reach past the image: it recomputes the last pixel, and its rows are not stored
         self.windows = np.pad(geometry.output_pixels, (0, CHUNK), "edge")
         self.pixel_classes = np.pad(class_of_pixel * self.constants[0].nbytes, (0, CHUNK), "edge")
+        self.output_pixels = np.arange(prod(geometry.output))
 
     def run(self, layer, x) -> tuple:
         """(output, whether a NaN was seen)."""
@@ -287,18 +296,25 @@ class Plan:
             workspace = Workspace(layer, self)
         output = self._empty_output(layer)
         job = workspace.job
-        job.input, job.output, job.saw_nan = x.data_ptr(), output.data_ptr(), 0
+        self.point(job, x)
+        job.output, job.saw_nan = output.data_ptr(), 0
+        system.run(workspace.entry, job.address, self.threads)
+        saw_nan = job.saw_nan
+        self.workspaces.append(workspace)
+        return output, saw_nan
+
+    def point(self, job, x) -> None:
+        """Let the record's input be x."""
+        job.input = x.data_ptr()
         if self.kind != WORDS:
             stride = x.stride()
             job.image_stride, job.channel_stride, job.pixel_stride = 4 * stride[0], 4 * stride[1], 4 * stride[-1]
             if self.linear:
                 job.pixel_stride = 4 * stride[0]
-        elif self.in_place:
-            job.words = job.input
-        system.run(workspace.entry, job.address, self.threads)
-        saw_nan = job.saw_nan
-        self.workspaces.append(workspace)
-        return output, saw_nan
+        else:
+            job.image_stride = 8 * x.stride(0)
+            if self.in_place:
+                job.words = job.input
 
     def _empty_output(self, layer):
         if not layer.out_bases:
@@ -312,74 +328,97 @@ class Workspace:
     """What one running call owns."""
 
     def __init__(self, layer, plan):
-        geometry = plan.geometry
-        words_bytes, sums_bytes = prod(geometry.padded) * plan.pixel_bytes, 0
-        if layer.lanes.image(layer.uniform) == layout.UNIFORM_WORDS and layer.N == 2:
-            sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
-            words_bytes = -(-words_bytes // 64) * 64
         images = plan.threads if plan.words_by_thread else plan.images
-        self.words = None if plan.in_place else layout.aligned_zeros((images, words_bytes + sums_bytes), np.uint8)
-        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
-        self.entry, chunk_kernel, block_kernel = _kernels(
-            layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes
-        )
-        self.job = job = Job(
+        self.words = None if plan.in_place else layout.aligned_zeros((images, plan.image_bytes), np.uint8)
+        self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + plan.sums_bytes), np.uint8)
+        out_words = layout.words_of(layer.O)
+        pixel_bytes = 8 * out_words * layer.out_bases if layer.out_bases else 4 * layer.O
+        self.entry = _run_kernel()
+        self.job = describe(
+            layer, plan, plan.images, self.scratch,
             input_kind=plan.kind,
-            images=plan.images,
-            channels=layer.channels,
-            pixels=prod(geometry.size),
-            bases=layer.N,
-            channel_words=layer.P,
-            thresholds=_address(layer.thresholds),
-            flips=_address(layer.flips),
-            chunks=_address(plan.chunks),
             chunk_count=0 if plan.in_place else len(plan.chunks),
-            landing=_address(geometry.input_pixels),
             words=0 if plan.in_place else _address(self.words),
-            pixel_bytes=plan.pixel_bytes,
-            words_stride=words_bytes + sums_bytes,
+            words_stride=plan.image_bytes,
             words_by_thread=plan.words_by_thread,
-            differing=words_bytes if sums_bytes else 0,
-            chunk_kernel=chunk_kernel,
-            block_kernel=block_kernel,
-            parts=layer.lanes.block // layout.BLOCK,
-            tiles=layer.tiles,
-            weights=_address(layer.weights),
-            masks=0 if layer.masks is None else _address(layer.masks),
-            tile_units=_address(layer.tile_units),
-            tap_offsets=_address(plan.tap_offsets),
-            tap_count=len(plan.tap_offsets),
-            window_taps=_address(geometry.taps),
-            window_tap_count=len(geometry.taps),
-            window_count=geometry.output_pixels[-1] + 1,
-            start=-(layer.channels // layer.groups * len(geometry.taps) // 2),
-            weight_bases=layer.M,
-            scales=_address(layer.scales),
-            constants=_address(plan.constants),
-            windows=_address(plan.windows),
-            pixel_classes=_address(plan.pixel_classes),
-            blocks=layer.blocks,
-            output_pixels=prod(geometry.output),
-            output_kind=WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR,
-            output_channels=layer.O,
-            output_words=layout.words_of(layer.O),
-            output_bases=layer.out_bases,
-            output_threshold_count=layer.out_T,
-            scratch=_address(self.scratch),
-            scratch_stride=SCRATCH_BYTES + sums_bytes,
-            threads=plan.threads,
-        )
-        if layer.out_bases:
-            job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
-        if plan.threads > 1:
-            pool = system.pool()
-            job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
-        job.address = ctypes.addressof(job)
+            output_stride=prod(plan.geometry.output) * pixel_bytes,
+            output_landing=_address(plan.output_pixels),
+            output_pixel_bytes=pixel_bytes,
+            store_kernel=store_kernel(
+                WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR, layer.out_bases, layer.out_T
+            ),
+        )  # fmt: skip
+
+
+def describe(layer, plan, images, scratch, **places) -> Job:
+    """The record of a call of a layer; `places` say where its input, words and output are."""
+    geometry = plan.geometry
+    chunk_kernel, block_kernel = _kernels(layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes)
+    job = Job(
+        images=images,
+        channels=layer.channels,
+        pixels=prod(geometry.size),
+        bases=layer.N,
+        channel_words=layer.P,
+        thresholds=_address(layer.thresholds),
+        flips=_address(layer.flips),
+        chunks=_address(plan.chunks),
+        landing=_address(geometry.input_pixels),
+        pixel_bytes=plan.pixel_bytes,
+        repeat=sum(1 << 16 * i for i in range(layer.lanes.repeats)),
+        counted=0xFFFF if layer.lanes.repeats > 1 else -1,
+        differing=plan.words_bytes if plan.sums_bytes else 0,
+        chunk_kernel=chunk_kernel,
+        block_kernel=block_kernel,
+        parts=layer.lanes.block // layout.BLOCK,
+        tiles=layer.tiles,
+        weights=_address(layer.weights),
+        masks=0 if layer.masks is None else _address(layer.masks),
+        tile_units=_address(layer.tile_units),
+        tap_offsets=_address(plan.tap_offsets),
+        tap_count=len(plan.tap_offsets),
+        window_taps=_address(geometry.taps),
+        window_tap_count=len(geometry.taps),
+        window_count=geometry.output_pixels[-1] + 1,
+        start=-(layer.channels // layer.groups * len(geometry.taps) // 2),
+        weight_bases=layer.M,
+        scales=_address(layer.scales),
+        constants=_address(plan.constants),
+        windows=_address(plan.windows),
+        pixel_classes=_address(plan.pixel_classes),
+        blocks=layer.blocks,
+        output_pixels=prod(geometry.output),
+        output_channels=layer.O,
+        scratch=_address(scratch),
+        scratch_stride=scratch.strides[0],
+        threads=plan.threads,
+        **places,
+    )
+    if layer.out_bases:
+        job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
+    if plan.threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
+    job.address = ctypes.addressof(job)
+    return job
+
+
+def _run_kernel() -> int:
+    from . import vector
+
+    return vector.run_kernel().address
+
+
+@functools.cache
+def store_kernel(kind: int, N: int, T: int, image: int = layout.BASES, repeats: int = 1) -> int:
+    from . import store
+
+    return store.store_kernel(kind, N, T, image, repeats).address
 
 
 @functools.cache
 def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes | layout.LookUp) -> tuple:
-    """Addresses of the functions that run a layer of N bases and T thresholds.
+    """Addresses of the functions that pack and convolve for a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
     """
@@ -391,7 +430,7 @@ def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes | 
     else:
         block = vector.block_kernel(N, int(uniform), int(masked), lanes)
     chunk = pack.chunk_kernel(N, T, lanes.image(uniform), lanes.word_bytes(N, uniform))
-    addresses = tuple(function.address for function in (vector.run_kernel(), chunk, block))
+    addresses = chunk.address, block.address
     logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
     return addresses
 
@@ -406,41 +445,73 @@ def _address(array) -> int:
 def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary):
     """abcnets::packed_max_pool, as abcnets.py documents it."""
     size = words.shape[1:-2]
-    output_size, sources = _pool_sources(
+    output_size, sources = pool_sources(
         tuple(size), tuple(kernel_size), tuple(stride), tuple(padding), tuple(dilation), ceil_mode
     )
     if sources is None or words.numel() == 0:
         return plain.packed_max_pool(
             words, flips, channels, kernel_size, stride, padding, dilation, ceil_mode, binary
         )
-    from .pool import pool_kernel
-
     words = words.contiguous()
     B, P, N = words.shape[0], *words.shape[-2:]
     output = torch.empty((B, *output_size, P, N), dtype=torch.int64, device="cpu")
-    flip_words = layout.flip_words(flips.numpy())
-    job = PoolJob(
+    flip_words, landing = layout.flip_words(flips.numpy()), np.arange(prod(output_size))
+    job = describe_pool(
+        B, sources, system.thread_count(), pool_kernel(N, binary),
         input=words.data_ptr(),
+        input_stride=8 * prod(size) * P * N,
         output=output.data_ptr(),
-        images=B,
-        input_pixels=prod(size),
-        output_pixels=prod(output_size),
+        output_stride=8 * prod(output_size) * P * N,
+        output_landing=_address(landing),
+        output_pixel_bytes=8 * P * N,
         channel_words=P,
-        bases=N,
-        binary=binary and N > 1,  # one bit's maximum is an OR
         flips=_address(flip_words),
-        sources=_address(sources),
-        taps=sources.shape[1],
-        threads=system.thread_count(),
-    )
-    if job.threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
-    system.run(pool_kernel().address, ctypes.addressof(job), job.threads)
+    )  # fmt: skip
+    from . import pool
+
+    system.run(pool.run_kernel().address, job.address, job.threads)
     return output
 
 
-_pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
+def describe_pool(images, sources, threads, kernel, **places) -> PoolJob:
+    """The record of a pooling; `places` say where its input and output are, and what words mean."""
+    job = PoolJob(
+        images=images, output_pixels=len(sources), sources=_address(sources), taps=sources.shape[1], kernel=kernel,
+        threads=threads, **places,
+    )  # fmt: skip
+    if threads > 1:
+        pool = system.pool()
+        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
+    job.address = ctypes.addressof(job)
+    return job
+
+
+@functools.cache
+def pool_kernel(N: int, binary: bool) -> int:
+    """Address of the function that pools words of N bases, or (N = 0) floats."""
+    from . import pool
+
+    if N == 0:
+        return pool.floats_kernel().address
+    return pool.words_kernel(N, int(binary and N > 1)).address  # one bit's maximum is an OR
+
+
+pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
+
+
+# --------------------------------------------------------------------------- several in one call
+
+
+def packed_chain(x, constants, program):
+    """abcnets::packed_chain, as abcnets.py documents it."""
+    return _chains().packed_chain(x, constants, program)
+
+
+@functools.cache
+def _chains():
+    from . import chain  # which is made of what stands above
+
+    return chain
 
 
 # --------------------------------------------------------------------------- the activation quantizer

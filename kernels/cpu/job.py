@@ -11,6 +11,7 @@ import numpy as np
 PLANAR = 0  # float32 (B, C, *S): a channel's pixels lie side by side
 INTERLEAVED = 1  # float32 (B, *S, C), torch's channels_last: a pixel's channels lie side by side
 WORDS = 2  # packed words (B, *S, P, N)
+LANDED = 3  # words that lie in the padded image already
 
 PIXEL_BLOCK = 64  # output pixels between two visits to memory: the rows of one block stay in the first-level cache
 CHUNK = 16  # input pixels that are packed at once: the floats in one 512-bit register
@@ -35,6 +36,7 @@ class Job(ctypes.Structure):
             # input: images x channels x pixels
             "input",
             "input_kind",
+            "input_by_thread",  # 1: `input` has one image for each thread, as words_by_thread
             "images",
             "channels",
             "image_stride",
@@ -53,6 +55,8 @@ class Job(ctypes.Structure):
             "pixel_bytes",  # from one pixel of it to the next
             "words_stride",  # from one padded image to the next
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
+            "repeat",  # a word times this is what the image holds (layout.Lanes)
+            "counted",  # word: the channels of a word of the image that are counted once
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
             "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes)
             # convolution
@@ -77,13 +81,14 @@ class Job(ctypes.Structure):
             "output_pixels",
             # output
             "output",
-            "output_kind",
+            "output_stride",  # from one image to the next
+            "output_by_thread",  # as words_by_thread
             "output_channels",  # O
-            "output_words",  # ceil(O / 64)
-            "output_bases",  # N of the next layer
-            "output_threshold_count",  # T of the next layer
             "output_thresholds",  # float32 [T of the next layer][block][16]
-            "output_flips",  # words [output_words]
+            "output_flips",  # words [ceil(O / 64)]
+            "output_landing",  # which pixel of the next image each output pixel is, where bits go out,
+            "output_pixel_bytes",  # and from one pixel of that image to the next
+            "store_kernel",  # address of store.store_kernel(kind, N and T of the next layer, form of its image)
             # threads
             "threads",
             "thread_number",  # address of omp_get_thread_num,
@@ -101,22 +106,28 @@ JOB_DTYPE = np.dtype(Job)
 
 
 class PoolJob(ctypes.Structure):
-    """One max-pooling call."""
+    """One max-pooling, of words or of floats."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
-            "input",  # words [image][pixel][P][N]
-            "output",
+            "address",  # of this record
+            "input",  # words [image][pixel][P][N], or float32 [image][pixel][channels]
+            "input_stride",  # from one image to the next
+            "input_by_thread",  # 1: one image for each thread, 0: one for each image
+            "output",  # words [image][pixel][P][N], or float32 [image][channels][pixel]
+            "output_stride",
+            "output_by_thread",
+            "output_landing",  # which pixel of the next image each output pixel of words is,
+            "output_pixel_bytes",  # and from one pixel of that image to the next
             "images",
-            "input_pixels",
             "output_pixels",
+            "channels",
             "channel_words",  # P
-            "bases",  # N
-            "binary",  # 1: words XOR flips are the bits of numbers
             "flips",  # words [P]
             "sources",  # input pixel of each [output pixel][tap]
             "taps",
+            "kernel",  # address of pool.words_kernel() or pool.floats_kernel()
             "threads",
             "thread_number",  # addresses, as in Job
             "thread_count",
@@ -125,6 +136,34 @@ class PoolJob(ctypes.Structure):
 
 
 POOL_JOB_DTYPE = np.dtype(PoolJob)
+
+
+CONVOLUTION, POOL = 0, 1  # kinds of steps
+
+
+class ChainJob(ctypes.Structure):
+    """Layers and pools that run one after the other in one call."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            "steps",
+            "kinds",  # [step] CONVOLUTION or POOL
+            "jobs",  # [step] the address of its Job or PoolJob
+            "images",
+            "by_thread",  # 1: a thread takes an image through all steps; 0: all threads share out each step
+            "scratch",  # of each thread, as in Job
+            "scratch_stride",
+            "threads",
+            "thread_number",  # addresses, as in Job
+            "thread_count",
+            "barrier",
+            "saw_nan",
+        )
+    ]
+
+
+CHAIN_JOB_DTYPE = np.dtype(ChainJob)
 
 
 STAIRCASE_BLOCK = 2048  # elements that are summed in float32: 128 in each lane of a register

@@ -23,7 +23,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import CHUNK, INTERLEAVED, JOB_DTYPE, PLANE_BYTES, ROWS_BYTES, WORDS
+from .job import CHUNK, INTERLEAVED, JOB_DTYPE, LANDED, PLANE_BYTES, ROWS_BYTES, WORDS
 from .primitives import (
     BITS_16,
     F32,
@@ -48,6 +48,16 @@ from .primitives import (
 )
 
 JOB = types.CPointer(numba.from_dtype(JOB_DTYPE))
+
+
+@intrinsic
+def job_at(typing, address):
+    """The Job at an address, as a pointer."""
+
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(JOB))
+
+    return JOB(types.int64), emit
 
 
 @intrinsic(prefer_literal=True)
@@ -110,7 +120,9 @@ def chunk_kernel(N, T, image, word_bytes, stamp=STAMP):
         plane, columns = scratch + ROWS_BYTES, scratch + ROWS_BYTES + PLANE_BYTES
         P, stride, count = job.channel_words, job.channel_stride, min(CHUNK, job.pixels)
         nan = 0
-        if job.input_kind == WORDS:
+        if job.input_kind == LANDED:
+            pass
+        elif job.input_kind == WORDS:
             copy_words(job, number, first, words, word_bytes, N, image)
         elif job.input_kind == INTERLEAVED:
             nan = pack_interleaved(job, number, first, words, columns, word_bytes, N, T, image)
@@ -135,15 +147,15 @@ def send_words(job, first, columns, flip, words, N, image):
     """columns [N][16] -> each pixel's place in the padded image."""
     for i in range(min(CHUNK, job.pixels)):
         target = words + load_word(job.landing + 8 * (first + i)) * job.pixel_bytes
-        store_bases(columns + 8 * i, 8 * CHUNK, flip, target, N, image)
+        store_bases(columns + 8 * i, 8 * CHUNK, flip, job.repeat, target, N, image)
 
 
 @njit
-def store_bases(source, stride, flip, target, N, image):
+def store_bases(source, stride, flip, repeat, target, N, image):
     """One pixel's words of N bases, `stride` bytes apart at source, XOR flip -> what the image holds of them."""
     if image == layout.BASES:
         for n in range(N):
-            store_word(target + 8 * n, load_word(source + n * stride) ^ flip)
+            store_word(target + 8 * n, (load_word(source + n * stride) ^ flip) * repeat)
         return
     if image == layout.NIBBLES and N != 2:
         for n in range(N):
@@ -158,8 +170,8 @@ def store_bases(source, stride, flip, target, N, image):
         return
     if N == 2:
         a ^= b
-    store_word(target, a)
-    store_word(target + 8, b)
+    store_word(target, a * repeat)
+    store_word(target + 8, b * repeat)
 
 
 @njit
@@ -169,7 +181,7 @@ def count_differing(job, first, words):
         pixel = load_word(job.landing + 8 * i)
         at, total = words + pixel * job.pixel_bytes, 0
         for word in range(job.channel_words):
-            total += popcount(load_word(at + 16 * word))
+            total += popcount(load_word(at + 16 * word) & job.counted)
         store_int(words + job.differing + 4 * pixel, total)
 
 
@@ -204,7 +216,8 @@ def pack_interleaved(job, number, first, words, bases, word_bytes, N, T, image):
                         t += step
                     step //= 2
                 store_word(bases + 8 * n, bits)
-            store_bases(bases, 8, load_word(flips + 8 * word), target + word * word_bytes, N, image)
+            flip = load_word(flips + 8 * word)
+            store_bases(bases, 8, flip, job.repeat, target + word * word_bytes, N, image)
         x += pixel_stride
     return nan
 
@@ -214,10 +227,10 @@ def copy_words(job, number, first, words, word_bytes, N, image):
     """Words came in: they only need borders, or to become what the image holds."""
     P = job.channel_words
     for pixel in range(first, first + min(CHUNK, job.pixels)):
-        source = job.input + 8 * N * P * (number * job.pixels + pixel)
+        source = job.input + number * job.image_stride + 8 * N * P * pixel
         target = words + load_word(job.landing + 8 * pixel) * job.pixel_bytes
         for word in range(P):
-            store_bases(source + 8 * N * word, 8, 0, target + word * word_bytes, N, image)
+            store_bases(source + 8 * N * word, 8, 0, job.repeat, target + word * word_bytes, N, image)
 
 
 def main() -> None:

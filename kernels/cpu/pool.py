@@ -1,4 +1,4 @@
-"""Max-pooling of packed words on the CPU.
+"""Max-pooling on the CPU: of packed words, and of the floats that the last layer of a chain puts out.
 
 The maximum reaches a threshold where any of its window does, so on bits it is an OR, once the channels whose comparison
 was turned round (flips) are turned back:
@@ -16,43 +16,99 @@ import functools
 
 import numba
 from numba import carray, njit, types
+from numba.extending import intrinsic
 
-from .job import POOL_JOB_DTYPE
-from .primitives import STAMP, c_function, call_int, load_word, store_word
+from .job import PIXEL_BLOCK, POOL_JOB_DTYPE
+from .primitives import FLOATS_16, I64, STAMP, Emitter, c_function, call_int, call_kernel, load_word, store_word
+from .store import store_planes
 
 POOL_JOB = types.CPointer(numba.from_dtype(POOL_JOB_DTYPE))
 
 
+@intrinsic
+def pool_job_at(typing, address):
+    """The PoolJob at an address, as a pointer."""
+
+    def emit(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(POOL_JOB))
+
+    return POOL_JOB(types.int64), emit
+
+
 @functools.cache
-def pool_kernel(stamp=STAMP):
+def run_kernel(stamp=STAMP):
     """The function that every thread runs: a share of all output pixels."""
 
     @c_function(types.void(POOL_JOB))
     def pool(jobs):
         job = carray(jobs, 1)[0]
-        _ = stamp
+        _ = stamp  # makes the edit stamp part of the cache entry's key
         thread, threads = 0, 1
         if job.threads > 1:
             thread, threads = call_int(job.thread_number), call_int(job.thread_count)
-        P, N, taps = job.channel_words, job.bases, job.taps
-        pixels = job.images * job.output_pixels
-        for pixel in range(pixels * thread // threads, pixels * (thread + 1) // threads):
-            image = job.input + 8 * P * N * job.input_pixels * (pixel // job.output_pixels)
-            sources = job.sources + 8 * taps * (pixel % job.output_pixels)
-            for word in range(P):
-                flip = load_word(job.flips + 8 * word)
-                if job.binary:
-                    first, output = image + 8 * word * N, job.output + 8 * (pixel * P + word) * N
-                    largest_number(first, 8 * P * N, sources, taps, flip, output, N)
-                    continue
-                for n in range(N):
-                    reached = 0
-                    for tap in range(taps):
-                        source = load_word(sources + 8 * tap)
-                        reached |= load_word(image + 8 * ((source * P + word) * N + n)) ^ flip
-                    store_word(job.output + 8 * ((pixel * P + word) * N + n), reached ^ flip)
+        pool_images(job, thread, 0, job.images, thread, threads, 0)
 
     return pool
+
+
+@njit
+def pool_images(job, thread, begin, end, part, parts, scratch):
+    """A thread's part of `parts` of the output pixels of images begin..end."""
+    start, pixels = begin * job.output_pixels, (end - begin) * job.output_pixels
+    pixel, last = start + pixels * part // parts, start + pixels * (part + 1) // parts
+    while pixel < last:
+        image = pixel // job.output_pixels
+        before = image * job.output_pixels
+        until = min(last, before + job.output_pixels)
+        source = job.input + job.input_stride * (thread if job.input_by_thread else image)
+        target = job.output + job.output_stride * (thread if job.output_by_thread else image)
+        pixels_of_it = (pixel - before) << 32 | (until - before)
+        call_kernel(job.kernel, job.address, source, target, pixels_of_it, scratch)
+        pixel = until
+
+
+@functools.cache
+def words_kernel(N, binary, stamp=STAMP):
+    """Pools words of N bases: the output pixels `pixels >> 32` up to `pixels & (2**32 - 1)` of one image."""
+
+    @c_function(types.int64(POOL_JOB, *[types.int64] * 4))
+    def pool_words(jobs, source, target, pixels, scratch):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        P, taps = job.channel_words, job.taps
+        for pixel in range(pixels >> 32, pixels & 0xFFFFFFFF):
+            output = target + job.output_pixel_bytes * load_word(job.output_landing + 8 * pixel)
+            sources = job.sources + 8 * taps * pixel
+            for word in range(P):
+                flip = load_word(job.flips + 8 * word)
+                if binary:
+                    largest_number(source + 8 * N * word, 8 * P * N, sources, taps, flip, output + 8 * N * word, N)
+                else:
+                    largest_bits(source + 8 * N * word, 8 * P * N, sources, taps, flip, output + 8 * N * word, N)
+        return 0
+
+    return pool_words
+
+
+@intrinsic(prefer_literal=True)
+def largest_bits(typing, first, pixel_bytes, sources, taps, flip, output, bases):
+    """The N words of what any pixel of a window reaches in each of 64 channels."""
+    N = bases.literal_value
+
+    def emit(context, builder, signature, args):
+        first, pixel_bytes, sources, taps, flip, output = args[:6]
+        emitter = Emitter(builder)
+
+        def tap(t, reached_N):
+            source = emitter.load(I64, emitter.offset(sources, t, 8), 8)
+            words = [emitter.load(I64, emitter.offset(first, source, pixel_bytes, n, 8), 8) for n in range(N)]
+            return [emitter.or_(reached, emitter.xor(word, flip)) for reached, word in zip(reached_N, words)]
+
+        for n, reached in enumerate(emitter.loop(taps, [emitter.const(0)] * N, tap)):
+            emitter.store(emitter.xor(reached, flip), emitter.offset(output, n, 8), 8)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 6, bases), emit
 
 
 @njit
@@ -71,6 +127,50 @@ def largest_number(first, pixel_bytes, sources, taps, flip, output, N):
         for n in range(N):
             largest = load_word(output + 8 * n)
             store_word(output + 8 * n, largest ^ ((largest ^ load_word(other + 8 * n)) & greater))
+
+
+@functools.cache
+def floats_kernel(stamp=STAMP):
+    """Pools floats: pixels as `words_kernel`. Sixteen channels of a pixel are compared at once."""
+
+    @c_function(types.int64(POOL_JOB, *[types.int64] * 4))
+    def pool_floats(jobs, source, target, pixels, rows):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        plane, pixel_bytes, taps = 4 * job.output_pixels, 4 * job.channels, job.taps
+        for first in range(pixels >> 32, pixels & 0xFFFFFFFF, PIXEL_BLOCK):
+            count = min(PIXEL_BLOCK, (pixels & 0xFFFFFFFF) - first)
+            for c in range(0, job.channels, 16):
+                for i in range(count):
+                    sources = job.sources + 8 * taps * (first + i)
+                    largest_floats_16(source + 4 * c, pixel_bytes, sources, taps, rows + 64 * i)
+                channels = min(job.channels - c, 16)
+                store_planes(rows, count, channels, target + c * plane + 4 * first, plane)
+        return 0
+
+    return pool_floats
+
+
+@intrinsic
+def largest_floats_16(typing, first, pixel_bytes, sources, taps, output):
+    """Sixteen channels' largest float32 of a window, NaN where there is one; as torch, the first of equal ones."""
+
+    def emit(context, builder, signature, args):
+        first, pixel_bytes, sources, taps, output = args
+        emitter = Emitter(builder)
+
+        def tap(t, carried):
+            source = emitter.load(I64, emitter.offset(sources, t, 8), 8)
+            value = emitter.load(FLOATS_16, emitter.offset(first, source, pixel_bytes), 4)
+            greater = builder.fcmp_ordered(">", value, carried[0])
+            greater = emitter.or_(greater, builder.fcmp_unordered("uno", value, value))
+            return [emitter.select(greater, value, carried[0])]
+
+        (largest,) = emitter.loop(taps, [emitter.const(float("-inf"), FLOATS_16)], tap)
+        emitter.store(largest, output, 4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 5), emit
 
 
 def main() -> None:

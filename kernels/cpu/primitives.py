@@ -33,7 +33,8 @@ BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
 # Kernels therefore close over this number: an edit of these files gives them a new cache entry.
-_FILES = Path(__file__), Path(__file__).with_name("job.py"), Path(__file__).parents[1] / "layout.py"
+_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "chain", "steps"
+_FILES = *(Path(__file__).with_name(f"{name}.py") for name in _NAMES), Path(__file__).parents[1] / "layout.py"
 STAMP = crc32(b"".join(file.read_bytes() for file in _FILES))
 
 
@@ -229,18 +230,6 @@ def store_float(typing, address, value):
 
 
 @intrinsic
-def store_bits_16(typing, address, bits):
-    """Write the low 16 bits of `bits` at address."""
-
-    def emit(context, builder, signature, args):
-        emitter = Emitter(builder)
-        emitter.store(emitter.trunc(args[1], I16), args[0], 2)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), emit
-
-
-@intrinsic
 def store_int(typing, address, number):
     """Write the low 32 bits of `number` at address."""
 
@@ -304,25 +293,11 @@ def popcount(typing, word):
 
 
 @intrinsic
-def bits_at_least(typing, values, thresholds, count):
-    """Sixteen comparisons: bit i is (float32 at values)[i] >= (float32 at thresholds)[i]; 0 for i >= count.
+def word_at_least(typing, values, thresholds, count):
+    """64 comparisons: bit i is (float32 at values)[i] >= (float32 at thresholds)[i]; 0 for i >= count.
 
     Thresholds are read sixteen at a time whatever `count` is: tables of them are padded.
     """
-
-    def emit(context, builder, signature, args):
-        values, thresholds, count = args
-        emitter = Emitter(builder)
-        value = emitter.load_floats_16(values, count)
-        threshold = emitter.load(FLOATS_16, thresholds, 4)
-        return emitter.zext(emitter.bitcast(builder.fcmp_ordered(">=", value, threshold), I16), I64)
-
-    return types.int64(types.int64, types.int64, types.int64), emit
-
-
-@intrinsic
-def word_at_least(typing, values, thresholds, count):
-    """64 comparisons, as `bits_at_least` makes sixteen."""
 
     def emit(context, builder, signature, args):
         values, thresholds, count = args

@@ -28,9 +28,8 @@ and thread (`sum_windows`), for all windows that could begin at any pixel: sixte
 
 **The loop nest**: image -> a tile's output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
 128 channels: 43 KB a base) stay in the second-level cache, one tile's weights (9 x 128 bits x 16: 2.3 KB a base) in
-the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats in
-planes (8 x 8 transposes), as floats side by side, or, compared with the next layer's thresholds, as bits: then no float
-tensor is written at all.
+the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats or as
+the next layer's bits (store.py).
 
 **Threads** are torch's own (system.py). With several images a thread takes whole images, packs each into a buffer
 of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
@@ -45,7 +44,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import COUNTERS, INTERLEAVED, PART_BYTES, PIXEL_BLOCK, PLANAR, SCRATCH_BYTES
+from .job import COUNTERS, PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
 from .pack import JOB
 from .primitives import (
     FLOATS_16,
@@ -54,17 +53,12 @@ from .primitives import (
     INTS_16,
     STAMP,
     Emitter,
-    bits_at_least,
     c_function,
     call,
     call_int,
     call_kernel,
     ir,
-    load_float,
     load_word,
-    store_bits_16,
-    store_float,
-    transpose_8x8,
 )
 
 
@@ -90,7 +84,7 @@ def tile_pixels(N, uniform, lanes) -> int:
 def convolve_tile(
     typing, words, pixel_bytes, tap_offsets, tap_count, start, weights, masks, M, scales, constants,
     windows, pixel_classes, differing, counters, rows, bases, is_uniform, masked, lane_bits, registers, register_bits,
-    pixels,
+    repeats, pixels,
 ):  # fmt: skip
     """P pixels x 16 R output channels, complete: float32 rows[R][P][16], PART_BYTES from one R to the next.
 
@@ -106,11 +100,13 @@ def convolve_tile(
     masked              0 or 1: some lanes see only some of the unit's channels (groups)
     lane_bits           of a lane, which holds an output channel's counter, and of a unit
     registers           Q of them, of register_bits each
+    repeats             of a unit in a word
     """
-    literals = bases, is_uniform, masked, lane_bits, registers, register_bits, pixels
-    N, uniform, masked_value, L, Q, W, P = (literal.literal_value for literal in literals)
+    literals = bases, is_uniform, masked, lane_bits, registers, register_bits, repeats, pixels
+    N, uniform, masked_value, L, Q, W, repeat, P = (literal.literal_value for literal in literals)
     S, C = layout.image_words(N, uniform), counters_of(N, uniform)
-    UNIT, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), W // L)
+    LANE, REGISTER = ir.IntType(L), ir.VectorType(ir.IntType(L), W // L)
+    UNITS, REPEATED = ir.IntType(L * repeat), ir.VectorType(ir.IntType(L * repeat), W // (L * repeat))
     R, size = W // L * Q // 16, W // 8
 
     def emit(context, builder, signature, args):
@@ -152,8 +148,8 @@ def convolve_tile(
                     mask_Q = [emitter.load(REGISTER, at, size) for at in at_Q]
                 for p in range(P):
                     at = emitter.add(windows[p], to_tap)
-                    units_S = [emitter.load(UNIT, emitter.offset(at, i, 8), L // 8) for i in range(S)]
-                    words_S = [emitter.splat(unit, REGISTER) for unit in units_S]
+                    units_S = [emitter.load(UNITS, emitter.offset(at, i, 8), L * repeat // 8) for i in range(S)]
+                    words_S = [emitter.bitcast(emitter.splat(unit, REPEATED), REGISTER) for unit in units_S]
                     differ_QC = [differences(words_S, weight) for weight in weight_Q]
                     for c in range(C):
                         for differ_C, mask in zip(differ_QC, mask_Q):
@@ -168,7 +164,7 @@ def convolve_tile(
                 counts = [emitter.add(emitter.byte_counts(counters, i), less) for i in range(P * C * R)]
                 ints_PCR = [counts[i : i + R] for i in range(0, P * C * R, R)]
             else:
-                first = emitter.splat(start if L == 64 else emitter.trunc(start, UNIT), REGISTER)
+                first = emitter.splat(start if L == 64 else emitter.trunc(start, LANE), REGISTER)
                 counts_PCQ = emitter.loop(tap_count, [first] * (P * C * Q), tap)
                 ints_PCR = [emitter.to_ints(counts_PCQ[i : i + Q]) for i in range(0, P * C * Q, Q)]
             sums_PR = list(sums_PR)
@@ -195,7 +191,7 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
     rows receives float32 [part][pixel - first][16]; a part may be written a little past its pixels, up to a whole tile.
     Returns the end of the pixels.
     """
-    lane_bits, registers, register_bits = lanes.bits, lanes.registers, lanes.register_bits
+    lane_bits, registers, register_bits, repeats = lanes.bits, lanes.registers, lanes.register_bits, lanes.repeats
     P, channel_bytes = tile_pixels(N, uniform, lanes), 4 * lanes.block
     tile_bytes = registers * register_bits // 8
 
@@ -214,7 +210,7 @@ def block_kernel(N, uniform, masked, lanes, stamp=STAMP):
             convolve_tile(
                 words, job.pixel_bytes, job.tap_offsets, taps, job.start, weights, masks, M, scales, constants,
                 job.windows + 8 * pixel, job.pixel_classes + 8 * pixel, rows + SCRATCH_BYTES, rows + COUNTERS,
-                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, register_bits, P,
+                rows + 64 * (pixel - first), N, uniform, masked, lane_bits, registers, register_bits, repeats, P,
             )  # fmt: skip
         return last
 
@@ -246,81 +242,6 @@ def sum_windows(typing, differing, window_taps, tap_count, count, sums):
     return types.void(*[types.int64] * 5), emit
 
 
-# --------------------------------------------------------------------------- storing results
-
-
-@njit
-def store_planes(job, image, block, first, last, rows):
-    """rows [pixel][16] -> float32 output [image][channel][pixel]; 8 x 8 at a time where the block is full."""
-    channels = min(job.output_channels - 16 * block, 16)
-    plane = 4 * job.output_pixels
-    output = job.output + (image * job.output_channels + 16 * block) * plane + 4 * first
-    whole = (last - first) // 8 * 8
-    for half in range(0, channels, 8):
-        done = whole if channels >= half + 8 else 0
-        for pixel in range(0, done, 8):
-            transpose_8x8(rows + 64 * pixel + 4 * half, 64, output + half * plane + 4 * pixel, plane)
-        for c in range(half, min(half + 8, channels)):
-            for pixel in range(done, last - first):
-                store_float(output + c * plane + 4 * pixel, load_float(rows + 64 * pixel + 4 * c))
-
-
-@njit
-def store_interleaved(job, image, block, first, last, rows):
-    """rows [pixel][16] -> float32 output [image][pixel][channel]."""
-    channels = min(job.output_channels - 16 * block, 16)
-    for pixel in range(first, last):
-        output = job.output + 4 * ((image * job.output_pixels + pixel) * job.output_channels + 16 * block)
-        for c in range(channels):
-            store_float(output + 4 * c, load_float(rows + 64 * (pixel - first) + 4 * c))
-
-
-@njit
-def store_bits(job, image, block, first, last, rows):
-    """rows [pixel][16] -> 16 bits of the next layer's words, output [image][pixel][word][base]."""
-    word, part = block // 4, block % 4
-    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
-    for pixel in range(first, last):
-        output = job.output + 2 * part
-        output += 8 * job.output_bases * ((image * job.output_pixels + pixel) * job.output_words + word)
-        for n in range(job.output_bases):
-            thresholds = job.output_thresholds + 64 * (n * job.blocks + block)
-            bits = bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
-            store_bits_16(output + 8 * n, bits ^ flips)
-
-
-@njit
-def store_binary_bits(job, image, block, first, last, rows):
-    """The same in the binary code: base n goes on from base n - 1 with its own thresholds (layout.own_thresholds)."""
-    word, part = block // 4, block % 4
-    flips = load_word(job.output_flips + 8 * word) >> (16 * part)
-    N, T = job.output_bases, job.output_threshold_count
-    for pixel in range(first, last):
-        output = job.output + 2 * part + 8 * N * ((image * job.output_pixels + pixel) * job.output_words + word)
-        bits, step = flips, 1 << N
-        for n in range(N):
-            t = step // 2 - 1
-            while t < T:
-                thresholds = job.output_thresholds + 64 * (t * job.blocks + block)
-                bits ^= bits_at_least(rows + 64 * (pixel - first), thresholds, 16)
-                t += step
-            store_bits_16(output + 8 * n, bits)
-            step //= 2
-
-
-@njit
-def store_block(job, image, block, first, last, rows):
-    """16 output channels at pixels first..last, as the call wants them."""
-    if job.output_kind == PLANAR:
-        store_planes(job, image, block, first, last, rows)
-    elif job.output_kind == INTERLEAVED:
-        store_interleaved(job, image, block, first, last, rows)
-    elif job.output_threshold_count == job.output_bases:
-        store_bits(job, image, block, first, last, rows)
-    else:
-        store_binary_bits(job, image, block, first, last, rows)
-
-
 # --------------------------------------------------------------------------- one thread's share
 
 
@@ -338,7 +259,8 @@ def pack_share(job, thread, begin, end):
     for task in range(begin, end):
         image = task // job.chunk_count
         first = load_word(job.chunks + 8 * (task % job.chunk_count))
-        nan |= call_kernel(job.chunk_kernel, job.address, image, first, image_words(job, image, thread), scratch)
+        source = thread if job.input_by_thread else image
+        nan |= call_kernel(job.chunk_kernel, job.address, source, first, image_words(job, image, thread), scratch)
     return nan
 
 
@@ -360,13 +282,28 @@ def convolve_share(job, thread, begin, end):
             )
             summed = image
         last = call_kernel(job.block_kernel, job.address, words, tile, first, rows)
-        for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
-            store_block(job, image, block, first, last, rows + (block - tile * job.parts) * PART_BYTES)
+        output = job.output + job.output_stride * (thread if job.output_by_thread else image)
+        call_kernel(job.store_kernel, job.address, output, tile, first, rows)
         first = last
         if first == output_pixels:
             first, tile = 0, tile + 1
         if tile == tiles:
             tile, image = 0, image + 1
+
+
+@njit
+def run_images(job, thread, begin, end, part, parts):
+    """A thread's part of `parts` of all that is to be done for images begin..end; non-zero where a NaN was seen."""
+    nan, chunks = 0, (end - begin) * job.chunk_count
+    if chunks > 0:
+        start = begin * job.chunk_count
+        nan = pack_share(job, thread, start + chunks * part // parts, start + chunks * (part + 1) // parts)
+        if parts > 1:
+            call(job.barrier)
+    tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
+    start, tasks = begin * tasks, (end - begin) * tasks
+    convolve_share(job, thread, start + tasks * part // parts, start + tasks * (part + 1) // parts)
+    return nan
 
 
 @functools.cache
@@ -381,18 +318,11 @@ def run_kernel(stamp=STAMP):
         if job.threads > 1:
             thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         nan = 0
-        tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
         if job.words_by_thread:
             for image in range(job.images * thread // threads, job.images * (thread + 1) // threads):
-                nan |= pack_share(job, thread, image * job.chunk_count, (image + 1) * job.chunk_count)
-                convolve_share(job, thread, image * tasks, (image + 1) * tasks)
+                nan |= run_images(job, thread, image, image + 1, 0, 1)
         else:
-            chunks, tasks = job.images * job.chunk_count, job.images * tasks
-            if chunks > 0:
-                nan = pack_share(job, thread, chunks * thread // threads, chunks * (thread + 1) // threads)
-                if threads > 1:
-                    call(job.barrier)
-            convolve_share(job, thread, tasks * thread // threads, tasks * (thread + 1) // threads)
+            nan = run_images(job, thread, 0, job.images, thread, threads)
         if nan:
             job.saw_nan = 1
 
