@@ -680,7 +680,7 @@ def five_lines() -> str:
         ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
         ("logits = abcnets.fuse(packed)(images)", "{:.2f} ms an image, float32 {:.2f}, int8 {:.2f}".format(*times)),
     ]  # fmt: skip
-    return "\n".join(["```python", *(f"{code:<52}# {comment}" for code, comment in lines), "```"])
+    return "\n".join(["```python", *(f"{code:<53} # {comment}" for code, comment in lines), "```"])
 
 
 def for_readme() -> dict[str, str]:
