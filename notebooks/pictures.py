@@ -323,11 +323,15 @@ def tiles(*rows, limits: tuple[float, float] | None = None, size: float = 0.95):
 
     Args:
         *rows: (name, images) or (name, images, captions): images (H, W), (1, H, W) or, in colour, (3, H, W) from 0 to
-            1; captions above them.
+            1; captions above them. A row without images is left out.
         limits: what is black and what is white; None: the least and the greatest of each row.
         size: of a tile, in inches.
+
+    Raises: ValueError where no row has an image.
     """
-    plt = _pyplot()
+    plt, rows = _pyplot(), [row for row in rows if len(row[1])]
+    if not rows:
+        raise ValueError("tiles needs a row with at least one image, got none")
     columns = max(len(images) for _, images, *_ in rows)
     captioned = any(len(row) > 2 for row in rows)
     widest = max(len(line) for name, *_ in rows for line in name.split("\n"))

@@ -66,9 +66,10 @@ def timing(_, folder):
 def test_an_exception_closes_the_bar(function, few_digits, tmp_path, monkeypatch, threads):
     monkeypatch.setattr(tqdm, "_instances", weakref.WeakSet())  # whatever other tests have left
     monkeypatch.setattr(data, "read_image", stop)
-    for name in ("need_engine", "load_float", "kept_runs", "torch_contenders", "abcnets_contenders", "onnx_files",
-                 "onnx_contenders"):  # fmt: skip
+    for name in ("need_engine", "load_float", "kept_runs", "torch_contenders", "abcnets_contenders", "onnx_contenders"):
         monkeypatch.setattr(compare, name, lambda *_: [])
+    for name in ("binary_networks", "onnx_files", "int8_files"):
+        monkeypatch.setattr(compare, name, lambda *_: {})
     monkeypatch.setattr(compare, "milliseconds", stop)
     with pytest.raises(Stop) as kept:  # and with it the frames that hold the bar
         function(few_digits, tmp_path)

@@ -174,6 +174,9 @@ def test_tiles_show_their_images():
     assert first.images[0].get_clim() == second.images[0].get_clim() == (0, 11)  # those of the row
     assert not rest.images
     assert tiles(("", grey), limits=(-1, 1)).axes[0].images[0].get_clim() == (-1, 1)
+    assert [axis.get_ylabel() for axis in tiles(("none", []), ("two", grey)).axes] == ["two", ""]
+    with pytest.raises(ValueError, match="at least one image"):
+        tiles(("none", []))
 
 
 @pytest.mark.parametrize("seed", range(4))
