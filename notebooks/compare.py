@@ -34,7 +34,7 @@ import pandas as pd
 import torch
 from data import load_data
 from files import ROOT, tqdm, writable
-from runs import load_float, main_runs, write_csv
+from runs import load_float, main_runs, setting_of, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import load_weights
@@ -109,10 +109,9 @@ def abcnets_contenders(networks: dict, network: nn.Module, folder: Path) -> list
 def binary_networks(network: nn.Module, runs: pd.DataFrame, out: Path) -> dict[tuple, nn.Module]:
     """{(M, N, code): the network of a run}"""
     networks = {}
-    for row in runs.itertuples():
-        M, N = (int(count) if count > 0 else None for count in (row.M, row.N))
-        code = row.options.removeprefix("code=") or "thermometer"
-        networks[M, N, code] = load_weights(abcnets.convert(network, M, N, code=code), out / f"{row.run}.pt").eval()
+    for row in runs.to_dict("records"):
+        M, N, code = setting_of(row)
+        networks[M, N, code] = load_weights(abcnets.convert(network, M, N, code=code), out / f"{row['run']}.pt")
     return networks
 
 

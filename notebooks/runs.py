@@ -179,10 +179,9 @@ def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> li
         if not source.exists():
             print(f"{row['run']} stays as it is: {source} is missing; `{row['command']}` writes it")
             continue
-        M, N = (int(count) if count > 0 else None for count in (row["M"], row["N"]))
+        M, N, code = setting_of(row)
         model = build_network(data)
         if M or N:
-            code = row["options"].removeprefix("code=") or "thermometer"
             model = abcnets.convert(model, M, N, code=code)
         load_weights(model, source)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -325,6 +324,12 @@ def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
     """The rows of a data set's runs in which nothing but bases, code and seed was chosen; M, N are NaN where float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
     return rows[rows.options.isin(["", *(f"code={code}" for code in abcnets.CODES)])]
+
+
+def setting_of(row: dict) -> tuple[int | None, int | None, str]:
+    """M, N and code of one of the `main_runs`; None on a side that is float."""
+    M, N = (int(count) if count > 0 else None for count in (row["M"], row["N"]))
+    return M, N, row["options"].removeprefix("code=") or "thermometer"
 
 
 def default_runs(results: str | Path, dataset: str, seed: int = 0) -> pd.DataFrame:

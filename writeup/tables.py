@@ -12,6 +12,7 @@ from statistics import mean, median
 
 import pandas as pd
 
+from kernels.report import SHOWN
 from writeup import arithmetic
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -301,11 +302,8 @@ def accuracy_table() -> str:
 
 def timed_accuracy_table() -> str:
     """Beside the accuracies, how long an image takes: 32 at once on one thread, float in torch's best form."""
-    ms = {}
-    for row in COMPETITORS:
-        if row["form"] in ("abcnets", "torch float32") and (row["batch"], row["threads"]) == (32, 1):
-            case = row["M"], row["N"], row.get("code") or "thermometer"
-            ms[case] = min(row["ms_per_image"], ms.get(case, math.inf))
+    forms = [form for form in competitors() if form["name"] in ("abcnets", "torch float32")]
+    ms = {(form["M"], form["N"], form["code"]): form["ms"][32, 1] for form in forms if (32, 1) in form["ms"]}
     return accuracies(results(), ms)
 
 
@@ -427,9 +425,6 @@ def cpu_estimate() -> str:
     return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
 
 
-CPU_SETTINGS = [(1, 1, "thermometer"), (1, 2, "uniform"), (2, 2, "uniform"), (2, 2, "binary"), (3, 3, "binary")]
-
-
 def cpu_table() -> str:
     """Of a setting that a machine did not run, the same bases in the thermometer code, whose counting is the same."""
     rows = []
@@ -439,14 +434,14 @@ def cpu_table() -> str:
                 columns = ("times_float32", "times_int8", "share_of_bound")
                 found = [cpu_medians(here, contender, column, threads) for column in columns]
                 cells = []
-                for M, N, code in CPU_SETTINGS:
+                for M, N, code in SHOWN:
                     case = (M, N, code) if (M, N, code) in found[0] else (M, N, "thermometer")
                     is_there = case in found[0] and (code != "uniform" or case[2] == code)
                     values = [one.get(case) for one in found]
                     cells.append("{:.2f} / {:.2f} ({:.0%})".format(*values) if is_there else MISSING)
                 rows.append([machine, what, str(threads), *cells])
-    head = ["machine", "in and out", "threads", *(named(*setting) for setting in CPU_SETTINGS)]
-    return table(head, rows, "llr" + "r" * len(CPU_SETTINGS), NOT_MEASURED)
+    head = ["machine", "in and out", "threads", *(named(*setting) for setting in SHOWN)]
+    return table(head, rows, "llr" + "r" * len(SHOWN), NOT_MEASURED)
 
 
 def network_table() -> str:
