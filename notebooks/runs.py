@@ -14,7 +14,7 @@ from data import Data
 from files import TRAINED, DataError, commit, load, locked, replacing, save, writable
 from networks import build_network
 from recipe import Recipe, run_name
-from torch import nn
+from torch import Tensor, nn
 from training import (
     OTHER_RECIPE,
     accuracy,
@@ -81,7 +81,9 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
                **options) -> tuple[nn.Module, list[dict]]:  # fmt: skip
     """A float network and its training's history: trained, kept in `out`, recorded in `results`.
 
-    What a checkpoint of the same recipe holds is not trained again. Under a launcher all processes call this alike.
+    In the end its weights are rounded to numbers that float16 has too, so that `collect` needs half the bytes for the
+    very network that others start from. What a checkpoint of the same recipe holds is not trained again. Under a
+    launcher all processes call this alike.
 
     Args:
         kept: take a network of that name that is in `out`, or else comes with the repository, as it is, whatever its
@@ -100,6 +102,9 @@ def pretrained(data: Data, out: str | Path, results: str | Path, *, kept: bool =
     _claim(recipe, out, results, replace)
     model, history = pretrain(data, checkpoint=path.with_suffix(".checkpoint"), key=recipe.key(), replace=replace,
                               description=recipe.name, **recipe.training())  # fmt: skip
+    with torch.no_grad():
+        for value in model.state_dict().values():
+            value.copy_(in_float16(value))
     _finish(recipe, model, data, out, results, history, recipe.command(), {})
     return model, history
 
@@ -169,8 +174,8 @@ def trained_file(run: str, trained: Path = TRAINED) -> Path:
 def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> list[Path]:
     """Bring the networks of a data set's main rows from `out` to where they come with the repository.
 
-    Of a float network all seeds, since others start from it; of the binarized ones the first, packed. Those that are
-    not in `out` are named and stay as they are.
+    Of a float network all seeds, since others start from it, each tensor in float16 where that loses nothing; of the
+    binarized ones the first, packed. Those that are not in `out` are named and stay as they are.
     """
     rows = main_runs(results, data.name)
     kept = []
@@ -188,11 +193,20 @@ def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> li
         if M or N:
             abcnets.save_packed(abcnets.pack(model), path)
         else:
+            tensors = {}
+            for name, value in model.state_dict().items():
+                half = in_float16(value)
+                tensors[name] = (half if torch.equal(half.to(value.dtype), value) else value).contiguous()
             with replacing(path) as temporary:
-                tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
                 safetensors.torch.save_file(tensors, temporary)
         kept.append(path)
     return kept
+
+
+def in_float16(value: Tensor) -> Tensor:
+    """A tensor rounded to float16; as it is where that would not be finite, or where it holds no floats."""
+    half = value.half() if value.is_floating_point() else value
+    return half if half.isfinite().all() else value
 
 
 def _claim(recipe: Recipe, out: str | Path, results: str | Path, replace: bool) -> None:

@@ -14,7 +14,7 @@ import runs
 import torch
 import training
 from experiment import command_line, recipe_of
-from files import RESULTS, ROOT, DataError, commit, locked, replacing, save
+from files import RESULTS, ROOT, DataError, commit, load, locked, replacing, save
 from networks import build_network
 from recipe import NAMED, Recipe
 from runs import (
@@ -338,6 +338,7 @@ def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_
     monkeypatch.setattr(runs, "trained_file", lambda run: trained_file(run, trained))
     (out / "digits/float.pt").unlink()
     assert training.fingerprint(load_float(data, out)) == training.fingerprint(start)
+    assert {str(value.dtype) for value in load(trained / names[1]).values()} == {"torch.float16"}  # half the bytes
     assert "digits/float is the one that comes with the repository" in capsys.readouterr().out
     model, history = pretrained(data, out, results, kept=True)
     assert training.fingerprint(model) == training.fingerprint(start) and history == []
@@ -347,6 +348,20 @@ def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_
     (trained / names[1]).write_bytes(b"no tensors")
     with pytest.raises(DataError, match="can't be read as a safetensors file"):
         load_float(data, out)
+
+
+def test_what_float16_does_not_have_stays_as_it_is(few_digits, tmp_path, monkeypatch):
+    for module in (runs, training):
+        monkeypatch.setattr(module, "build_network", tiny)
+    large, count, third = torch.tensor([1e30, 0.1]), torch.tensor(70000), torch.tensor([1 / 3])
+    assert runs.in_float16(large) is large and runs.in_float16(count) is count
+    assert runs.in_float16(third).dtype == torch.float16 and runs.in_float16(third) == third.half()
+    data = dataclasses.replace(few_digits, limit=None)
+    pretrained(data, tmp_path, tmp_path, epochs=0)
+    model = tiny(data)  # not rounded: a file of one's own, or an older one
+    save(model.state_dict(), tmp_path / "digits/float.pt")
+    (path,) = collect(data, tmp_path, tmp_path, tmp_path)
+    assert training.fingerprint(load_float(data, tmp_path, path=path)) == training.fingerprint(model)
 
 
 def test_a_curve_is_the_first_that_is_found(tmp_path):
