@@ -1,4 +1,4 @@
-"""What bench.py measured, as tables and figures; and the one way in which text is filled in by a command.
+"""What bench.py measured, as tables and figures; and what all pages and figures of results share.
 
 `python -m kernels.bench --readme` (and with `--device cuda`) makes them anew from results/*.csv, without measuring.
 
@@ -61,8 +61,13 @@ def fill(page: Path | str, command: str, values: dict[str, str]) -> str:
 
 
 def refill(page: Path, command: str, values: dict[str, str]) -> None:
-    """`fill` a page where it is; it is replaced whole or not at all."""
-    text, temporary = fill(page, command, values), page.with_name(f".{page.name}.{os.getpid()}")
+    """`fill` a page where it is."""
+    rewrite(page, fill(page, command, values))
+
+
+def rewrite(page: Path, text: str) -> None:
+    """Put a text in the place of a page, whole or not at all."""
+    temporary = page.with_name(f".{page.name}.{os.getpid()}")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, page)
@@ -133,6 +138,54 @@ def _convolution(key) -> str:
     from .check import Shape
 
     return str(Shape(*map(int, key)))
+
+
+# --------------------------------------------------------------------------- figures of trade-offs
+
+
+def log_axis(axis, values) -> None:
+    """A logarithmic x axis with room on both sides of positive values, and its ticks, 1, 2, 5 times ten, written out.
+
+    Without values it stays as it is.
+    """
+    values = [float(value) for value in values]
+    if not values:
+        return
+    low, high = min(values), max(values)
+    margin = max(0.12 * math.log(high / low), 0.15)
+    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
+    ticks = [m * 10.0**e for e in range(-4, 7) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    axis.set(xscale="log", xlim=(low, high))
+    axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axis.minorticks_off()
+
+
+def label_points(axis, points, fontsize: float = 8) -> None:
+    """Labels beside points, where they lie neither on each other nor on other points. The axis has its limits already.
+
+    Args:
+        points: (x, y, label, colour) each.
+    """
+    axis.figure.draw_without_rendering()  # a layout settles now, before it is measured
+    pixel = 72 / axis.figure.dpi  # in points from here on
+    at = [tuple(pixel * axis.transData.transform((x, y))) for x, y, *_ in points]
+    (left, low), (right, top) = pixel * axis.transAxes.transform([(0, 0), (1, 1)])
+    taken = [(left - 999, low, left, top), (right, low, right + 999, top), (left, top, right, top + 999),
+             (left, low - 999, right, low), *((x - 4, y - 4, x + 4, y + 4) for x, y in at)]  # fmt: skip
+    for (x, y), (*point, label, colour) in zip(at, points):
+        width, height = 0.62 * fontsize * len(label), fontsize
+        beside = [(6, -height / 2), (-6 - width, -height / 2), (-width / 2, 6), (-width / 2, -6 - height),
+                  (5, 4), (5, -4 - height), (-5 - width, 4), (-5 - width, -4 - height),
+                  (-width / 2, 17), (-width / 2, -17 - height)]  # fmt: skip
+        boxes = [(x + dx, y + dy, x + dx + width, y + dy + height) for dx, dy in beside]
+        best = min(range(len(boxes)), key=lambda place: sum(_overlap(boxes[place], other) for other in taken))
+        taken.append(boxes[best])
+        axis.annotate(label, point, beside[best], textcoords="offset points", fontsize=fontsize, color=colour)
+
+
+def _overlap(a, b) -> float:
+    """The area that two boxes (left, bottom, right, top) share."""
+    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 # --------------------------------------------------------------------------- CPU

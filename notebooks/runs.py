@@ -5,6 +5,7 @@ A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `re
 of the rows that the README shows are in `trained/` too, small enough to come with the repository.
 """
 
+import tempfile
 from pathlib import Path
 
 import pandas as pd
@@ -193,14 +194,26 @@ def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> li
         if M or N:
             abcnets.save_packed(abcnets.pack(model), path)
         else:
-            tensors = {}
-            for name, value in model.state_dict().items():
-                half = in_float16(value)
-                tensors[name] = (half if torch.equal(half.to(value.dtype), value) else value).contiguous()
+            halves = {name: in_float16(value) for name, value in model.state_dict().items()}
+            exact = {name: half for name, half in halves.items() if torch.equal(half.float(), model.state_dict()[name])}
             with replacing(path) as temporary:
-                safetensors.torch.save_file(tensors, temporary)
+                safetensors.torch.save_file(_tensors(model) | exact, temporary)
         kept.append(path)
     return kept
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in model.state_dict().items()}
+
+
+def file_bytes(model: nn.Module, is_binary: bool) -> int:
+    """The bytes of the file in which a network is shipped: packed, or a float one in float32."""
+    if not is_binary:
+        return len(safetensors.torch.save(_tensors(model)))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "packed.safetensors"
+        abcnets.save_packed(abcnets.pack(model), path)
+        return path.stat().st_size
 
 
 def in_float16(value: Tensor) -> Tensor:
@@ -260,6 +273,7 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     row = {
         **recipe.row(), **percent, "least_level": least,
         "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
+        "file_bytes": file_bytes(model, recipe.is_binary),
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
         "command": command, "commit": COMMIT, "recipe": recipe.short,
     }  # fmt: skip
@@ -324,7 +338,7 @@ def curve(run: str, *results: str | Path) -> pd.DataFrame:
 
 
 COLUMNS = ["run", "dataset", "M", "N", "options", "seed", "epochs", "float", "binarized", "calibrated", "validation",
-           "accuracy", "packed_bytes"]  # fmt: skip  those of a run's row that others ask for
+           "accuracy", "file_bytes"]  # fmt: skip  those of a run's row that others ask for
 
 
 def recorded(path: str | Path, dataset: str) -> pd.DataFrame:

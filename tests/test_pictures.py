@@ -2,8 +2,6 @@
 
 import base64
 import copy
-import itertools
-import random
 import sys
 import warnings
 from types import SimpleNamespace
@@ -13,7 +11,7 @@ import matplotlib
 import matplotlib.pyplot as plt
 import pytest
 import torch
-from pictures import has_reader, label_points, log_axis, numerals, picture, show, tiles
+from pictures import has_reader, numerals, picture, show, tiles
 from torch import nn
 
 import abcnets
@@ -177,38 +175,6 @@ def test_tiles_show_their_images():
     assert [axis.get_ylabel() for axis in tiles(("none", []), ("two", grey)).axes] == ["two", ""]
     with pytest.raises(ValueError, match="at least one image"):
         tiles(("none", []))
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_labels_lie_apart_and_inside(seed):
-    """A crowd of points, some nearly in one place: no label lies on another, or leaves the axis."""
-    draw = random.Random(seed)
-    settings = itertools.product((1, 2, 3), (1, 2))
-    points = [(10 ** draw.uniform(1, 3), draw.uniform(91, 94), f"{M} × {N}", "#0072B2") for M, N in settings]
-    points += [(points[0][0] * 1.03, points[0][1] + 0.02, "onnxruntime int8", "#555555")]
-    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
-    axis.plot(*zip(*((x, y) for x, y, *_ in points)), "o")
-    axis.set_ylim(90.5, 94.5)
-    log_axis(axis, [x for x, *_ in points])
-    label_points(axis, points)
-    figure.draw_without_rendering()
-    boxes = [text.get_window_extent() for text in axis.texts]
-    assert [text.get_text() for text in axis.texts] == [label for *_, label, _ in points]
-    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
-    frame = axis.get_window_extent()
-    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
-    plt.close(figure)
-
-
-def test_a_logarithmic_axis_has_round_ticks_written_out():
-    figure, axis = plt.subplots()
-    log_axis(axis, [60, 800])
-    low, high = axis.get_xlim()
-    assert axis.get_xscale() == "log" and low < 60 and high > 800
-    assert [text.get_text() for text in axis.get_xticklabels()] == ["50", "100", "200", "500", "1000"]
-    log_axis(axis, [])  # nothing was measured
-    assert axis.get_xlim() == (low, high)
-    plt.close(figure)
 
 
 def test_a_figure_is_shown_and_kept_with_words(tmp_path, monkeypatch):

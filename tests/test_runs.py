@@ -89,6 +89,7 @@ def test_fine_tuning_recovers_and_leaves_a_row(few_digits, tmp_path):
     assert repeated(row, few_digits, teacher).short == row["recipe"]
     assert repeated(whole, few_digits).short == whole["recipe"]
     assert int(row["packed_bytes"]) < int(row["float_bytes"]) / 5
+    assert int(row["packed_bytes"]) < int(row["file_bytes"]) < int(whole["file_bytes"]) / 5
     assert (whole["run"], whole["M"], whole["binarized"]) == ("digits/float-batch-size=50-limit=400", "", "")
     curve = read_csv(tmp_path / "curves/digits-float-batch-size=50-limit=400.csv")
     assert curve.loss.tolist() == [entry["loss"] for entry in history]
@@ -331,6 +332,9 @@ def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_
     names = [f"digits-{run}.safetensors" for run in ("M2-N2-code=binary", "float", "float-s1")]
     assert [path.name for path in collect(data, out, results, trained)] == names
     assert f"digits/M1 stays as it is: {out}/digits/M1.pt is missing; `python" in capsys.readouterr().out
+    sizes = {row["run"]: int(row["file_bytes"]) for row in strings(results / "runs.csv")}
+    assert sizes["digits/M2-N2-code=binary"] == (trained / names[0]).stat().st_size
+    assert sizes["digits/float"] > 1.5 * (trained / names[1]).stat().st_size  # float32, and float16
     packed = abcnets.load_packed(trained / names[0], start)
     images, _ = next(data.test_batches(100))
     torch.testing.assert_close(packed(images), models[1](images), rtol=1e-3, atol=1e-3)

@@ -1,15 +1,18 @@
 """The writeup says what the results say; its examples are right; its references and links lead somewhere."""
 
+import itertools
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import torch
 
 import abcnets
-from kernels.report import fill
+from kernels.report import fill, label_points, log_axis
 from writeup import arithmetic, build, claims, figures, tables
 
 ROOT = Path(__file__).parent.parent
@@ -49,9 +52,9 @@ def test_missing_results_are_said_to_be_missing(monkeypatch):
     values, opening = tables.for_writeup(), tables.for_readme()
     for name in ("accuracy", "calibration", "network", "gaussian", "competitors", "cifar", "mixed", "ablation"):
         assert tables.MISSING in values[f"{name}_table"], name
-    for name in ("weights_only_1", "best_accuracy", "int8_beaten", "runs_machine", "calibration_images"):
+    for name in ("weights_only_1", "best_accuracy", "int8_beaten", "calibration_images"):
         assert tables.MISSING in values[name], name
-    for name in ("cpu_table", "gpu_table", "gpu_hardware", "step_time_mixed", "wins_against_int8", "times_int8_2"):
+    for name in ("cpu_table", "gpu_found", "machines_table", "step_time_mixed", "wins_against_int8", "times_int8_2"):
         assert tables.NOT_MEASURED in values[name], name
     assert all(tables.MISSING in text or tables.NOT_MEASURED in text for text in opening.values()), opening
     figures.figure_data()
@@ -101,7 +104,7 @@ def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monke
              for batch, ms in ((1, 1.5), (32, 0.5))]  # fmt: skip
     monkeypatch.setattr(tables, "COMPETITORS", rows)
     common = {"dataset": tables.DATASET, "M": 2, "N": 2, "options": "code=binary", "float": 94.0, "binarized": 20.0,
-              "calibrated": 90.0, "epochs": 10, "packed_bytes": 90}  # fmt: skip
+              "calibrated": 90.0, "epochs": 10, "file_bytes": 90}  # fmt: skip
     monkeypatch.setattr(tables, "RUNS", [common | {"seed": seed, "accuracy": 92.0 + seed} for seed in (0, 1)])
     opening = tables.for_readme()
     assert "| float32 | 94.00 % | 1 kB | 2.00 ms | 1.00 ms |" in opening["first_table"]
@@ -121,11 +124,6 @@ def test_int8_is_taken_on_one_thread_where_two_slow_it_down(monkeypatch):
     assert beaten == {3: set(), 1: {(1, 2)}}
 
 
-def test_labels_keep_their_distance():
-    assert figures._spread([0.1, 0.12, 0.5], 0.1, 0.0, 1.0) == pytest.approx([0.1, 0.2, 0.5])
-    assert figures._spread([0.9, 0.95, 1.0], 0.1, 0.0, 0.9) == pytest.approx([0.7, 0.8, 0.9])
-
-
 def test_figures_are_drawn_alike_twice(tmp_path):
     data = figures.figure_data()
     few = {name: figures.DRAWINGS[name] for name in ("bits", "speed", "competitors")}
@@ -136,6 +134,38 @@ def test_figures_are_drawn_alike_twice(tmp_path):
         figures.DRAWINGS = everything
         pictures.append({path.name: path.read_bytes() for path in sorted(folder.iterdir())})
     assert pictures[0] == pictures[1] and len(pictures[0]) == 4
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_labels_lie_apart_and_inside(seed):
+    """A crowd of points, some nearly in one place: no label lies on another, or leaves the axis."""
+    draw = random.Random(seed)
+    settings = itertools.product((1, 2, 3), (1, 2))
+    points = [(10 ** draw.uniform(1, 3), draw.uniform(91, 94), f"{M} × {N}", "#0072B2") for M, N in settings]
+    points += [(points[0][0] * 1.03, points[0][1] + 0.02, "onnxruntime int8", "#555555")]
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    axis.plot(*zip(*((x, y) for x, y, *_ in points)), "o")
+    axis.set_ylim(90.5, 94.5)
+    log_axis(axis, [x for x, *_ in points])
+    label_points(axis, points)
+    figure.draw_without_rendering()
+    boxes = [text.get_window_extent() for text in axis.texts]
+    assert [text.get_text() for text in axis.texts] == [label for *_, label, _ in points]
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    frame = axis.get_window_extent()
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and frame.y0 <= box.y0 and box.y1 <= frame.y1 for box in boxes)
+    plt.close(figure)
+
+
+def test_a_logarithmic_axis_has_round_ticks_written_out():
+    figure, axis = plt.subplots()
+    log_axis(axis, [60, 800])
+    low, high = axis.get_xlim()
+    assert axis.get_xscale() == "log" and low < 60 and high > 800
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["50", "100", "200", "500", "1000"]
+    log_axis(axis, [])  # nothing was measured
+    assert axis.get_xlim() == (low, high)
+    plt.close(figure)
 
 
 def test_the_pdf_builds(tmp_path):
@@ -194,10 +224,13 @@ def test_local_links_and_sections_lead_somewhere():
     assert set(re.findall(r"[Ss]ection (\d(?:\.\d)?)", TEXT)) <= sections
 
 
-def test_equations_and_figures_are_counted_in_order():
+def test_equations_tables_and_figures_are_counted_in_order():
     tags = re.findall(r"\\tag\{(\d+)\}", TEXT)
     assert tags == [str(i + 1) for i in range(len(tags))] and len(tags) == TEXT.count("```math")
-    shown = re.findall(r"!\[[^\]]+\]\(figures/(\w+)\.svg\)\n\n\*Figure (\d)\. ", TEXT)
+    captions = re.findall(r"^\*Table (\d+)\. ", TEXT, re.M)
+    assert captions == [str(i + 1) for i in range(len(captions))]
+    assert len(captions) == len(re.findall(r"^\|[ :-]+\|[ :|-]+$", TEXT, re.M))
+    shown = re.findall(r"!\[[^\]]+\]\(figures/(\w+)\.svg\)\n\n\*Figure (\d+)\. ", TEXT)
     assert [number for _, number in shown] == [str(i + 1) for i in range(len(shown))]
     assert {name for name, _ in shown} == set(figures.DRAWINGS)
 

@@ -110,8 +110,16 @@ def gaussian_errors(thresholds) -> list[float]:
 
 # --------------------------------------------------------------------------- Estimates
 
-# Multiply-adds a cycle of one AVX-512 core that starts two 512-bit operations a cycle (kernels/README.md).
-CPU_RATES = {"float32": 16, "int8": 64, "bits": 512 / 1.5}
+# Multiply-adds a cycle of one core in float32, int8 and bits (kernels/README.md). Counting 512 bits takes three
+# operations, of which a core starts two a cycle; a look-up and an addition count 128.
+CPU_CORES = {
+    "Zen 4, AVX-512": (16, 64, 512 / 1.5),
+    "Intel's servers since Ice Lake, AVX-512": (32, 128, 512 / 1.5),
+    "the same with AMX": (32, 1024, 512 / 1.5),
+    "AVX2, two look-ups a cycle (Zen, Ice Lake)": (16, 32, 192),
+    "AVX2, one (Haswell, Skylake)": (16, 32, 128),
+}
+CPU_RATES = dict(zip(("float32", "int8", "bits"), CPU_CORES["Zen 4, AVX-512"]))  # those that the text explains
 
 # Multiply-adds a clock of one multiprocessor of Hopper (kernels/README.md); the binary rates are reported or guessed.
 GPU_UNITS = {

@@ -9,6 +9,7 @@ the prose these must bear out.
 """
 
 import argparse
+import collections
 import json
 import re
 import sys
@@ -19,12 +20,13 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT)]
 
 from kernels.command import Parser
-from kernels.report import fill, refill
+from kernels.report import fill, rewrite
 from writeup import claims, figures, tables
 
 COMMAND = "python writeup/build.py"
 WRITEUP = HERE / "writeup.md"
 README = ROOT / "README.md"
+CITATION_FILE = ROOT / "CITATION.cff"
 FIGURES = HERE / "figures"
 PAGES = {WRITEUP: (tables.for_writeup, claims.of_writeup), README: (tables.for_readme, claims.of_readme)}
 
@@ -49,8 +51,8 @@ def contradictions(text: str, said: dict[str, bool]) -> list[str]:
 # --------------------------------------------------------------------------- PDF
 
 TEMPLATE = r"""
-#set document(title: "TITLE", date: none, keywords: ("source CHECKSUM",))
-#set page(paper: "a4", margin: (x: 2.3cm, y: 2cm), numbering: "1")
+#set document(title: "TITLE", author: "AUTHOR", date: none, keywords: ("source CHECKSUM",))
+#set page(paper: "a4", margin: (x: 2.1cm, y: 1.7cm), numbering: "1")
 #set text(font: "Libertinus Serif", size: 10pt, lang: "en", hyphenate: true)
 #set par(justify: true, leading: 0.58em, spacing: 0.85em)
 #set math.equation(numbering: "(1)")
@@ -63,37 +65,56 @@ TEMPLATE = r"""
 #set table(stroke: (x, y) => if y == 0 { (top: 0.8pt) }, inset: (x: 5pt, y: 3pt))
 #show table: set text(size: 8.6pt)
 #show table: set par(justify: false)
-#show figure: set block(breakable: false)
-#show figure.where(kind: table): set block(above: 1em, below: 1em, breakable: true)
-#show figure.where(kind: image): set figure(gap: 0.6em, placement: auto)
+#show figure: set block(above: 1.1em, below: 1.2em, breakable: false)
+#show figure: set figure(gap: 0.7em)
 #show figure.caption: it => block(width: 94%, align(left, text(size: 8.8pt, it)))
 #let horizontalrule = line(length: 100%, stroke: 0.5pt + luma(180))
 
-#align(center)[#text(size: 15.5pt, weight: "bold")[TITLE]]
+#align(center)[#text(size: 15.5pt, weight: "bold")[TITLE] \ #v(0.1em) AUTHOR, DATE]
 #v(0.4em)
 
 BODY
 
-#set text(size: 8.4pt)
+#set text(size: 8pt)
 #set par(leading: 0.5em, spacing: 0.55em)
 #bibliography("references.bib", title: "References", style: "ieee")
 """
 
 
+def numbered(text: str) -> str:
+    """The captions of tables and figures, *Table 3. ...*, counted in their order."""
+    count = collections.Counter()
+
+    def number(match):
+        count[match[1]] += 1
+        return f"*{match[1]} {count[match[1]]}. "
+
+    return re.sub(r"^\*(Table|Figure) \d+\. ", number, text, flags=re.M)
+
+
+def made(page: Path) -> str:
+    """What the results make of a page."""
+    values, _ = PAGES[page]
+    return numbered(fill(page, COMMAND, values()))
+
+
 def source_checksum(text: str, data: dict) -> str:
     """Of all that the PDF is made from: the text, the figures' numbers, the bibliography."""
-    return figures.checksum([text, data, tables.BIBLIOGRAPHY.read_text()])
+    return figures.checksum([text, data, tables.BIBLIOGRAPHY.read_text(), CITATION_FILE.read_text()])
 
 
 def typst_source(text: str, data: dict) -> str:
     """The PDF's source: pandoc's reading of the Markdown that GitHub shows, with figures and citations of its own."""
     import pypandoc
+    import yaml
 
     made_from = source_checksum(text, data)
     title, text = re.match(r"# (.*?)\n(.*)", text, re.S).groups()
     text = re.sub(r"## References\n.*", "", text, flags=re.S)
     # GitHub shows a caption as a paragraph below the picture; pandoc takes it as the picture's text.
     text = re.sub(r"!\[[^\]]*\]\((\S+)\)\n\n\*Figure \d+\. (.*?)\*\n", r"![\2](\1)\n", text, flags=re.S)
+    # A table's caption likewise is a paragraph below it; pandoc takes one that begins with a colon.
+    text = re.sub(r"^\*Table \d+\. (.*?)\*\n$", r": \1\n", text, flags=re.S | re.M)
     # Links to files of the repository lead nowhere from a PDF: their text stays.
     text = re.sub(r"(?<!!)\[([^\]]+)\]\((?!http)[^)]*\)", r"\1", text)
     text = re.sub(CITATION, r" [\1]", text)
@@ -105,8 +126,10 @@ def typst_source(text: str, data: dict) -> str:
         extra_args=["--wrap=none", "--columns=1000", "--shift-heading-level-by=-1"],
     )  # fmt: skip
     body = re.sub(r"^#bibliography\(.*\)$", "", body, flags=re.M)
-    parts = {"TITLE": title, "CHECKSUM": made_from, "BODY": body}
-    return re.sub("TITLE|CHECKSUM|BODY", lambda match: parts[match.group()], TEMPLATE)
+    cited = yaml.safe_load(CITATION_FILE.read_text())
+    author, date = cited["authors"][0]["name"], f"{cited['date-released']:%B %Y}"
+    parts = {"TITLE": title, "CHECKSUM": made_from, "BODY": body, "AUTHOR": author, "DATE": date}
+    return re.sub("TITLE|CHECKSUM|BODY|AUTHOR|DATE", lambda match: parts[match.group()], TEMPLATE)
 
 
 def build_pdf(text: str, data: dict, path: Path) -> None:
@@ -126,9 +149,8 @@ def build_pdf(text: str, data: dict, path: Path) -> None:
 def differences() -> list[str]:
     """What in the writeup is not what the results make of it, in words."""
     found = []
-    for page, (values, _) in PAGES.items():
-        old = page.read_text()
-        new = fill(old, COMMAND, values())
+    for page in PAGES:
+        old, new = page.read_text(), made(page)
         if new != old:
             changed = [b for a, b in zip(old.splitlines(), new.splitlines()) if a != b]
             found.append(f"{page.name} differs from the results, first here: {changed[0][:200]}")
@@ -141,15 +163,15 @@ def differences() -> list[str]:
         if not picture.exists() or f"data {figures.checksum(data[name])}" not in picture.read_text():
             found.append(f"figures/{name}.svg does not show the present results")
     pdf = HERE / "writeup.pdf"
-    made_from = source_checksum(fill(WRITEUP, COMMAND, tables.for_writeup()), data)
+    made_from = source_checksum(made(WRITEUP), data)
     if not pdf.exists() or made_from.encode() not in pdf.read_bytes():
         found.append("writeup.pdf was made from another text or other figures")
     return [*found, f"run: {COMMAND}"] if found else []
 
 
 def write() -> None:
-    for page, (values, _) in PAGES.items():
-        refill(page, COMMAND, values())
+    for page in PAGES:
+        rewrite(page, made(page))
     data = figures.figure_data()
     figures.draw(data, FIGURES)
     build_pdf(WRITEUP.read_text(), data, HERE / "writeup.pdf")

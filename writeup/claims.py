@@ -93,7 +93,7 @@ def _codes() -> dict[str, bool]:
     digits, nested, kept = rows[2, 2, "code=binary"], rows[3, 3, ""], rows[3, 3, "zero"]
     uniform = rows[2, 2, "code=binary,uniform"]
     cheap = rows[1, 2, "code=uniform"], rows[1, 2, "code=binary"]
-    size = lambda *case: tables.coded_runs(*case)[0]["packed_bytes"]  # noqa: E731
+    size = lambda *case: tables.coded_runs(*case)[0]["file_bytes"]  # noqa: E731
     weights = rows[2, None, "code=binary"], rows[2, None, ""], rows[3, None, ""]
     return {
         "Two digits leave what three nested bases leave, since both have four levels":

@@ -9,6 +9,7 @@ import math
 from pathlib import Path
 from statistics import median
 
+from kernels.report import label_points, log_axis
 from writeup import arithmetic, tables
 
 REPAIRS = {  # a column of calibration.csv: its name in the figure
@@ -73,7 +74,7 @@ def checksum(data) -> str:
 def draw_bits(plt, data):
     a, w = data["a"], data["w"]
     rows = [("a", a), ("w", w), ("product", [x * y for x, y in zip(a, w)])]
-    fig, ax = plt.subplots(figsize=(7, 1.9))
+    fig, ax = plt.subplots(figsize=(7, 1.6))
     for y, (name, signs) in enumerate(rows):
         height = -1.15 * y - (0.35 if y == 2 else 0)
         ax.text(-0.35, height + 0.45, name, ha="right", va="center", fontsize=11)
@@ -119,7 +120,7 @@ def draw_idea(plt, data):
 
 
 def draw_levels(plt, data):
-    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.9), width_ratios=(1.25, 1))
+    fig, (left, right) = plt.subplots(1, 2, figsize=(7, 2.4), width_ratios=(1.25, 1))
     xs = [-3 + 6 * i / 600 for i in range(601)]
     bell = [4 * arithmetic.density(x) - 2.2 for x in xs]
     left.fill_between(xs, bell, -2.2, color="#DDDDDD", linewidth=0, label="Gaussian")
@@ -146,7 +147,7 @@ def draw_levels(plt, data):
 
 
 def draw_calibration(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 2.7))
+    fig, ax = plt.subplots(figsize=(7, 2.4))
     colors = ("#BBBBBB", "#E69F00", "#56B4E9", "#0072B2", "#D55E00")
     for i, ((key, name), color) in enumerate(zip(REPAIRS.items(), colors)):
         places = [place + (i - 2) * 0.16 for place in range(len(data["rows"]))]
@@ -161,7 +162,7 @@ def draw_calibration(plt, data):
 
 
 def draw_threshold(plt, data):
-    fig, axes = plt.subplots(1, 2, figsize=(7, 2.7), sharey=True)
+    fig, axes = plt.subplots(1, 2, figsize=(7, 2.3), sharey=True)
     xs = [-3 + 6 * i / 300 for i in range(301)]
     for ax, scale, shift in zip(axes, data["scales"], data["shifts"]):
 
@@ -183,10 +184,10 @@ def draw_threshold(plt, data):
 
 
 def draw_competitors(plt, data):
-    forms, threads = data["forms"], data["threads"]
+    forms = data["forms"]
     batches = sorted({int(batch) for form in forms for batch in form["ms"]}) or [1]
-    fig, axes = plt.subplots(1, 1 + len(batches), figsize=(3.1 * (1 + len(batches)), 4.6), sharey=True, layout="none")
-    fig.subplots_adjust(left=0.065, right=0.975, bottom=0.2, top=0.72, wspace=0.1)
+    fig, axes = plt.subplots(1, 1 + len(batches), figsize=(3.1 * (1 + len(batches)), 3.4), sharey=True, layout="none")
+    fig.subplots_adjust(left=0.075, right=0.985, bottom=0.28, top=0.97, wspace=0.08)
     kinds = {
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
@@ -201,26 +202,25 @@ def draw_competitors(plt, data):
         axes[0].text(0.5, 0.5, "not measured yet", transform=axes[0].transAxes, color="#A04000", ha="center")
         return fig
     low, high = (limit(form["accuracy"] for form in forms) for limit in (min, max))
-    axes[0].set_ylim(low - 0.6, high + 0.35)
+    axes[0].set_ylim(low - 0.3, high + 0.25)
     for ax, place, label in zip(axes, worlds, labels):
-        ax.set(xscale="log", xlabel=label)
-        _nice_log_ticks(ax, [place(form) for form in forms])
+        ax.set_xlabel(label)
+        log_axis(ax, [place(form) for form in forms])
         points = []
         for form in forms:
             color, marker, _ = kinds[_kind(form)]
             ax.plot(place(form), form["accuracy"], marker, color=color, linestyle="none", markersize=6, zorder=3)
             points.append((place(form), form["accuracy"], _form_label(form), color))
-            if form["calibrated"] and form["calibrated"] > low - 0.6:
+            if form["calibrated"] and form["calibrated"] > low - 0.3:
                 ax.plot([place(form)] * 2, [form["calibrated"], form["accuracy"]], ":", color=color, linewidth=0.8)
                 ax.plot(place(form), form["calibrated"], marker, color=color, fillstyle="none", markersize=5)
                 rise = form["accuracy"] - form["calibrated"]
                 points += [(place(form), form["calibrated"] + rise * i / 8, "", color) for i in range(8)]
-        _label_points(ax, points)
+        label_points(ax, points)
     used = {_kind(form) for form in forms}
     handles = [plt.Line2D([], [], color=color, marker=marker, linestyle="none", label=name)
                for kind, (color, marker, name) in kinds.items() if kind in used]  # fmt: skip
-    fig.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9, handletextpad=0.2)
-    fig.suptitle(f"Nine-layer network on Fashion-MNIST, {threads} CPU thread{'s' * (threads > 1)}", fontsize=11, y=0.99)
+    fig.legend(handles=handles, loc="lower center", ncols=3, fontsize=9, handletextpad=0.2)
     return fig
 
 
@@ -231,68 +231,18 @@ def _kind(form) -> str:
 
 
 def _form_label(form) -> str:
-    """1 x b2: one base for the weights, two digits for the activations; t: thermometer; 1: binary weights alone."""
+    """1 x b2: one base for the weights, two digits for the activations; t: thermometer; 1: binary weights alone.
+
+    int8: what a library, which the mark tells, makes of the float network.
+    """
     if not form["M"] and not form["N"]:
-        return form["name"]
+        return form["name"].split()[-1]
     sides = [f"{form['code'][0] if count > 1 else ''}{count}" if count else "float" for count in (form["M"], form["N"])]
     return " × ".join(sides) if form["N"] else sides[0]
 
 
-def _nice_log_ticks(ax, xs) -> None:
-    """Limits that leave room on both sides, and ticks at 1, 2, 5 times powers of ten, written out."""
-    if not xs:
-        return
-    low, high = min(xs), max(xs)
-    margin = max(0.12 * math.log(high / low), 0.15)
-    low, high = low / math.exp(1.4 * margin), high * math.exp(1.6 * margin)
-    ticks = [m * 10.0**e for e in range(-4, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
-    ax.set_xlim(low, high)
-    ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    ax.minorticks_off()
-
-
-def _label_points(ax, points) -> None:
-    """Long names on a slant above the axes, a thin line to each point; short ones beside their points."""
-    low, high = (math.log(x) for x in ax.get_xlim())
-    named = sorted(point for point in points if len(point[2]) > 8)
-    places = _spread([(math.log(x) - low) / (high - low) - 0.04 for x, *_ in named], 0.1, 0.0, 0.76)
-    for (x, y, name, color), place in zip(named, places):
-        ax.annotate(name, (x, y), (place, 1.04), textcoords="axes fraction", rotation=38, rotation_mode="anchor",
-                    ha="left", va="bottom", fontsize=9, color=color,
-                    arrowprops={"arrowstyle": "-", "color": "#999999", "linewidth": 0.6, "shrinkB": 4, "shrinkA": 0,
-                                "relpos": (0, 0)})  # fmt: skip
-    pixels = 72 / ax.figure.dpi  # in points from here on
-    at = [tuple(pixels * ax.transData.transform((x, y))) for x, y, *_ in points]
-    (left, _), (right, _) = pixels * ax.transAxes.transform([(0, 0), (1, 1)])
-    taken = [(left - 99, 0, left + 2, 999), (right, 0, right + 99, 999)]
-    taken += [(x - 4, y - 4, x + 4, y + 4) for x, y in at]
-    for (x, y), point, (_, _, name, color) in zip(at, points, points):
-        width = 5.5 * len(name)
-        beside = [(6, -3.5), (-6 - width, -3.5), (-width / 2, 6), (-width / 2, -14), (5, 4), (5, -12)]
-        if 0 < len(name) <= 8:
-            boxes = [(x + dx, y + dy, x + dx + width, y + dy + 8) for dx, dy in beside]
-            best = min(range(len(boxes)), key=lambda i: sum(_overlap(boxes[i], other) for other in taken))
-            taken.append(boxes[best])
-            ax.annotate(name, point[:2], beside[best], textcoords="offset points", fontsize=9, color=color)
-
-
-def _overlap(a, b) -> float:
-    """The area that two boxes (left, bottom, right, top) share."""
-    return max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(0, min(a[3], b[3]) - max(a[1], b[1]))
-
-
-def _spread(wanted: list[float], gap: float, low: float, high: float) -> list[float]:
-    """Rising positions near the wanted ones, at least `gap` apart, between low and high where they fit."""
-    places = []
-    for want in wanted:
-        places.append(max(want, low, places[-1] + gap if places else low))
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], places[i + 1] - gap if i + 1 < len(places) else high)
-    return places
-
-
 def draw_speed(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 3.2))
+    fig, ax = plt.subplots(figsize=(7, 2.8))
     products = [1 + 29 * i / 200 for i in range(201)]
     ax.plot(products, [data["estimate"] / p for p in products], color="#333333", linestyle="--", linewidth=1.3,
             label="bits, estimate")  # fmt: skip
@@ -321,7 +271,7 @@ def draw_speed(plt, data):
 
 
 def draw_roofline(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 3.4))
+    fig, ax = plt.subplots(figsize=(7, 2.7))
     roof = data["roof"]
     xs = [10 ** (1 + 4 * i / 200) for i in range(201)]
     lines = (

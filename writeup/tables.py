@@ -159,11 +159,12 @@ def faster_than_int8(form: dict) -> set[tuple[int, int]]:
 
 
 def cpu_machines() -> list[tuple[str, list[dict]]]:
-    """[(hardware and instruction set, its rows)]"""
+    """[(a machine's instruction set, its rows)]; the hardware too where the former does not tell machines apart."""
     machines = {}
     for row in CPU:
-        machines.setdefault(f"{row['hardware']}, {row['isa']}", []).append(row)
-    return list(machines.items())
+        machines.setdefault((row["isa"], row["hardware"]), []).append(row)
+    sets = [isa for isa, _ in machines]
+    return [(isa if sets.count(isa) == 1 else f"{hardware}, {isa}", rows) for (isa, hardware), rows in machines.items()]
 
 
 def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:
@@ -289,9 +290,9 @@ def accuracies(found: list[dict], ms: dict | None = None) -> str:
         calibrated = "" if is_float else percent(run["calibrated"])
         below = "" if is_float or whole is None else f"{whole - run['accuracy']:.2f}"
         cells = ["float" if is_float else named(*case), calibrated, f"**{percent(run['accuracy'])}**", spread, below,
-                 kB(run["packed_bytes"])]  # fmt: skip
+                 kB(run["file_bytes"])]  # fmt: skip
         rows.append([*cells, *([f"{ms[case]:.2f} ms" if case in ms else MISSING] if ms is not None else [])])
-    head = ["weights × activations", "calibrated", "trained, mean", "from, to (seeds)", "below float", "tensors"]
+    head = ["weights × activations", "calibrated", "trained, mean", "from, to (seeds)", "below float", "file"]
     head += ["an image"] if ms is not None else []
     return table(head, rows, "l" + "r" * (len(head) - 1))
 
@@ -369,10 +370,10 @@ def codes_table() -> str:
         if runs:
             trained = [run["accuracy"] for run in runs]
             spread = f"{min(trained):.2f} to {max(trained):.2f} ({len(runs)})"
-            measured = [percent(runs[0]["calibrated"]), percent(mean(trained)), spread, kB(runs[0]["packed_bytes"])]
+            measured = [percent(runs[0]["calibrated"]), percent(mean(trained)), spread, kB(runs[0]["file_bytes"])]
         rows.append([named(M, N, code), levels, zero, str(M * N if N else "-"), *measured])
     head = ["weights × activations", "levels", "0 stays 0", "binary conv.", "calibrated", "trained, mean",
-            "from, to (seeds)", "tensors"]  # fmt: skip
+            "from, to (seeds)", "file"]  # fmt: skip
     return table(head, rows, "lccrrrrr")
 
 
@@ -416,13 +417,13 @@ def _in_words(case: tuple[int, int]) -> str:
 
 
 def cpu_estimate() -> str:
-    float32, int8, bits = (arithmetic.CPU_RATES[kind] for kind in ("float32", "int8", "bits"))
+    """Products a cycle, and from which M N on bits lose."""
     rows = [
-        ["float32, fused multiply-add", f"{float32}", "1"],
-        ["int8, dot product into int32", f"{int8}", f"{int8 / float32:g}"],
-        ["bits: XOR, popcount, add", f"512 / 1.5 = {bits:.0f}", f"{bits / float32:.1f} / ($M N$)"],
+        [core, str(float32), str(int8), f"{bits:.0f} / ($M N$)", f"{bits / float32:.1f}", f"{bits / int8:.1f}"]
+        for core, (float32, int8, bits) in arithmetic.CPU_CORES.items()
     ]
-    return table(["arithmetic", "products a cycle", "against float32"], rows, "lrr")
+    head = ["core", "float32", "int8", "bits", "faster than float32 below $M N$", "than int8 below $M N$"]
+    return table(head, rows, "lrrrrr")
 
 
 def cpu_table() -> str:
@@ -493,13 +494,30 @@ def gpu_tile() -> str:
     return table(["$M = N$", "counting", "writing floats", "writing bits"], rows, "rrrr")
 
 
-def gpu_table() -> str:
-    rows = [
-        [f"`{row['contender']}`", str(row["bases"] or "float"), f"{row['microseconds']:.1f}",
-         f"{row['operations_per_second'] / 1e12:.3g}" if row["operations_per_second"] else ""]
-        for row in CUDA if row["section"] == "ladder"
-    ]  # fmt: skip
-    return table(["rung", "$M = N$", "µs", "T op/s"], rows, "lrrr", NOT_MEASURED)
+def gpu_found() -> str:
+    """The fastest rung of the ladder with one base, in a sentence."""
+    ladder = [row for row in CUDA if row["section"] == "ladder" and row["bases"] == 1 and row["operations_per_second"]]
+    if not ladder:
+        return f"Their speed is {NOT_MEASURED}."
+    best = max(ladder, key=lambda row: row["operations_per_second"])
+    return ("On {hardware} the fastest at $M = N = 1$ is `{contender}`: {microseconds:.0f} µs for a layer of 3 × 3, "
+            "128 to 128 channels, 32 images of 28 × 28.").format(**best)  # fmt: skip
+
+
+def machines_table() -> str:
+    """On what each kind of result was found."""
+    sources = {
+        "accuracies": RUNS, "calibration (4.3)": CALIBRATION, "training steps (3.3)": STEP, "convolutions (5.1)": CPU,
+        "whole networks (5.1)": SPEED, "forms of a network (5.3, 6)": COMPETITORS,
+    }  # fmt: skip
+    machines = {}
+    for what, found in sources.items():
+        for row in found:
+            hardware = re.sub(r", \d+ threads", "", row["hardware"])
+            versions = re.findall(r"(?:torch|numba|onnxruntime) [\d.]+", row["versions"])
+            machines.setdefault((hardware, ", ".join(versions)), {})[what] = None
+    rows = [[*machine, ", ".join(results)] for machine, results in machines.items()]
+    return table(["processor", "versions", "results"], rows, "lll", NOT_MEASURED)
 
 
 def references() -> str:
@@ -534,15 +552,15 @@ def _authors(text: str) -> str:
 
 
 TABLES = (
-    bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_table,
+    bits_table, alpha_table, gaussian_table, calibration_table, cpu_estimate, cpu_table, network_table, gpu_found,
     gpu_estimate, gpu_tile, accuracy_table, competitors_table, int8_table, cifar_table, ablation_table, codes_table,
-    code_errors, mixed_table, step_table, references,
+    code_errors, mixed_table, step_table, machines_table, references,
 )  # fmt: skip
 
 
 def say(words: str, row: dict | None, missing: str = MISSING) -> str:
     """The words with the row's numbers in them; or that there is no such row."""
-    return words.format(**row, kB=kB(row.get("packed_bytes") or row.get("bytes") or 0)) if row else missing
+    return words.format(**row, kB=kB(row.get("file_bytes") or row.get("bytes") or 0)) if row else missing
 
 
 def bases_of(row: dict | None) -> str:
@@ -558,19 +576,19 @@ def for_writeup() -> dict[str, str]:
     reference, best, gains = result(), best_result(), per_channel_gains()
     calibration = CALIBRATION[0] if CALIBRATION else None
     steps = {row["precision"]: row for row in STEP if STEP_OF_TEXT.items() <= row.items()}
-    cpu = CPU[0] if CPU else None
-    shapes = {tuple(r[k] for k in ("C", "O", "K", "size", "stride", "B")) for r in CPU if r["K"] == 3}
     int8, binary = rival("onnxruntime int8"), [form for form in ours() if form["N"]]
     beaten, cases = (sum(map(len, sets)) for sets in (map(faster_than_int8, binary), (f["ms"] for f in binary)))
     values = {function.__name__: function() for function in TABLES} | {
         "per_channel_gain": f"{100 * min(gains):.0f} to {100 * max(gains):.0f} %" if gains else MISSING,
         "calibration_images": say("{images}", calibration),
         "calibration_float": say("{float:.2f}", calibration),
-        "calibration_versions": say("{versions}", calibration),
         "coded_float": say("{float:.2f} %", next((run for case in CODES for run in coded_runs(*case)), None)),
-        "runs_machine": say("{hardware}, {versions}", reference),
         "float_accuracy": say("{accuracy:.2f} %", reference),
-        "float_size": kB(reference["float_bytes"]) if reference else MISSING,
+        "float_size": kB(reference["file_bytes"]) if reference else MISSING,
+        "digits_calibrated": say("{calibrated:.2f} %", result(2, 2, "binary")),
+        "digits_accuracy": say("{accuracy:.2f} %", result(2, 2, "binary")),
+        "digits_size": say("{kB}", result(2, 2, "binary")),
+        "cifar_epochs": span([found["epochs"] for found in results("cifar10-jpeg")]),
         "best_setting": named(best["M"], best["N"], best["code"]) if best else MISSING,
         "best_accuracy": say("{accuracy:.2f} %", best),
         "best_size": say("{kB}", best),
@@ -578,16 +596,8 @@ def for_writeup() -> dict[str, str]:
         "epochs": say("{epochs}", reference),
         "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
         "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
-        "step_hardware": say("{hardware}, {threads} threads", steps.get("float32"), NOT_MEASURED),
-        "cpu_shapes": str(len(shapes)),
-        "cpu_hardware": say("{hardware}", cpu, NOT_MEASURED),
-        "cpu_clock": say("{clock_ghz:.2f} GHz", cpu, NOT_MEASURED),
-        "cpu_bound": say("{bound_tops:.2f} T", cpu, NOT_MEASURED),
-        "cpu_versions": say("{versions}", cpu, NOT_MEASURED),
         "wins_against_float32": crossover("times_float32"),
         "wins_against_int8": crossover("times_int8"),
-        "gpu_hardware": say("{hardware}", next(iter(CUDA), None), f"**{NOT_MEASURED}**"),
-        "competitors_machine": say("{hardware}; {versions}", next(iter(COMPETITORS), None)),
         "int8_accuracy": say("{accuracy:.2f} %", int8),
         "int8_size": say("{kB}", int8),
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
@@ -601,6 +611,11 @@ def for_writeup() -> dict[str, str]:
         for what, column in (("time", "ratio"), ("memory", "memory_ratio")):
             values[f"step_{what}_{precision}"] = say(f"{{{column}:.2f}}", steps.get(precision), f"({NOT_MEASURED})")
     return values
+
+
+def span(counts: list[int]) -> str:
+    """3, 10, 4 in words: "3 to 10"."""
+    return (f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])) if counts else MISSING
 
 
 def points_lost(found: dict | None) -> str:
