@@ -52,7 +52,7 @@ def test_missing_results_are_said_to_be_missing(monkeypatch):
     values, opening = tables.for_writeup(), tables.for_readme()
     for name in ("accuracy", "calibration", "network", "gaussian", "competitors", "cifar", "mixed", "ablation"):
         assert tables.MISSING in values[f"{name}_table"], name
-    for name in ("weights_only_1", "best_accuracy", "int8_beaten", "calibration_images"):
+    for name in ("weights_only", "best_accuracy", "int8_beaten", "calibration_images"):
         assert tables.MISSING in values[name], name
     for name in ("cpu_table", "gpu_found", "machines_table", "step_time_mixed", "wins_against_int8", "times_int8_2"):
         assert tables.NOT_MEASURED in values[name], name

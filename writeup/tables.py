@@ -595,15 +595,14 @@ def for_writeup() -> dict[str, str]:
         "best_loss": points_lost(best),
         "epochs": say("{epochs}", reference),
         "tuned_epochs": say("{epochs}", next((found for found in results() if found["M"] or found["N"]), None)),
-        "accuracy_33": say("{accuracy:.2f} %", result(3, 3)),
+        "calibrated_33": say("{all:.2f} %", next((r for r in CALIBRATION if r["M"] == r["N"] == 3), None)),
+        "weights_only": weights_only(),
         "wins_against_float32": crossover("times_float32"),
         "wins_against_int8": crossover("times_int8"),
         "int8_accuracy": say("{accuracy:.2f} %", int8),
         "int8_size": say("{kB}", int8),
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
     }
-    for M in (1, 2, 3):
-        values[f"weights_only_{M}"] = points_lost(result(M))
     for n in BASES:
         speed = on_one_thread("times_int8").get(n * n)
         values[f"times_int8_{n}"] = f"{speed:.2f}" if speed else NOT_MEASURED
@@ -616,6 +615,15 @@ def for_writeup() -> dict[str, str]:
 def span(counts: list[int]) -> str:
     """3, 10, 4 in words: "3 to 10"."""
     return (f"{min(counts)} to {max(counts)}" if len(set(counts)) > 1 else str(counts[0])) if counts else MISSING
+
+
+def weights_only() -> str:
+    """What binary weights with float activations lose, in words, by those that were run."""
+    settings = [(M, code) for M, N, code in SETTINGS if M and not N]
+    lost = [(M, code, points_lost(found)) for M, code in settings if (found := result(M, None, code))]
+    several = [M for M, *_ in lost]
+    words = [f"{points} at M = {M}" + f" ({code})" * (several.count(M) > 1) for M, code, points in lost]
+    return ", ".join(words) or MISSING
 
 
 def points_lost(found: dict | None) -> str:
@@ -707,9 +715,7 @@ def for_readme() -> dict[str, str]:
     for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
         values[f"{kind}_{bases}"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(bases))
     return values | {
-        "codes_table": codes_table(),
         "timed_accuracy_table": timed_accuracy_table(),
-        "cifar_table": cifar_table(),
         "int8_table": int8_table(),
         "speed_hardware": say("{hardware}", next(iter(SPEED), None), NOT_MEASURED),
         "competitors_hardware": say("{hardware}", next(iter(COMPETITORS), None)),
