@@ -5,6 +5,8 @@ A run is what its `Recipe` says, and named after it (`fashion-mnist/M3-N3`). `re
 of the rows that the README shows are in `trained/` too, small enough to come with the repository.
 """
 
+import contextlib
+import functools
 import tempfile
 from pathlib import Path
 
@@ -25,7 +27,6 @@ from training import (
     is_main_process,
     load_checkpoint,
     load_weights,
-    predict,
     pretrain,
 )
 
@@ -33,7 +34,7 @@ import abcnets
 from kernels.clock import machine
 from kernels.command import Refused
 
-COMMIT = commit()  # now, for that is the code that runs: hours later there may be another
+begun_at = functools.cache(commit)  # asked as the first run begins: hours later there may be another
 WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
 
 # --------------------------------------------------------------------------- Tables as files
@@ -226,6 +227,7 @@ def _claim(recipe: Recipe, out: str | Path, results: str | Path, replace: bool) 
     """Before hours of training: whether its results can be written, and in place of nothing else.  Raises: Refused."""
     if not is_main_process():
         return
+    begun_at()
     writable(Path(out))
     writable(Path(results))
     if (others := _others(recipe, Path(out) / f"{recipe.name}.pt", Path(results) / "runs.csv")) and not replace:
@@ -262,20 +264,21 @@ def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | Non
 def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, results: str | Path, history: list[dict],
             command: str, before: dict) -> None:  # fmt: skip
     """Keep a trained network; write its row, in place of an earlier one of the same name, and its curve."""
-    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before,
-               "validation": accuracy(model, data, "validation"), "accuracy": accuracy(model, data)}  # fmt: skip
-    least = least_level(model, data)
+    with counted_levels(model) as counts:
+        validation = accuracy(model, data, "validation")
+    percent = {**dict.fromkeys(("float", "binarized", "calibrated")), **before, "validation": validation,
+               "accuracy": accuracy(model, data)}  # fmt: skip
     if not is_main_process():
         return
     path = Path(out) / f"{recipe.name}.pt"
     save(model.state_dict(), path)
     sizes = abcnets.summary(model, next(data.test_batches(1))[0]).total()
     row = {
-        **recipe.row(), **percent, "least_level": least,
+        **recipe.row(), **percent, "least_level": least_level(counts),
         "packed_bytes": sizes["packed_bytes"], "float_bytes": sizes["float_bytes"],
         "file_bytes": file_bytes(model, recipe.is_binary),
         "seconds": sum(entry["seconds"] for entry in history), **machine(data.device, torch.get_num_threads()),
-        "command": command, "commit": COMMIT, "recipe": recipe.short,
+        "command": command, "commit": begun_at(), "recipe": recipe.short,
     }  # fmt: skip
     row = {key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}
     keep_rows(Path(results) / "runs.csv", [row], by=["run"])
@@ -284,15 +287,12 @@ def _finish(recipe: Recipe, model: nn.Module, data: Data, out: str | Path, resul
     print(f"{recipe.name}: {'fine-tuned ' * recipe.is_binary}{percent['accuracy']:.2f} %, kept in {path}")
 
 
-@torch.no_grad()
-def least_level(model: nn.Module, data: Data) -> float | None:
-    """The least share, in percent, that any level of any layer's activations has of what reaches the layer.
-
-    Over the validation images; None where all activations are float. At 0 there is a threshold that decides nothing,
-    and bits and binary convolutions that are computed for nothing.
-    """
+@contextlib.contextmanager
+def counted_levels(model: nn.Module):
+    """{layer: how many values fell on each level} of all that reaches the layers of binarized activations meanwhile."""
     counts = {}
 
+    @torch.no_grad()
     def count(layer, inputs):
         thresholds = (0.5 - layer.vs.detach()).sort().values  # R >= 1/2 - v is the comparison, in every code
         levels = torch.bucketize(inputs[0].float().flatten(), thresholds, right=True)
@@ -300,9 +300,18 @@ def least_level(model: nn.Module, data: Data) -> float | None:
 
     handles = [layer.register_forward_pre_hook(count) for layer in model.modules()
                if getattr(layer, "activation_bases", None) and getattr(layer, "active", False)]  # fmt: skip
-    predict(model, data, "validation")
-    for handle in handles:
-        handle.remove()
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def least_level(counts: dict) -> float | None:
+    """The least share, in percent, that any level of any layer has; None where all activations were float.
+
+    At 0 there is a threshold that decides nothing, and bits and binary convolutions that are computed for nothing.
+    """
     return min((100 * (found.min() / found.sum()).item() for found in counts.values()), default=None)
 
 

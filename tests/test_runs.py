@@ -20,6 +20,7 @@ from recipe import NAMED, Recipe
 from runs import (
     binarized,
     collect,
+    counted_levels,
     curve,
     default_runs,
     finetuned,
@@ -389,5 +390,9 @@ def test_a_level_that_nothing_falls_on_is_found(few_digits):
         layer.vs.data = 0.5 - torch.tensor(thresholds)
         below = [(images < threshold).float().mean().item() for threshold in sorted(thresholds)]
         shares = below[0], below[1] - below[0], 1 - below[1]
-        assert least_level(model, few_digits) == pytest.approx(100 * min(shares), abs=1e-3)
-    assert least_level(abcnets.binarize(model, False), few_digits) is None
+        with counted_levels(model) as counts:
+            training.accuracy(model, few_digits, "validation")
+        assert least_level(counts) == pytest.approx(100 * min(shares), abs=1e-3)
+    with counted_levels(abcnets.binarize(model, False)) as counts:
+        training.accuracy(model, few_digits, "validation")
+    assert least_level(counts) is None and not any(layer._forward_pre_hooks for layer in model.modules())

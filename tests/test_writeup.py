@@ -13,7 +13,7 @@ import torch
 
 import abcnets
 from kernels.report import fill, label_points, log_axis
-from writeup import arithmetic, build, claims, figures, tables
+from writeup import arithmetic, build, claims, figures, records, tables
 
 ROOT = Path(__file__).parent.parent
 WRITEUP = ROOT / "writeup"
@@ -40,15 +40,15 @@ def test_words_that_the_numbers_contradict_are_noticed(monkeypatch):
     assert not build.contradictions(TEXT, claims.of_writeup())
     (wrong,) = build.contradictions(TEXT.replace("8 - 2 \\cdot 3 = 2", "3"), claims.of_writeup())
     assert wrong.startswith("it does not say") and "= 2$ here" in wrong
-    worse = [row | {"thresholds": 99.0} for row in tables.CALIBRATION]
-    monkeypatch.setattr(tables, "CALIBRATION", worse)
+    worse = [row | {"thresholds": 99.0} for row in records.CALIBRATION]
+    monkeypatch.setattr(records, "CALIBRATION", worse)
     (wrong,) = build.contradictions(TEXT, claims.of_writeup())
     assert wrong == "the results do not bear out: Better thresholds alone do not help"
 
 
 def test_missing_results_are_said_to_be_missing(monkeypatch):
     for name in ("RUNS", "SPEED", "STEP", "COMPETITORS", "MIXED", "CALIBRATION", "WEIGHTS", "FILTER", "CPU", "CUDA"):
-        monkeypatch.setattr(tables, name, [])
+        monkeypatch.setattr(records, name, [])
     values, opening = tables.for_writeup(), tables.for_readme()
     for name in ("accuracy", "calibration", "network", "gaussian", "competitors", "cifar", "mixed", "ablation"):
         assert tables.MISSING in values[f"{name}_table"], name
@@ -70,30 +70,30 @@ def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_la
     rows = [competitor("torch float32", 94.0, ms) for ms in (3.0, 2.0)]
     rows += [competitor("onnxruntime int8", *pair, size=300) for pair in ((93.5, 1.0), (92.0, 0.5))]
     rows += [competitor("abcnets", 90.0, 0.9, M=1, N=1, size=90), competitor("abcnets", 93.0, 4.0, M=3, N=3, size=150)]
-    monkeypatch.setattr(tables, "COMPETITORS", rows)
-    shown = {(form["name"], form["M"]): (form["accuracy"], form["ms"][1, 1]) for form in tables.competitors()}
+    monkeypatch.setattr(records, "COMPETITORS", rows)
+    shown = {(form["name"], form["M"]): (form["accuracy"], form["ms"][1, 1]) for form in records.competitors()}
     assert shown == {("torch float32", None): (94.0, 2.0), ("onnxruntime int8", None): (93.5, 1.0),
                      ("abcnets", 1): (90.0, 0.9), ("abcnets", 3): (93.0, 4.0)}  # fmt: skip
     assert tables.for_writeup()["int8_beaten"] == "1 of the 2" and "**0.900** |" in tables.competitors_table()
     assert tables.for_readme()["smaller"] == "not run"  # none of the settings of its first screen
-    monkeypatch.setattr(tables, "COMPETITORS", [row for row in rows if row["M"] != 1])
+    monkeypatch.setattr(records, "COMPETITORS", [row for row in rows if row["M"] != 1])
     assert tables.for_writeup()["int8_beaten"] == "0 of the 1" and "**" not in tables.competitors_table()
 
 
 def test_networks_in_int8_have_a_table_of_their_own(monkeypatch):
     floats = [competitor("onnxruntime float32", 94.0, 3.0), competitor("onnxruntime int8", 93.9, 1.0, size=238_000)]
     trained, int8 = (competitor(form, percent, ms, M=2, size=size) | {"code": "binary"} for form, percent, ms, size in (
-        ("abcnets", 93.5, 2.0, 90_000), (tables.IN_INT8, 93.4, 0.9, 80_000)))  # fmt: skip
-    monkeypatch.setattr(tables, "COMPETITORS", [*floats, trained])
+        ("abcnets", 93.5, 2.0, 90_000), (records.IN_INT8, 93.4, 0.9, 80_000)))  # fmt: skip
+    monkeypatch.setattr(records, "COMPETITORS", [*floats, trained])
     assert tables.MISSING in tables.int8_table()
-    monkeypatch.setattr(tables, "COMPETITORS", [*floats, trained, int8])
+    monkeypatch.setattr(records, "COMPETITORS", [*floats, trained, int8])
     assert tables.int8_table().splitlines()[2:] == [
         "| float, by onnxruntime's quantizer | 94.00 % | 93.90 % | 238 kB | 1.000 |",
         "| binary 2 × float | 93.50 % | 93.40 % | 80 kB | 0.900 |",
     ]
     assert "0.900" not in tables.competitors_table() and "abcnets, binary 2 × float" in tables.competitors_table()
     shown = {figures._kind(form): figures._form_label(form) for form in figures.figure_data()["competitors"]["forms"]}
-    assert shown["weights"] == shown[tables.IN_INT8] == "b2"
+    assert shown["weights"] == shown[records.IN_INT8] == "b2"
 
 
 def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monkeypatch):
@@ -102,10 +102,10 @@ def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monke
     ) for batch, ms in zip((1, 32), times)]  # fmt: skip
     rows += [competitor("abcnets", 92.0, ms, batch, 2, 2, size=100) | {"code": "binary"}
              for batch, ms in ((1, 1.5), (32, 0.5))]  # fmt: skip
-    monkeypatch.setattr(tables, "COMPETITORS", rows)
-    common = {"dataset": tables.DATASET, "M": 2, "N": 2, "options": "code=binary", "float": 94.0, "binarized": 20.0,
+    monkeypatch.setattr(records, "COMPETITORS", rows)
+    common = {"dataset": records.DATASET, "M": 2, "N": 2, "options": "code=binary", "float": 94.0, "binarized": 20.0,
               "calibrated": 90.0, "epochs": 10, "file_bytes": 90}  # fmt: skip
-    monkeypatch.setattr(tables, "RUNS", [common | {"seed": seed, "accuracy": 92.0 + seed} for seed in (0, 1)])
+    monkeypatch.setattr(records, "RUNS", [common | {"seed": seed, "accuracy": 92.0 + seed} for seed in (0, 1)])
     opening = tables.for_readme()
     assert "| float32 | 94.00 % | 1 kB | 2.00 ms | 1.00 ms |" in opening["first_table"]
     assert "| **binary 2 × 2** | 92.50 % | 0 kB | 1.50 ms | 0.50 ms |" in opening["first_table"]
@@ -119,8 +119,8 @@ def test_int8_is_taken_on_one_thread_where_two_slow_it_down(monkeypatch):
         ("onnxruntime int8", None, 1.0, 1), ("onnxruntime int8", None, 2.0, 2),
         ("abcnets", 3, 3.0, 1), ("abcnets", 3, 1.5, 2), ("abcnets", 1, 1.5, 1), ("abcnets", 1, 0.9, 2),
     ]]  # fmt: skip
-    monkeypatch.setattr(tables, "COMPETITORS", rows)
-    beaten = {form["M"]: tables.faster_than_int8(form) for form in tables.ours()}
+    monkeypatch.setattr(records, "COMPETITORS", rows)
+    beaten = {form["M"]: records.faster_than_int8(form) for form in records.ours()}
     assert beaten == {3: set(), 1: {(1, 2)}}
 
 

@@ -6,7 +6,7 @@ The words stand in the page exactly so, but for line breaks and markers; where r
 import math
 import re
 
-from writeup import arithmetic, tables
+from writeup import arithmetic, records
 
 
 def of_writeup() -> dict[str, bool]:
@@ -16,7 +16,7 @@ def of_writeup() -> dict[str, bool]:
 def of_readme() -> dict[str, bool]:
     return {
         "Two digits on each side do what three nested bases do, with four binary convolutions in the place of nine":
-            abs((tables.coded_accuracy(2, 2, "code=binary") or 0) - (tables.coded_accuracy(3, 3) or math.inf)) < 0.25,
+            abs((records.coded_accuracy(2, 2, "code=binary") or 0) - (records.coded_accuracy(3, 3) or math.inf)) < 0.25,
     }
 
 
@@ -42,14 +42,14 @@ def _estimates() -> dict[str, bool]:
     units = arithmetic.GPU_UNITS
     roof = units["binary tensor core, `mma`"]
     floats, words = ({n: arithmetic.tile(n, out) for n in (1, 2, 3)} for out in (False, True))
-    measured = tables.on_one_thread("times_float32")
+    measured = records.on_one_thread("times_float32")
     return {
         f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
         f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {math.isqrt(int(bits // int8))}$": True,
         f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {9, 25} <= measured.keys()
         and measured[9] > 1 > measured[25],
         "On one thread, with floats in and out, the largest $M N$":
-            bool(tables.CPU) and tables.cpu_threads(tables.cpu_machines()[0][1])[0] == 1,
+            bool(records.CPU) and records.cpu_threads(records.cpu_machines()[0][1])[0] == 1,
         "int8 does four times the products of float32": int8 == 4 * float32,
         "does half of what the TF32 tensor core does": 2 * units["popcount"] == units["TF32 tensor core"],
         "$M = N = 1$ writing a float result takes three times as long as computing it":
@@ -63,19 +63,19 @@ def _estimates() -> dict[str, bool]:
 def _weights() -> dict[str, bool]:
     kinds = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
     pairs = {M + 1: [errors] for M, errors in enumerate(zip(*map(arithmetic.gaussian_errors, kinds)))}
-    for M in pairs if tables.WEIGHTS else ():
-        pairs[M].append((tables.weight_error(M, "gaussian"), tables.weight_error(M, "even")))
+    for M in pairs if records.WEIGHTS else ():
+        pairs[M].append((records.weight_error(M, "gaussian"), records.weight_error(M, "even")))
     alike = all(abs(best / even - 1) < 0.02 for M in (1, 3) for best, even in pairs[M])
     less = all(best < 0.95 * even for M in (2, 4, 5, 6) for best, even in pairs[M])
     return {
         "At $M = 1$ the two are the same, and at $M = 3$ nearly so": alike,
         "At two bases, and from four on, the Gaussian ones leave clearly less, on the trained weights as well":
-            less and bool(tables.WEIGHTS),
+            less and bool(records.WEIGHTS),
     }  # fmt: skip
 
 
 def _calibration() -> dict[str, bool]:
-    rows = tables.CALIBRATION
+    rows = records.CALIBRATION
     by_norms = [row["M"] for row in rows if row["norms"] - row["binarized"] > row["all"] - row["both"]]
     return {
         "Better thresholds alone do not help": bool(rows) and all(r["thresholds"] < r["binarized"] + 0.5 for r in rows),
@@ -87,13 +87,13 @@ def _calibration() -> dict[str, bool]:
 
 def _codes() -> dict[str, bool]:
     best = arithmetic.code_error
-    rows = {case: tables.coded_accuracy(*case) for case in tables.CODES}
+    rows = {case: records.coded_accuracy(*case) for case in records.CODES}
     there = all(accuracy is not None for accuracy in rows.values())
     rows = {case: accuracy or 0 for case, accuracy in rows.items()}
     digits, nested, kept = rows[2, 2, "code=binary"], rows[3, 3, ""], rows[3, 3, "zero"]
     uniform = rows[2, 2, "code=binary,uniform"]
     cheap = rows[1, 2, "code=uniform"], rows[1, 2, "code=binary"]
-    size = lambda *case: tables.coded_runs(*case)[0]["file_bytes"]  # noqa: E731
+    size = lambda *case: records.coded_runs(*case)[0]["file_bytes"]  # noqa: E731
     weights = rows[2, None, "code=binary"], rows[2, None, ""], rows[3, None, ""]
     return {
         "Two digits leave what three nested bases leave, since both have four levels":
@@ -118,25 +118,25 @@ def _codes() -> dict[str, bool]:
 
 def _choices() -> dict[str, bool]:
     """What the ablation says of the shifts."""
-    default, even = (tables.ablated(frozenset(options)) for options in ((), ("even-shifts",)))
+    default, even = (records.ablated(frozenset(options)) for options in ((), ("even-shifts",)))
     there = bool(default and even)
     spread = [run["accuracy"] for run in default + even]
     return {
         "even shifts calibrate to a little more, and after training the two are alike":
             there and 0 < even[0]["calibrated"] - default[0]["calibrated"] < 1
-            and abs(tables.mean_accuracy(default) - tables.mean_accuracy(even)) < max(spread) - min(spread),
+            and abs(records.mean_accuracy(default) - records.mean_accuracy(even)) < max(spread) - min(spread),
     }  # fmt: skip
 
 
 def _results() -> dict[str, bool]:
-    step = tables.STEP_OF_TEXT
-    binary = [form for form in tables.ours() if form["N"]]
-    beaten = sum(len(tables.faster_than_int8(form)) for form in binary)
-    mixed = tables.MIXED
+    step = records.STEP_OF_TEXT
+    binary = [form for form in records.ours() if form["N"]]
+    beaten = sum(len(records.faster_than_int8(form)) for form in binary)
+    mixed = records.MIXED
     bases = [re.findall(r"\d+:(\d+),(\d+)", row["mixed_settings"]) for row in mixed]
     kinds = "bytes", "binary_macs"
     return {
-        f"a training step at $M = {step['M']}$, $N = {step['N']}$ and batch {step['batch_size']}": bool(tables.STEP),
+        f"a training step at $M = {step['M']}$, $N = {step['N']}$ and batch {step['batch_size']}": bool(records.STEP),
         "For this network int8 is hard to beat": bool(binary) and 2 * beaten < sum(len(form["ms"]) for form in binary),
         "within the bytes, and the binary multiplications, of a uniform setting":
             bool(mixed) and all(row[f"mixed_{kind}"] <= row[f"uniform_{kind}"] for row in mixed for kind in kinds),

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 
 from kernels.report import label_points, log_axis
-from writeup import arithmetic, tables
+from writeup import arithmetic, records
 
 REPAIRS = {  # a column of calibration.csv: its name in the figure
     "binarized": "as it falls", "thresholds": "thresholds alone", "norms": "BatchNorm alone", "both": "both",
@@ -24,17 +24,17 @@ def figure_data() -> dict:
     M = 5
     best, even = arithmetic.gaussian_thresholds, arithmetic.even_thresholds
     rates = arithmetic.CPU_RATES
-    fewest = min((row["threads"] for row in tables.COMPETITORS), default=1)
+    fewest = min((row["threads"] for row in records.COMPETITORS), default=1)
     forms = [
         {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (tables.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
+         "calibrated": (records.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
          if form["name"] == "abcnets" else None}
-        for form in tables.competitors()
+        for form in records.competitors()
     ]  # fmt: skip
     measured = {}
-    for machine, rows in tables.cpu_machines():
-        fewest_of_it = min(tables.cpu_threads(rows))
-        speeds = {form: tables.by_products(rows, form, "times_float32", fewest_of_it) for form in ("packed", "words")}
+    for machine, rows in records.cpu_machines():
+        fewest_of_it = min(records.cpu_threads(rows))
+        speeds = {form: records.by_products(rows, form, "times_float32", fewest_of_it) for form in ("packed", "words")}
         shapes = {}
         for r in rows:
             if (r["K"], r["threads"]) == (3, fewest_of_it) and r["contender"].startswith("int8"):
@@ -43,11 +43,11 @@ def figure_data() -> dict:
         measured[machine] = speeds
     return _rounded({
         "bits": {"a": arithmetic.A, "w": arithmetic.W},
-        "idea": {"rows": tables.FILTER},
+        "idea": {"rows": records.FILTER},
         "levels": {"M": M, "thresholds": best(M), "levels": arithmetic.gaussian_levels(best(M))[0],
                    "even_thresholds": even(M), "even_levels": arithmetic.gaussian_levels(even(M))[0],
                    "even": arithmetic.gaussian_errors(even), "best": arithmetic.gaussian_errors(best)},
-        "calibration": {"rows": [{key: row[key] for key in ("M", *REPAIRS, "float")} for row in tables.CALIBRATION]},
+        "calibration": {"rows": [{key: row[key] for key in ("M", *REPAIRS, "float")} for row in records.CALIBRATION]},
         "threshold": {"scales": [1.5, -1.2], "shifts": [0.3, 0.5], "mean": 0.2, "std": 1.1, "thresholds": [0.4, 1.2]},
         "competitors": {"forms": forms, "threads": fewest},
         "speed": {"estimate": rates["bits"] / rates["float32"], "int8_estimate": rates["int8"] / rates["float32"],
@@ -192,7 +192,7 @@ def draw_competitors(plt, data):
         "torch": ("#777777", "D", "torch"), "onnxruntime": ("#333333", "s", "onnxruntime"),
         "abcnets": ("#0072B2", "o", "abcnets, both sides binary (M, N)"),
         "weights": ("#D55E00", "^", "abcnets, binary weights alone (M)"),
-        tables.IN_INT8: ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
+        records.IN_INT8: ("#009E73", "v", "abcnets in ONNX, activations in int8 (M)"),
     }  # fmt: skip
     worlds = [lambda form: form["bytes"] / 1000, *(lambda form, b=b: form["ms"][str(b)] for b in batches)]
     labels = ["size of the file, kB", *(f"ms an image, {b} at a time" if b > 1 else "ms an image, one at a time"
