@@ -10,8 +10,10 @@ Accuracy on the test images, bytes of the file and milliseconds an image of
 All are made from one float network, all run in one process in turn, on the same threads; the median round counts.
 onnxruntime is timed after the others, because its threads spin for a while after each call.
 
-Needs what `make results` leaves in out/ and in the folder of --results. Writes competitors.csv there: one row a form,
-variant, batch and number of threads. The best variant of a form is for the reader to take.
+Needs the rows in runs.csv of the folder of --results, and of their networks what is in out/ or comes with the
+repository in trained/: `python notebooks/compare.py --results notebooks/results` compares the latter. Writes
+competitors.csv there: one row a form, variant, batch and number of threads. The best variant of a form is for the
+reader to take.
 """
 
 import argparse
@@ -34,7 +36,7 @@ import pandas as pd
 import torch
 from data import load_data
 from files import ROOT, tqdm, writable
-from runs import load_float, main_runs, setting_of, write_csv
+from runs import load_float, main_runs, setting_of, trained_file, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import load_weights
@@ -93,11 +95,11 @@ def _run_torch(model, order, dtype, x):
 
 
 def abcnets_contenders(networks: dict, network: nn.Module, folder: Path) -> list[Contender]:
-    """Each of the `binary_networks`, packed, written and read again, with bits kept between layers."""
+    """Each of the `binary_networks`, written and read again, with bits kept between layers."""
     contenders = []
-    for (M, N, code), trained in networks.items():
+    for (M, N, code), packed in networks.items():
         path = folder / f"{M}-{N}-{code}.safetensors"
-        abcnets.save_packed(abcnets.pack(trained), path)
+        abcnets.save_packed(packed, path)
         loaded = abcnets.load_packed(path, network)
         for layout, order in LAYOUTS.items():
             fused = abcnets.fuse(loaded).to(memory_format=order)
@@ -107,21 +109,25 @@ def abcnets_contenders(networks: dict, network: nn.Module, folder: Path) -> list
 
 
 def binary_networks(network: nn.Module, runs: pd.DataFrame, out: Path) -> dict[tuple, nn.Module]:
-    """{(M, N, code): the network of a run}"""
+    """{(M, N, code): the packed network of a run}, from `out`, else the one that comes with the repository."""
     networks = {}
     for row in runs.to_dict("records"):
-        M, N, code = setting_of(row)
-        networks[M, N, code] = load_weights(abcnets.convert(network, M, N, code=code), out / f"{row['run']}.pt")
+        (M, N, code), path = setting_of(row), out / f"{row['run']}.pt"
+        if path.exists():
+            packed = abcnets.pack(load_weights(abcnets.convert(network, M, N, code=code), path))
+        else:
+            packed = abcnets.load_packed(trained_file(row["run"]), network)
+        networks[M, N, code] = packed
     return networks
 
 
 def kept_runs(results: Path, dataset: str, out: Path) -> pd.DataFrame:
     """The binarized runs of a data set with the first seed in which nothing but bases and code was chosen.
 
-    Those whose network is not in `out` are named and left out.
+    Those whose network is neither in `out` nor comes with the repository are named and left out.
     """
     rows = main_runs(results, dataset).query("(M > 0 or N > 0) and seed == 0")
-    kept = [(out / f"{run}.pt").exists() for run in rows.run]
+    kept = [(out / f"{run}.pt").exists() or trained_file(run).exists() for run in rows.run]
     for row in rows[[not there for there in kept]].itertuples():
         print(f"{row.run} is left out: {out / row.run}.pt is missing; `{row.command}` writes it")
     return rows[kept]
@@ -165,9 +171,9 @@ def onnx_files(network: nn.Module, batches: list[torch.Tensor], folder: Path) ->
 def int8_files(networks: dict, batches: list[torch.Tensor], folder: Path) -> dict[tuple, Path]:
     """{(form, variant, M, N, code): file} of the `binary_networks`: weights as bits, activations in int8."""
     files = {}
-    for case, network in networks.items():
+    for case, packed in networks.items():
         path = folder / "-".join(map(str, (*case, "int8.onnx")))
-        abcnets.export_onnx(network, batches[0], path, activations="int8", calibration=batches)
+        abcnets.export_onnx(packed, batches[0], path, activations="int8", calibration=batches)
         files[("abcnets in int8", "", *case)] = path
     return files
 
