@@ -116,8 +116,8 @@ CPU_CORES = {
     "Zen 4, AVX-512": (16, 64, 512 / 1.5),
     "Intel's servers since Ice Lake, AVX-512": (32, 128, 512 / 1.5),
     "the same with AMX": (32, 1024, 512 / 1.5),
-    "AVX2, two look-ups a cycle (Zen, Ice Lake)": (16, 32, 192),
-    "AVX2, one (Haswell, Skylake)": (16, 32, 128),
+    "AVX2, three operations a cycle (Zen 3)": (16, 32, 192),
+    "AVX2, one look-up a cycle (Skylake)": (16, 32, 128),
 }
 CPU_RATES = dict(zip(("float32", "int8", "bits"), CPU_CORES["Zen 4, AVX-512"]))  # those that the text explains
 

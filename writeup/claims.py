@@ -46,15 +46,15 @@ def _estimates() -> dict[str, bool]:
     return {
         f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
         f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {math.isqrt(int(bits // int8))}$": True,
-        f"$M N$ of about 16 ({bits // float32:.0f} by the estimate)": {9, 25} <= measured.keys()
-        and measured[9] > 1 > measured[25],
+        f"Somewhere between $M N = 9$ and 25 (at {bits // float32:.0f} by the estimate; we take 16)":
+            {9, 25} <= measured.keys() and measured[9] > 1 > measured[25],
         "On one thread, with floats in and out, the largest $M N$":
             bool(records.CPU) and records.cpu_threads(records.cpu_machines()[0][1])[0] == 1,
         "int8 does four times the products of float32": int8 == 4 * float32,
         "does half of what the TF32 tensor core does": 2 * units["popcount"] == units["TF32 tensor core"],
         "$M = N = 1$ writing a float result takes three times as long as computing it":
             round(floats[1]["writing"] / floats[1]["counting"]) == 3,
-        "(open squares) M = N = 1 hangs on the memory roof": floats[1]["writing"] > floats[1]["counting"],
+        "(open squares) M = N = 1 is bound by memory": floats[1]["writing"] > floats[1]["counting"],
         "(filled) every case reaches that of the binary tensor core":
             all(arithmetic.GPU_BYTES * tile["intensity"] >= roof for tile in words.values()),
     }  # fmt: skip
@@ -100,17 +100,17 @@ def _codes() -> dict[str, bool]:
             abs(best("binary", 2) - best("thermometer", 3)) < 0.001,
         "three digits nearly what seven nested bases do":
             best("thermometer", 6) > best("binary", 3) > best("thermometer", 7),
-        "Two digits on each side do what three nested bases do": there and abs(digits - nested) < 0.25,
+        "Trained, two digits on each side do what three nested bases do": there and abs(digits - nested) < 0.25,
         "three quarters of the bytes": there and 0.7 < size(2, 2, "code=binary") / size(3, 3, "") < 0.8,
-        "Keeping zero helps both, by about as much as seeds differ here":
+        "Keeping zero does not hurt: what it gains is about as much as seeds differ here":
             there and all(0 < more < 0.4 for more in (digits - rows[2, 2, "no-zero code=binary"], kept - nested)),
-        "Three digits on each side are ahead of everything else":
+        "Three digits on each side are ahead of all else that has bits on both sides":
             there and rows[3, 3, "code=binary"] == max(accuracy for (_, N, _), accuracy in rows.items() if N),
         "the network lies between the thermometers of two and of three: about half a point is lost":
             there and rows[2, 2, ""] < uniform < nested and 0.3 < digits - uniform < 0.7,
         "Two free scales for the same three levels do not bring it back":
             there and rows[2, 2, "zero code=binary,thermometer"] < uniform + 0.15,
-        "a second bit for the activations is worth more than anything else in the table, uniform or not":
+        "more than anything else in the table, and most of that with uniform levels too":
             there and rows[1, 1, ""] + 2 < cheap[0] < cheap[1],
         "For weights alone the code matters little": there and max(weights) - min(weights) < 0.3,
     }
@@ -135,7 +135,11 @@ def _results() -> dict[str, bool]:
     mixed = records.MIXED
     bases = [re.findall(r"\d+:(\d+),(\d+)", row["mixed_settings"]) for row in mixed]
     kinds = "bytes", "binary_macs"
+    weights, digits = (records.contender(*form) for form in ((records.IN_INT8, 1), ("abcnets", 2, 2, "binary")))
     return {
+        "one-bit weights with int8 activations (section 5.3) are more accurate, smaller and faster than two digits":
+            bool(weights and digits) and weights["accuracy"] > digits["accuracy"] and weights["bytes"] < digits["bytes"]
+            and all(weights["ms"][batch, 1] < digits["ms"][batch, 1] for batch in (1, 32)),
         f"a training step at $M = {step['M']}$, $N = {step['N']}$ and batch {step['batch_size']}": bool(records.STEP),
         "For this network int8 is hard to beat": bool(binary) and 2 * beaten < sum(len(form["ms"]) for form in binary),
         "within the bytes, and the binary multiplications, of a uniform setting":

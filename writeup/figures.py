@@ -13,7 +13,7 @@ from kernels.report import label_points, log_axis
 from writeup import arithmetic, records
 
 REPAIRS = {  # a column of calibration.csv: its name in the figure
-    "binarized": "as it falls", "thresholds": "thresholds alone", "norms": "BatchNorm alone", "both": "both",
+    "binarized": "just binarized", "norms": "BatchNorm alone", "thresholds": "thresholds alone", "both": "both",
     "all": "and weights moved",
 }  # fmt: skip
 STYLE = Path(__file__).resolve().parent.parent / "notebooks" / "abcnets.mplstyle"
@@ -26,11 +26,9 @@ def figure_data() -> dict:
     rates = arithmetic.CPU_RATES
     fewest = min((row["threads"] for row in records.COMPETITORS), default=1)
     forms = [
-        {**form, "ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest},
-         "calibrated": (records.result(form["M"], form["N"], form["code"]) or {}).get("calibrated")
-         if form["name"] == "abcnets" else None}
+        form | {"ms": {str(batch): ms for (batch, threads), ms in form["ms"].items() if threads == fewest}}
         for form in records.competitors()
-    ]  # fmt: skip
+    ]
     measured = {}
     for machine, rows in records.cpu_machines():
         fewest_of_it = min(records.cpu_threads(rows))
@@ -115,7 +113,7 @@ def draw_idea(plt, data):
     show(axes[0], [row["W"] for row in rows], "W, a trained filter", largest, "RdBu")
     show(axes[1], [row["B_1"] for row in rows], f"≈   {a:.2f} · B₁", 1.6, "RdBu")
     show(axes[2], [row["B_2"] for row in rows], f"+   {b:.2f} · B₂", 1.6, "RdBu")
-    show(axes[3], quantized, "=   Wq, in four levels", largest, "RdBu")
+    show(axes[3], quantized, f"=   Wq, in {len({round(value, 6) for value in quantized})} levels", largest, "RdBu")
     return fig
 
 
@@ -152,9 +150,9 @@ def draw_calibration(plt, data):
     for i, ((key, name), color) in enumerate(zip(REPAIRS.items(), colors)):
         places = [place + (i - 2) * 0.16 for place in range(len(data["rows"]))]
         bars = ax.bar(places, [row[key] for row in data["rows"]], 0.15, color=color, label=name)
-        ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=1)
+        ax.bar_label(bars, fmt="%.0f", fontsize=7, padding=1, bbox={"color": "white", "pad": 0.5})
     if data["rows"]:
-        ax.axhline(data["rows"][0]["float"], color="#333333", linestyle=":", linewidth=1, label="float")
+        ax.axhline(data["rows"][0]["float"], color="#333333", linestyle=":", linewidth=1, label="float", zorder=0)
     ax.set_xticks(range(len(data["rows"])), [f"M = N = {row['M']}" for row in data["rows"]])
     ax.set(ylabel="test accuracy, %", ylim=(0, 106))
     ax.legend(fontsize=8, ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.12), frameon=False)
@@ -211,11 +209,6 @@ def draw_competitors(plt, data):
             color, marker, _ = kinds[_kind(form)]
             ax.plot(place(form), form["accuracy"], marker, color=color, linestyle="none", markersize=6, zorder=3)
             points.append((place(form), form["accuracy"], _form_label(form), color))
-            if form["calibrated"] and form["calibrated"] > low - 0.3:
-                ax.plot([place(form)] * 2, [form["calibrated"], form["accuracy"]], ":", color=color, linewidth=0.8)
-                ax.plot(place(form), form["calibrated"], marker, color=color, fillstyle="none", markersize=5)
-                rise = form["accuracy"] - form["calibrated"]
-                points += [(place(form), form["calibrated"] + rise * i / 8, "", color) for i in range(8)]
         label_points(ax, points)
     used = {_kind(form) for form in forms}
     handles = [plt.Line2D([], [], color=color, marker=marker, linestyle="none", label=name)
@@ -258,7 +251,7 @@ def draw_speed(plt, data):
             ax.plot(line.keys(), line.values(), color=color, marker=marker, markersize=4, linestyle=style,
                     label=f"{machine}: {name}")  # fmt: skip
         if speeds["int8"]:
-            ax.plot([29], [speeds["int8"]], "<", fillstyle="none", color=color, label=f"{machine}: int8")
+            ax.axhline(speeds["int8"], color=color, linestyle=":", linewidth=1, label=f"{machine}: int8")
     if not data["measured"]:
         ax.text(0.5, 0.9, "not measured yet", transform=ax.transAxes, fontsize=11, color="#A04000", ha="center")
     ax.set(xlabel="binary convolutions, M × N", ylabel="times as fast as float32", xscale="log", yscale="log",

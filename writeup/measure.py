@@ -5,7 +5,7 @@
 
 calibration.csv   test accuracy after each part of `abcnets.calibrate` alone and together, for M = N = 1, 2, 3, 5
 weights.csv       squared error of the quantized weights, relative to the weights', by shifts, M and statistics
-filter.csv        one filter of the first binarized layer, its two bases and their scales in the binary code
+filter.csv        one filter of the first binarized layer, its two bases and their scales
 """
 
 import argparse
@@ -32,8 +32,7 @@ IMAGES = 2048
 
 def filter_rows(network, output: int = 1) -> list[dict]:
     """A filter (C, 3, 3), weight by weight."""
-    layer = next(m for m in abcnets.convert(network, 2, None, code="binary").modules()
-                 if isinstance(m, abcnets.ABCConv2d))  # fmt: skip
+    layer = next(m for m in abcnets.convert(network, 2, None).modules() if isinstance(m, abcnets.ABCConv2d))
     W, B = layer.weight[output], layer.bases()[:, output].int()
     alphas = {f"alpha_{m + 1}": round(alpha, 5) for m, alpha in enumerate(layer.alphas()[:, output].tolist())}
     return [

@@ -147,12 +147,11 @@ def faster_than_int8(form: dict) -> set[tuple[int, int]]:
 
 
 def cpu_machines() -> list[tuple[str, list[dict]]]:
-    """[(a machine's instruction set, its rows)]; the hardware too where the former does not tell machines apart."""
+    """[(a machine's processor and instruction set, its rows)]"""
     machines = {}
     for row in CPU:
-        machines.setdefault((row["isa"], row["hardware"]), []).append(row)
-    sets = [isa for isa, _ in machines]
-    return [(isa if sets.count(isa) == 1 else f"{hardware}, {isa}", rows) for (isa, hardware), rows in machines.items()]
+        machines.setdefault(f"{row['hardware'].split(', ')[0]}, {row['isa']}", []).append(row)
+    return list(machines.items())
 
 
 def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:

@@ -46,7 +46,7 @@ def bits_table() -> str:
             ("$a$", A, e["a"], ""), ("$w$", W, e["w"], ""), ("product", products, e["xor"], f"XOR: {e['count']} ones"),
         )
     ]  # fmt: skip
-    return table(["", *(f"$c={c}$" for c in range(8)), "bits", ""], rows, "l" + "c" * 8 + "ll")
+    return table(["", *(f"$c={c}$" for c in range(1, 9)), "bits", ""], rows, "l" + "c" * 8 + "ll")
 
 
 def alpha_table() -> str:
@@ -86,12 +86,12 @@ def calibration_table() -> str:
         row = next((r for r in records.CALIBRATION if r["M"] == r["N"] == n), {})
         ways = ("binarized", "norms", "thresholds", "both", "all")
         rows.append([str(n), *(percent(row.get(way)).removesuffix(" %") for way in ways)])
-    head = ["$M = N$", "as it falls", "BatchNorm alone", "thresholds alone", "both", "and weights moved"]
+    head = ["$M = N$", "just binarized", "BatchNorm alone", "thresholds alone", "both", "and weights moved"]
     return table(head, rows, "rrrrrr")
 
 
-def accuracies(found: list[dict], ms: dict | None = None) -> str:
-    """The table of some `results`; ms: {(M, N, code): milliseconds an image} for one more column."""
+def accuracies(found: list[dict], ms: dict | None = None, epochs: bool = False) -> str:
+    """The table of some `results`; ms: {(M, N, code): milliseconds an image} for one more column; epochs: another."""
     rows, whole = [], next((run["accuracy"] for run in found if not run["M"] and not run["N"]), None)
     for run in found:
         case = run["M"], run["N"], run["code"]
@@ -100,9 +100,11 @@ def accuracies(found: list[dict], ms: dict | None = None) -> str:
         calibrated = "" if is_float else percent(run["calibrated"])
         below = "" if is_float or whole is None else f"{whole - run['accuracy']:.2f}"
         name = "float" if is_float else records.named(*case)
-        cells = [name, calibrated, f"**{percent(run['accuracy'])}**", spread, below, kB(run["file_bytes"])]
+        cells = [name, *[str(run["epochs"])] * epochs, calibrated, percent(run["accuracy"]), spread, below]
+        cells.append(kB(run["file_bytes"]))
         rows.append([*cells, *([f"{ms[case]:.2f} ms" if case in ms else MISSING] if ms is not None else [])])
-    head = ["weights × activations", "calibrated", "trained, mean", "from, to (seeds)", "below float", "file"]
+    head = ["weights × activations", *["epochs"] * epochs, "calibrated", "trained, mean", "from, to (seeds)",
+            "below float", "file"]  # fmt: skip
     head += ["an image"] if ms is not None else []
     return table(head, rows, "l" + "r" * (len(head) - 1))
 
@@ -119,7 +121,7 @@ def timed_accuracy_table() -> str:
 
 
 def cifar_table() -> str:
-    return accuracies(records.results("cifar10-jpeg"))
+    return accuracies(records.results("cifar10-jpeg"), epochs=True)
 
 
 def mixed_table() -> str:
@@ -367,6 +369,8 @@ def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = records.result(), records.best_result(), records.per_channel_gains()
     calibration = records.CALIBRATION[0] if records.CALIBRATION else None
+    one_bit, two_bits = records.coded_accuracy(1, 1), records.coded_accuracy(1, 2, "code=binary")
+    second_bit = two_bits - one_bit if one_bit and two_bits else None
     coded = next((run for case in records.CODES for run in records.coded_runs(*case)), None)
     steps = {row["precision"]: row for row in records.STEP if records.STEP_OF_TEXT.items() <= row.items()}
     int8, binary = records.rival("onnxruntime int8"), [form for form in records.ours() if form["N"]]
@@ -381,6 +385,10 @@ def for_writeup() -> dict[str, str]:
         "digits_calibrated": say("{calibrated:.2f} %", records.result(2, 2, "binary")),
         "digits_accuracy": say("{accuracy:.2f} %", records.result(2, 2, "binary")),
         "digits_size": say("{kB}", records.result(2, 2, "binary")),
+        "second_bit": f"{second_bit:.1f}" if second_bit else MISSING,
+        "weights_int8": say("{accuracy:.2f} %", records.contender(records.IN_INT8, 1)),
+        "weights_int8_size": say("{kB}", records.contender(records.IN_INT8, 1)),
+        "competitors_hardware": say("{hardware}", next(iter(records.COMPETITORS), None)),
         "cifar_epochs": span([found["epochs"] for found in records.results("cifar10-jpeg")]),
         "best_setting": records.named(best["M"], best["N"], best["code"]) if best else MISSING,
         "best_accuracy": say("{accuracy:.2f} %", best),
@@ -432,7 +440,8 @@ def crossover(column: str) -> str:
 
 
 FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
-    ("float32", None, None, "thermometer"), ("onnxruntime int8", None, None, "thermometer"),
+    ("float32", None, None, "thermometer"), ("torch bfloat16", None, None, "thermometer"),
+    ("onnxruntime int8", None, None, "thermometer"),
     ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 3, 3, "binary"),
     (records.IN_INT8, 1, None, "thermometer"),
 ]  # fmt: skip
@@ -440,11 +449,13 @@ FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
 
 def first_table() -> str:
     """What one would choose from, as far as it was run: accuracy of all seeds, file, time on one thread."""
-    whats = {"float32": "float32", "onnxruntime int8": "int8", "abcnets": "", records.IN_INT8: ", in ONNX Runtime"}
+    whats = {"float32": "float32", "torch bfloat16": "bfloat16", "onnxruntime int8": "int8", "abcnets": ""}
     rows = []
     for name, M, N, code in FIRST_SCREEN:
         form, found = records.contender(name, M, N, code), records.result(M, N, code)
-        what = f"**{records.named(M, N, code)}**{whats[name]}" if M else whats[name]
+        what = f"**{records.named(M, N, code)}**" if M else whats[name]
+        if name == records.IN_INT8:
+            what = f"**{M} × int8**, in ONNX Runtime"
         if form is None or (name == "abcnets" and found is None):
             continue
         accuracy = found["accuracy"] if found and name in ("float32", "abcnets") else form["accuracy"]
@@ -465,7 +476,7 @@ def five_lines() -> str:
          "M = N = 2: " + say("{float:.2f} % becomes {binarized:.2f} %", found)),
         ("abcnets.calibrate(binary, images)", "no training, no labels: " + say("{calibrated:.2f} %", found)),
         ("...", "or train it on, like any other network: " + say("{accuracy:.2f} %", found)),
-        ("packed = abcnets.pack(binary)", "a bit for each weight and base; the same outputs"),
+        ("packed = abcnets.pack(binary)", "a bit for each weight and base; outputs as of binary.eval()"),
         ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
         ("logits = abcnets.fuse(packed)(images)", "{:.2f} ms an image, float32 {:.2f}, int8 {:.2f}".format(*times)),
     ]  # fmt: skip
