@@ -1,0 +1,45 @@
+"""notebooks/trained/: each network that comes with the repository is that of a row, and as accurate as the row says."""
+
+import pytest
+from data import load_data
+from files import RESULTS, ROOT, TRAINED
+from networks import nine_layer, resnet20
+from runs import main_runs, setting_of, trained_file
+from training import accuracy, load_weights
+
+import abcnets
+
+NETWORKS = {"fashion-mnist": (nine_layer, ROOT / "data/FashionMNIST"),
+            "cifar10-jpeg": (lambda: resnet20(3), ROOT / "data/cifar10-jpeg")}  # fmt: skip
+ROWS = {trained_file(row["run"]): row for dataset in NETWORKS for row in main_runs(RESULTS, dataset).to_dict("records")}
+FILES = sorted(TRAINED.iterdir())
+
+
+def load(path):
+    network, _ = NETWORKS[ROWS[path]["dataset"]]
+    M, N, _ = setting_of(ROWS[path])
+    return abcnets.load_packed(path, network()) if M or N else load_weights(network(), path)
+
+
+def test_every_file_is_small_and_has_a_row():
+    assert FILES and set(FILES) <= set(ROWS)
+    assert all(path.stat().st_size < 1_000_000 for path in FILES)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_holds_the_setting_that_its_name_says(path):
+    M, N, _ = setting_of(ROWS[path])
+    layers = [layer for layer in load(path).modules() if isinstance(layer, abcnets.PackedLayer)]
+    assert bool(layers) == bool(M or N)
+    assert {(layer.weight_bases, layer.activation_bases or None) for layer in layers} <= {(M, N)}
+    assert not layers or path.stat().st_size == ROWS[path]["file_bytes"]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("one_thread")
+def test_a_file_is_as_accurate_as_its_row(path):
+    """Bits may fall on the other side of a threshold than in the simulation: a few images in 10,000."""
+    _, folder = NETWORKS[ROWS[path]["dataset"]]
+    if not folder.exists():
+        pytest.skip(f"{folder.relative_to(ROOT)} is missing")
+    assert accuracy(load(path), load_data(ROWS[path]["dataset"])) == pytest.approx(ROWS[path]["accuracy"], abs=0.05)
