@@ -39,7 +39,7 @@ import abcnets
 
 from . import report
 from .check import FIRST_AUTHOR, NO_GPU, RESNET_18, Shape, need_engine
-from .clock import SIMULATED, interleaved_medians, machine
+from .clock import SIMULATED, instruction_set, interleaved_medians, machine
 from .command import COUNT, POSITIVE, THREADS, Parser, Refused, checked
 
 QUICK = [FIRST_AUTHOR[1], RESNET_18[1], RESNET_18[3]]
@@ -286,15 +286,6 @@ def _is_a_convolution(shape: Shape) -> bool:
 SETTING = checked(_setting, 'M x N, as in "2 x 2", "1 x uniform 2", "3 x binary 3",',
                   lambda setting: min(setting.M, setting.N) > 0 and setting.code in abcnets.CODES)  # fmt: skip
 SHAPE = checked(_shape, "a convolution as C,O,K,size,padding[,stride], of less than a gigabyte,", _is_a_convolution)
-
-
-def instruction_set() -> str:
-    """The widest vectors that convolutions may use here, and Intel's matrix unit where there is one."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
-        return torch.backends.cpu.get_cpu_capability()
-    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
-    has_amx = torch.cpu._is_amx_tile_supported() and (held in ("ALL", "DEFAULT") or "AMX" in held)
-    return "AVX-512 and AMX" if has_amx else "AVX-512"
 
 
 def measure_cpu(options) -> None:

@@ -43,6 +43,15 @@ def machine(device="cpu", threads: int | None = None) -> dict:
     return {"hardware": ", ".join([name, *counts]), "versions": ", ".join(versions)}
 
 
+def instruction_set() -> str:
+    """The widest vectors that convolutions may use here, and Intel's matrix unit where there is one."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return torch.backends.cpu.get_cpu_capability()
+    held = os.environ.get("ONEDNN_MAX_CPU_ISA", "ALL").upper()
+    has_amx = torch.cpu._is_amx_tile_supported() and (held in ("ALL", "DEFAULT") or "AMX" in held)
+    return "AVX-512 and AMX" if has_amx else "AVX-512"
+
+
 def interleaved_medians(contenders: dict, seconds: float = math.inf, rounds: int = 60) -> dict:
     """Median seconds a call of each contender {name: function}, called in turns.
 

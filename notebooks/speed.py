@@ -1,17 +1,19 @@
-"""How fast whole networks run, packed against float: `python notebooks/speed.py`.
+"""How fast whole networks run, bits beside float32 and int8: `python notebooks/speed.py`.
 
-The nine-layer network on 28x28 images and ResNet-18 on 224x224, every layer but the first and last binarized, with bits
-kept between layers where they can be (`abcnets.fuse`). Beside them the float network in the best form that torch has:
-both memory layouts, each also with BatchNorm folded into the convolutions where it follows one, and with --compile
-what torch.compile makes of it. All contenders run in one process, in turn; the median round counts.
+The nine-layer network on 28x28 images and ResNet-18 on 224x224, with random weights and every layer but the first and
+last binarized, in the forms of compare.py: torch in both memory layouts, also with BatchNorm folded into the
+convolutions that it follows, and with --compile what torch.compile makes of these; onnxruntime in float32 and int8;
+ours packed with bits kept between layers (`abcnets.fuse`), in SETTINGS; and one-bit weights with int8 activations in
+onnxruntime. All contenders of a case run in one process, in turn; the median round counts.
 
-Writes notebooks/results/speed.csv and the table of networks in kernels/README.md. With --int8 nothing is written: it
-times the nine-layer network on one thread, in three settings and in onnxruntime's int8, in turn, and prints ratios.
+Writes notebooks/results/speed.csv, in which a machine's rows take the place of its earlier ones, and the table of
+networks in kernels/README.md. Says how many bytes each form's file has.
 """
 
 import argparse
 import copy
 import functools
+import itertools
 import os
 import sys
 import tempfile
@@ -22,14 +24,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets
 import networks
 import pandas as pd
 import torch
+from compare import abcnets_contenders, int8_files, milliseconds, onnx_contenders, onnx_files, torch_contenders
 from files import RESULTS, ROOT
-from runs import write_csv
-from torch.fx.experimental.optimization import fuse as fold_batch_norm
+from runs import keep_rows, read_csv
 
 import abcnets
 from kernels.check import need_engine
-from kernels.clock import interleaved_medians, machine
-from kernels.command import COUNT, POSITIVE_OR_0, THREADS, Parser
+from kernels.clock import instruction_set, machine
+from kernels.command import POSITIVE_OR_0, THREADS, Parser
 from kernels.report import refill
 
 
@@ -44,140 +46,121 @@ def resnet18():
     return resnet18().eval(), (3, 224, 224)
 
 
-NETWORKS = {"nine-layer": nine_layer, "ResNet-18": resnet18}
-LAYOUTS = {"": torch.contiguous_format, ", channels last": torch.channels_last}
-CASES = [("nine-layer", 1), ("nine-layer", 32), ("ResNet-18", 1), ("ResNet-18", 8)]
+NETWORKS = {"nine-layer": (nine_layer, (1, 32)), "ResNet-18": (resnet18, (1, 8))}  # and the batches
+SETTINGS = {  # M, N, code: what to call it
+    (1, 1, "thermometer"): "1 × 1", (2, 2, "binary,uniform"): "binary 2 × uniform 2", (2, 2, "binary"): "binary 2 × 2",
+    (3, 3, "binary"): "binary 3 × 3", (1, None, "thermometer"): "1 × int8",
+}  # fmt: skip
+MACHINE, CASE = ["hardware", "isa"], ["network", "batch", "threads"]
 
 
-def contenders(name: str, batch: int, bases, compiled: bool) -> dict:
-    """{(form, M = N or 0): a function that runs the network once}"""
+def compiled(contender):
+    """A contender of torch's, as torch.compile makes it."""
+    run = contender.run
+    model, *rest = run.args
+    variant = ", ".join(word for word in (contender.variant, "compiled") if word)
+    faster = functools.partial(run.func, torch.compile(copy.deepcopy(model)), *rest)
+    return type(contender)(contender.form, variant, contender.file, faster)
+
+
+def binarized(network, images, M, N, code):
+    """Packed, its thresholds and scales those of some images."""
+    model = abcnets.convert(network, M, N, code=tuple(code.split(",")) if "," in code else code)
+    return abcnets.pack(abcnets.calibrate(model, images, compensate=False, progress=False))
+
+
+def measure(name: str, all_threads: list[int], seconds: float, compile_too: bool) -> list[dict]:
+    """A row a form, batch and number of threads."""
+    make, all_batches = NETWORKS[name]
     torch.manual_seed(0)
-    network, shape = NETWORKS[name]()
-    x = torch.randn(batch, *shape)
-    forms = {"float32": network, "float32, BatchNorm folded": fold_batch_norm(network)}
-    runs = {}
-    for form, model in forms.items():
-        for layout, order in LAYOUTS.items():
-            there, inputs = copy.deepcopy(model).to(memory_format=order), x.to(memory_format=order)
-            runs[form + layout, 0] = lambda there=there, inputs=inputs: there(inputs)
-            if compiled:
-                faster = torch.compile(there)
-                runs[f"{form}{layout}, compiled", 0] = lambda faster=faster, inputs=inputs: faster(inputs)
-    for n in bases:
-        binarized = abcnets.convert(network, n, n)
-        abcnets.calibrate(binarized, x[:4] if batch > 4 else x, compensate=False, progress=False)
-        packed = abcnets.pack(binarized)
-        runs["packed", n] = lambda packed=packed: packed(x)
-        for layout, order in LAYOUTS.items():  # of what stays float around the packed layers, a stem and its pooling
-            fused, inputs = abcnets.fuse(packed).to(memory_format=order), x.to(memory_format=order)
-            runs["packed, bits between layers" + layout, n] = lambda fused=fused, inputs=inputs: fused(inputs)
-    return runs
+    network, shape = make()
+    images = torch.randn(16, *shape)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        with torch.no_grad():
+            bits = {setting: binarized(network, images, *setting) for setting in SETTINGS}
+            weights = {setting: bits.pop(setting) for setting in SETTINGS if setting[1] is None}
+            theirs = [form for form in torch_contenders(network, folder) if form.form == "torch float32"]
+            theirs += [compiled(form) for form in theirs] if compile_too else []
+            forms = theirs + abcnets_contenders(bits, network, folder)
+            files = onnx_files(network, [images], folder) | int8_files(weights, [images], folder)
+        for threads, batch in itertools.product(all_threads, all_batches):
+            torch.set_num_threads(threads)
+            groups = [forms, onnx_contenders(files, threads)]
+            with torch.inference_mode():
+                times = milliseconds(groups, images[:1].expand(batch, *shape).contiguous(), seconds)
+            case = [{
+                "network": name, "batch": batch, "threads": threads, "form": c.form, "variant": c.variant, "M": c.M,
+                "N": c.N, "code": c.code if c.M else None, "bytes": c.file.stat().st_size,
+                "ms_per_image": float(f"{times[c.name]:.4g}"),
+            } for c in itertools.chain(*groups)]  # fmt: skip
+            for row in case:
+                row |= {f"times_{kind}": round(fastest(case, kind) / row["ms_per_image"], 3) for kind in RIVALS}
+                print("{network}, batch {batch}, {threads} threads: {form} {variant} {M} {N} {code}: {bytes} bytes, "
+                      "{ms_per_image} ms an image, {times_float32} x float32, {times_int8} x int8"
+                      .format(**row), flush=True)  # fmt: skip
+            rows += case
+    return rows
 
 
-def measure(name: str, batch: int, threads: int, bases, seconds: float, compiled: bool) -> pd.DataFrame:
-    torch.set_num_threads(threads)
-    with torch.inference_mode():
-        times = interleaved_medians(contenders(name, batch, bases, compiled), seconds)
-    best = min(t for (_, n), t in times.items() if n == 0)
-    rows = [
-        {"network": name, "batch": batch, "threads": threads, "form": form, "bases": n or "",
-         "milliseconds": round(1e3 * t, 4), "times_float32": round(best / t, 3)}
-        for (form, n), t in times.items()
-    ]  # fmt: skip
-    return pd.DataFrame(rows)
+RIVALS = {"float32": ("torch float32", "onnxruntime float32"), "int8": ("onnxruntime int8",)}
+
+
+def fastest(rows: list[dict], kind: str) -> float:
+    """Milliseconds an image of the fastest float32, or int8, form."""
+    return min(row["ms_per_image"] for row in rows if row["form"] in RIVALS[kind])
 
 
 def table(rows: pd.DataFrame) -> str:
-    """Markdown: milliseconds of the best float form, and how many times as fast each packed network is."""
-    fused = rows[rows["form"].str.startswith("packed, bits")]
-    counts = sorted(fused["bases"].unique())
-    lines = [
-        "Times as fast as the fastest float32 form; the better memory layout of either, bits kept between layers:",
-        "",
-        "| network | batch | threads | float32, best form | " + " | ".join(f"M = N = {n:.0f}" for n in counts) + " |",
-        "|---|---|---|---|" + "---|" * len(counts),
-    ]
-    keys = ["network", "batch", "threads"]
-    floats = rows[rows["form"].str.startswith("float32")].set_index(keys).sort_index()
-    for key, group in fused.groupby(keys, sort=False):
-        best = floats.loc[[key]].nsmallest(1, "milliseconds").iloc[0]
-        form = best["form"].removeprefix("float32").strip(", ") or "as it is"
-        speeds = group.groupby("bases")["times_float32"].max()
-        cells = [*map(str, key), f"{best['milliseconds']:.2f} ms ({form})", *(f"**{speeds[n]:.2f}**" for n in counts)]
-        lines.append("| " + " | ".join(cells) + " |")
+    """Markdown: times as fast as the fastest float32 / int8 form, machine by machine."""
+    lines = ["Milliseconds an image of the fastest float32 and int8 forms; and times as fast as the one / as the "
+             "other, in the better memory layout:"]  # fmt: skip
+    rows = rows.assign(setting=[_setting(*of) for of in zip(rows.M, rows.N, rows.code)])
+    for (hardware, isa), here in rows.groupby(MACHINE, sort=False):
+        there = set(here.setting) - {""}
+        names = [name for name in dict.fromkeys([*SETTINGS.values(), *here.setting]) if name in there]
+        head = [*CASE, *RIVALS, *names]
+        lines += ["", f"**{hardware}, {isa}**", "", f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+        for case, group in here.groupby(CASE, sort=False):
+            times = [group[group.form.isin(forms)].ms_per_image.min() for forms in RIVALS.values()]
+            best = group.sort_values("ms_per_image").groupby("setting")[["times_float32", "times_int8"]].first()
+            cells = [" / ".join(map(_number, best.loc[name])) if name in best.index else "-" for name in names]
+            lines.append("| " + " | ".join([*map(str, case), *map(_number, times), *cells]) + " |")
     return "\n".join(lines)
 
 
-class RandomImages:
-    """What compare.py's onnx_files takes to calibrate and export on, where values don't matter."""
-
-    def __init__(self, *shape: int):
-        self.shape = shape
-
-    def calibration_batches(self, images: int):
-        yield torch.randn(images, *self.shape)
-
-    def test_batches(self, batch: int):
-        yield torch.randn(batch, *self.shape), None
+def _setting(M, N, code) -> str:
+    """The name of one of SETTINGS, or of another that a row is of; "" for what is not ours."""
+    if pd.isna(M):
+        return ""
+    M, N = int(M), None if pd.isna(N) else int(N)
+    return SETTINGS.get((M, N, code)) or f"{code} {M} × {N or 'float'}"
 
 
-SETTINGS = {
-    "M = N = 1": (1, 1, "thermometer"), "M = 2, N = 2 uniform": (2, 2, ("binary", "uniform")),
-    "M = N = 2": (2, 2, "binary"),
-}  # fmt: skip
-
-
-def beside_int8(seconds: float) -> None:
-    """Print how fast the nine-layer network is on one thread, in each of SETTINGS and in onnxruntime's int8."""
-    from compare import onnx_contenders, onnx_files
-
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    network, shape = nine_layer()
-    images, fused = torch.randn(64, *shape), {}
-    for name, (M, N, code) in SETTINGS.items():
-        binarized = abcnets.convert(network, M, N, code=code)
-        fused[name] = abcnets.fuse(abcnets.pack(abcnets.calibrate(binarized, images, compensate=False, progress=False)))
-    with tempfile.TemporaryDirectory() as folder:
-        with torch.no_grad():
-            files = onnx_files(network, RandomImages(*shape), Path(folder), 64)
-        int8 = [c for c in onnx_contenders(files, 1) if "int8" in c.form]
-        for batch in (1, 32):
-            x = images[:batch]
-            runs = {name: functools.partial(model, x) for name, model in fused.items()}
-            runs |= {c.name: functools.partial(c.run, x) for c in int8}
-            with torch.inference_mode():
-                times = interleaved_medians(runs, seconds, rounds=1000)
-            best = min(times[c.name] for c in int8)
-            for name, taken in times.items():
-                speed = f"{1e6 * taken / batch:8.1f} us an image, {best / taken:5.2f} times int8's speed"
-                print(f"nine-layer, batch {batch:2}: {name:30} {speed}", flush=True)
+def _number(value: float) -> str:
+    return "-" if pd.isna(value) else f"{value:.3g}"
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--bases", type=COUNT, nargs="+", default=[1, 2, 3])
     parser.add_argument("--threads", type=THREADS, nargs="+", default=sorted({1, os.cpu_count() or 1}))
     parser.add_argument("--seconds", type=POSITIVE_OR_0, default=15.0, help="for the rounds of one case")
-    parser.add_argument("--int8", action="store_true", help="the nine-layer network beside onnxruntime's int8, alone")
     parser.add_argument("--compile", action="store_true", help="time torch.compile's forms too (needs a C++ compiler)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="default: notebooks/results")
     parser.run(run, parser.parse_args(arguments))
 
 
 def run(options) -> None:
     need_engine("cpu")
-    if options.int8:
-        return beside_int8(options.seconds)
-    tables = []
-    for name, batch in CASES:
-        for threads in options.threads if name in options.networks else []:
-            tables.append(measure(name, batch, threads, options.bases, options.seconds, options.compile))
-            print(tables[-1].to_string(index=False), "\n", flush=True)
-    if options.networks == list(NETWORKS):
-        rows, page = pd.concat(tables).assign(**machine()), ROOT / "kernels" / "README.md"
-        write_csv(RESULTS / "speed.csv", rows)
-        refill(page, "python notebooks/speed.py", {"networks": table(rows)})
+    for name in options.networks:
+        rows = measure(name, options.threads, options.seconds, options.compile)
+        about = {"isa": instruction_set(), **machine()}
+        keep_rows(options.results / "speed.csv", [row | about for row in rows], [*MACHINE, "network"])
+    if options.results == RESULTS:
+        page = ROOT / "kernels" / "README.md"
+        refill(page, "python notebooks/speed.py", {"networks": table(read_csv(RESULTS / "speed.csv"))})
 
 
 if __name__ == "__main__":

@@ -138,7 +138,7 @@ def test_a_bad_argument_is_one_sentence(command, refused):
 
 
 def test_the_speed_of_networks_takes_no_bad_argument(refused):
-    for word in ("--threads=0", "--bases=0", "--seconds=nan", "--networks=none", "--nonsense"):
+    for word in ("--threads=0", "--seconds=nan", "--networks=none", "--nonsense"):
         assert word.split("=")[0] in refused(speed.main, word)
 
 

@@ -102,8 +102,9 @@ def test_the_table_of_whole_networks_is_what_the_results_say():
 def test_what_the_readme_says_of_them_is_true():
     """Its sentences around the numbers: faster than float32; more accurate, with no more bytes and operations."""
     rows = read_csv(RESULTS / "speed.csv")
-    fused = rows[(rows.network == "ResNet-18") & rows.form.str.contains("bits between layers")]
-    assert fused.groupby(["bases", "batch", "threads"]).times_float32.max().min() > 1
+    first = rows[(rows.hardware == rows.hardware[0]) & (rows.isa == rows.isa[0])]  # the machine that they are about
+    fused = first[(first.network == "ResNet-18") & (first.form == "abcnets") & (first.M == first.N)]
+    assert fused.groupby(["M", "batch", "threads"]).times_float32.max().min() > 1
     for row in read_csv(RESULTS / "mixed.csv").itertuples():
         assert row.mixed_accuracy > row.uniform_accuracy and row.mixed_bytes <= row.uniform_bytes
         assert row.mixed_binary_macs <= row.uniform_binary_macs

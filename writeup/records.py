@@ -148,8 +148,12 @@ def faster_than_int8(form: dict) -> set[tuple[int, int]]:
 
 def cpu_machines() -> list[tuple[str, list[dict]]]:
     """[(a machine's processor and instruction set, its rows)]"""
+    return _machines(CPU)
+
+
+def _machines(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     machines = {}
-    for row in CPU:
+    for row in rows:
         machines.setdefault(f"{row['hardware'].split(', ')[0]}, {row['isa']}", []).append(row)
     return list(machines.items())
 
@@ -182,14 +186,25 @@ def on_one_thread(column: str) -> dict[int, float]:
     return by_products(rows, "packed", column, min(cpu_threads(rows))) if rows else {}
 
 
-def resnet_speeds(bases: int) -> list[float]:
-    """Times float32's speed of packed ResNet-18, the fastest form of each batch and number of threads."""
+def speed_machines() -> list[tuple[str, list[dict]]]:
+    """[(a machine's processor and instruction set, its rows of whole networks)]"""
+    return _machines(SPEED)
+
+
+def network_speeds(rows: list[dict], M: int, N: int, code: str, column: str) -> dict[tuple, float]:
+    """{(network, batch, threads): times as fast as float32, or int8}, in the better memory layout.
+
+    Where a setting was not run, it is that of the thermometer code: counting it takes as long.
+    """
     best = {}
-    for row in SPEED:
-        if row["network"] == "ResNet-18" and row["bases"] == bases and "bits between layers" in row["form"]:
-            case = row["batch"], row["threads"]
-            best[case] = max(row["times_float32"], best.get(case, 0))
-    return list(best.values())
+    for wanted in dict.fromkeys((code, "thermometer")):
+        for row in rows:
+            if (row["form"], row["M"], row["N"], row["code"]) == ("abcnets", M, N, wanted) and row[column]:
+                case = row["network"], row["batch"], row["threads"]
+                best[case] = max(row[column], best.get(case, 0))
+        if best or code != "binary":
+            break
+    return best
 
 
 def weight_error(M: int, shifts: str, statistics: str = "channel") -> float | None:

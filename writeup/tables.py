@@ -237,18 +237,20 @@ def cpu_table() -> str:
 
 
 def network_table() -> str:
-    in_either_layout = "packed, bits between layers"
-    rows = [row for row in records.SPEED if row["form"].startswith(in_either_layout)]
-    counts = sorted({row["bases"] for row in rows})
+    """Whole networks: milliseconds of the fastest float32 and int8, and times as fast as these in a few settings."""
+    settings = [(1, 1, "thermometer"), (2, 2, "binary,uniform"), (2, 2, "binary"), (3, 3, "binary")]
     cells = []
-    for key in dict.fromkeys((row["network"], row["batch"], row["threads"]) for row in rows):
-        same = [row for row in records.SPEED if (row["network"], row["batch"], row["threads"]) == key]
-        best = min(row["milliseconds"] for row in same if row["form"].startswith("float32"))
-        times = {n: [row["times_float32"] for row in rows if row in same and row["bases"] == n] for n in counts}
-        speeds = (f"{max(times[n]):.2f}" if times[n] else MISSING for n in counts)
-        cells.append([*map(str, key), f"{best:.2f} ms", *speeds])
-    head = ["network", "batch", "threads", "float32, best form", *(f"$M=N={n}$" for n in counts)]
-    return table(head, cells, "l" + "r" * (3 + len(counts)))
+    for machine, here in records.speed_machines():
+        speeds = [[records.network_speeds(here, *setting, column) for column in ("times_float32", "times_int8")]
+                  for setting in settings]  # fmt: skip
+        for case in dict.fromkeys((row["network"], row["batch"], row["threads"]) for row in here):
+            same = [row for row in here if (row["network"], row["batch"], row["threads"]) == case]
+            best = [min((row["ms_per_image"] for row in same if row["form"].endswith(kind)), default=None)
+                    for kind in ("float32", "onnxruntime int8")]  # fmt: skip
+            times = [" / ".join(f"{by[case]:.2f}" if case in by else "–" for by in both) for both in speeds]
+            cells.append([machine, *map(str, case), *("–" if ms is None else f"{ms:.3g}" for ms in best), *times])
+    head = ["machine", "network", "batch", "threads", "float32", "int8", *(records.named(*case) for case in settings)]
+    return table(head, cells, "ll" + "r" * (len(head) - 2), NOT_MEASURED)
 
 
 def step_table() -> str:
@@ -490,8 +492,10 @@ def for_readme() -> dict[str, str]:
     if forms and (floats := records.fastest_float32()):
         smaller = [round(floats["bytes"] / form["bytes"]) for form in forms]
         values["smaller"] = f"{min(smaller)} to {max(smaller)}"
+    timed = next((rows for _, rows in records.speed_machines()), [])
     for bases in (1, 2, 3):
-        speeds = records.resnet_speeds(bases)
+        found = records.network_speeds(timed, bases, bases, "binary" if bases > 1 else "thermometer", "times_float32")
+        speeds = [times for (network, *_), times in found.items() if network == "ResNet-18"]
         values[f"speed_{bases}"] = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})"
     mixed = {row["uniform"]: row for row in records.MIXED if row["dataset"] == records.DATASET}
     for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
