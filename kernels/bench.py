@@ -290,7 +290,7 @@ SHAPE = checked(_shape, "a convolution as C,O,K,size,padding[,stride], of less t
 
 def measure_cpu(options) -> None:
     need_engine("cpu")
-    from .cpu import peak
+    from .cpu import peak, system
 
     shapes = QUICK if options.quick else ON_AVX2 if options.isa else ON_A_CPU
     if options.shape:
@@ -308,6 +308,7 @@ def measure_cpu(options) -> None:
             rows += [row | about for row in new]
     if not (options.quick or options.shape):
         report.write(options.isa or "cpu", rows)
+        report.write_limit(system.tile(), rows)
 
 
 def measure_avx2(options, arguments) -> None:

@@ -11,6 +11,7 @@ A block that a command writes stands between two markers, which name it and the 
 Within a sentence, the same without line breaks: <!-- accuracy: python writeup/build.py -->94.02 %<!-- /accuracy -->.
 """
 
+import json
 import math
 import os
 import re
@@ -90,6 +91,22 @@ def write(device: str, rows: list[dict]) -> None:
         new = pd.concat([old[~pd.MultiIndex.from_frame(old[MACHINE]).isin(measured)], new])
     new.to_csv(path, index=False, lineterminator="\n")
     write_readme(device)
+
+
+def write_limit(tile: str, rows: list[dict]) -> None:
+    """Up to how many binary convolutions M N a tile is faster than float32, into cpu/pays.json, for the engine.
+
+    rows: of all settings in which the bench looks for the crossing; fewer say nothing.
+    """
+    import pandas as pd
+
+    from .bench import CROSSING
+
+    rows = pd.DataFrame(rows)
+    if {setting.M * setting.N for setting in CROSSING} <= set(rows.M * rows.N):
+        path = HERE / "cpu" / "pays.json"
+        limits = json.loads(path.read_text()) | {tile: crossing(rows, "times_float32") or 0}
+        rewrite(path, json.dumps(limits, indent=1) + "\n")
 
 
 def write_arm(rows: list[dict], table: str) -> None:

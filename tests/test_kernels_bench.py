@@ -3,6 +3,8 @@
 Numba's simulator gets a process of its own, as in test_kernels_cuda.py.
 """
 
+import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +19,7 @@ import abcnets
 pytest.importorskip("numba")
 from kernels import bench, check, report
 from kernels.check import Shape
-from kernels.cpu import assembly
+from kernels.cpu import assembly, engine, system
 
 SIMULATED = os.environ.get("NUMBA_ENABLE_CUDASIM") == "1"
 ROOT = Path(__file__).parent.parent
@@ -123,6 +125,22 @@ else:
             for threads in (1, 2)
         ])  # fmt: skip
         assert report.crossing(rows, "times_float32") == 4 and report.crossing(rows, "times_int8") is None
+
+    def test_the_crossing_is_what_the_engine_goes_by(elsewhere):
+        (elsewhere / "cpu").mkdir()
+        limits = elsewhere / "cpu/pays.json"
+        limits.write_text('{"a tile": 16, "another": 4}')
+        common = {"contender": "packed", "K": 3, "threads": 1, "times_int8": 1.0, "share_of_bound": 0.5}
+        rows = [common | {"M": M, "N": N, "code": code, "times_float32": 10 / (M * N)}
+                for M, N, code in map(dataclasses.astuple, bench.CROSSING)]  # fmt: skip
+        report.write_limit("a tile", rows[:-1])  # not all of them
+        assert json.loads(limits.read_text()) == {"a tile": 16, "another": 4}
+        report.write_limit("a tile", rows)
+        assert json.loads(limits.read_text()) == {"a tile": 9, "another": 4}
+        report.write_limit("a tile", [row | {"times_float32": 0.9} for row in rows])
+        assert json.loads(limits.read_text())["a tile"] == 0
+        assert set(engine.BITS_PAY_UP_TO) == set(json.loads((ROOT / "kernels/cpu/pays.json").read_text()))
+        assert system.tile() in engine.BITS_PAY_UP_TO
 
     def test_uniform_levels_have_one_beta():
         betas = bench.Setting(2, 3, "uniform").arguments(Shape(8, 8, 1, 3, 0))[2]

@@ -5,6 +5,7 @@ its words that the numbers must bear out are in claims.py. A row that was never 
 """
 
 import itertools
+import json
 import math
 import re
 from pathlib import Path
@@ -16,6 +17,7 @@ from kernels.report import SHOWN, crossing
 from writeup import arithmetic, records
 
 BIBLIOGRAPHY = Path(__file__).resolve().parent / "references.bib"
+LIMITS = Path(__file__).resolve().parent.parent / "kernels" / "cpu" / "pays.json"
 MISSING = "not run"
 NOT_MEASURED = "not measured yet"
 
@@ -412,7 +414,7 @@ def for_writeup() -> dict[str, str]:
     for precision in ("float32", "mixed"):
         for what, column in (("time", "ratio"), ("memory", "memory_ratio")):
             values[f"step_{what}_{precision}"] = say(f"{{{column}:.2f}}", steps.get(precision), f"({NOT_MEASURED})")
-    return values
+    return values | pays()
 
 
 def span(counts: list[int]) -> str:
@@ -485,9 +487,16 @@ def five_lines() -> str:
     return "\n".join(["```python", *(f"{code:<53} # {comment}" for code, comment in lines), "```"])
 
 
+def pays() -> dict[str, str]:
+    """Up to which M N a packed layer runs bits, by what counts them."""
+    limits = json.loads(LIMITS.read_text())
+    kinds = {"avx512": "AVX-512 popcount", "avx2": "AVX2 look-up", "arm": "NEON dot product"}
+    return {f"pays_{kind}": str(limits[tile]) for kind, tile in kinds.items()}
+
+
 def for_readme() -> dict[str, str]:
     """{marker: text} of the README."""
-    values = {"first_table": first_table(), "five_lines": five_lines(), "smaller": MISSING}
+    values = pays() | {"first_table": first_table(), "five_lines": five_lines(), "smaller": MISSING}
     forms = [form for case in FIRST_SCREEN if case[0].startswith("abcnets") and (form := records.contender(*case))]
     if forms and (floats := records.fastest_float32()):
         smaller = [round(floats["bytes"] / form["bytes"]) for form in forms]

@@ -17,9 +17,11 @@ than fifteen thresholds; of the levels: all but float32.
 
 import ctypes
 import functools
+import json
 import logging
 import time
 from math import prod
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -49,11 +51,9 @@ STAIRCASE_THREADS_PAY_FROM = 32_768  # elements, as where torch's own element-wi
 LEVELS_THREADS_PAY_FROM = 4096  # weights, at each of which the quantizer looks some ten times
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
-BITS_PAY_UP_TO = {
-    "AVX-512 popcount": 16, "AVX-512 look-up": 8, "AVX2 look-up": 8, "64-bit words": 4,
-    "NEON dot product": 4, "NEON bytes": 4,  # not measured
-}  # fmt: skip
-# binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster (bench.py)
+# Binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster. A whole run
+# of bench.py writes its tile's; the others are estimates.
+BITS_PAY_UP_TO = json.loads(Path(__file__).with_name("pays.json").read_text())
 
 plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
 
