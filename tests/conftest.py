@@ -6,6 +6,15 @@ from data import load_data
 from training import pretrain
 
 
+# The files that take longest, to begin with them: at the end no core waits for another's long one.
+LONG = ("test_kernels_cpu", "test_notebooks", "test_int8", "test_package", "test_codes", "test_chain", "test_fuse",
+        "test_speed", "test_compare", "test_readme", "test_zoo", "test_devices", "test_imagenet")  # fmt: skip
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
+
+
 @pytest.fixture
 def threads():
     """torch computes on as many threads afterwards, whatever the test sets."""
