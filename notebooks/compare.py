@@ -2,7 +2,8 @@
 
 Accuracy on the test images, bytes of the file and milliseconds an image of
 
-    torch           float32 and bfloat16, both memory layouts, BatchNorm folded into the convolution that it follows
+    torch           float32, and bfloat16 where the processor has it; both memory layouts, BatchNorm folded into the
+                    convolution that it follows
     onnxruntime     float32; int8, static and per channel, in either form that onnxruntime's quantizer writes
     abcnets         each fine-tuned network of RESULTS/runs.csv, packed, from its file, with bits kept between layers
     abcnets in int8 the same networks in onnxruntime, with activations in 8 bits and weights as bits in the file
@@ -39,7 +40,7 @@ from files import ROOT, tqdm, writable
 from runs import load_float, main_runs, setting_of, trained_file, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
-from training import load_weights
+from training import fast_bfloat16, load_weights
 
 import abcnets
 from kernels.check import need_engine
@@ -74,10 +75,11 @@ def torch_contenders(network: nn.Module, folder: Path) -> list[Contender]:
 
     contenders = []
     folded = fold_batch_norm(network)
-    for dtype, models in {
-        torch.float32: {"": network, "BatchNorm folded": folded},
-        torch.bfloat16: {"BatchNorm folded": folded},
-    }.items():
+    forms = {torch.float32: {"": network, "BatchNorm folded": folded}, torch.bfloat16: {"BatchNorm folded": folded}}
+    if not fast_bfloat16(torch.device("cpu")):
+        del forms[torch.bfloat16]
+        print("torch bfloat16 is left out: this processor does not compute in it")
+    for dtype, models in forms.items():
         form = f"torch {str(dtype).removeprefix('torch.')}"
         for fold, model in models.items():
             for layout, order in LAYOUTS.items():

@@ -161,11 +161,16 @@ def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | No
     """
     model = build_network(data, seed).to(data.device, memory_format=torch.channels_last)
     run = run_name(data.name, seed=seed)
-    usual = Path(out) / f"{run}.pt"
-    if path or usual.exists() or not trained_file(run).exists():
-        return load_weights(model, path or usual)
-    print(f"{run} is the one that comes with the repository: {usual} is missing")
-    return load_weights(model, trained_file(run))
+    found = path or _usual_file(run, Path(out))
+    if found == trained_file(run):
+        print(f"{run} is the one that comes with the repository: {Path(out) / run}.pt is missing")
+    return load_weights(model, found)
+
+
+def _usual_file(run: str, out: Path) -> Path:
+    """Where the network of a run is: in `out`, unless only the repository has it."""
+    usual = out / f"{run}.pt"
+    return usual if usual.exists() or not trained_file(run).exists() else trained_file(run)
 
 
 def trained_file(run: str, trained: Path = TRAINED) -> Path:
@@ -254,7 +259,7 @@ def _others(recipe: Recipe, path: Path, table: Path) -> list[str]:
 
 def _tune(recipe: Recipe, model: nn.Module, data: Data, teacher: nn.Module | None, out: str | Path,
           results: str | Path, before: dict, replace: bool) -> list[dict]:  # fmt: skip
-    checkpoint, command = Path(out) / f"{recipe.name}.checkpoint", _command(recipe, Path(out))
+    checkpoint, command = Path(out) / f"{recipe.name}.checkpoint", _command(recipe, data, Path(out))
     history = finetune(model, data, teacher, checkpoint=checkpoint, key=recipe.key(), replace=replace,
                        description=recipe.name, **recipe.training())  # fmt: skip
     _finish(recipe, model, data, out, results, history, command, before)
@@ -315,18 +320,20 @@ def least_level(counts: dict) -> float | None:
     return min((100 * (found.min() / found.sum()).item() for found in counts.values()), default=None)
 
 
-def _command(recipe: Recipe, out: Path) -> str:
-    """What repeats a fine-tuning, from wherever in `out` its start network is.
+def _command(recipe: Recipe, data: Data, out: Path) -> str:
+    """What repeats a fine-tuning, from wherever its start network is: in `out`, or with the repository.
 
     Empty where it is nowhere: no command has it.
     """
     if recipe.start_file:
         return recipe.command()
     seed = recipe.seed if recipe.float_seed is None else recipe.float_seed
-    usual = out / f"{run_name(recipe.dataset, seed=seed)}.pt"
-    for path in (usual, *sorted(usual.parent.glob("float*.pt"))):
-        if path.exists() and fingerprint(load(path)) == recipe.start:
-            return recipe.command(None if path == usual else path)
+    usual = _usual_file(run_name(recipe.dataset, seed=seed), out)
+    if usual.exists() and fingerprint(load_weights(build_network(data), usual)) == recipe.start:
+        return recipe.command()
+    for path in sorted((out / recipe.name).parent.glob("float*.pt")):
+        if fingerprint(load(path)) == recipe.start:
+            return recipe.command(path)
     return ""
 
 

@@ -5,7 +5,6 @@ import torch
 from data import load_data
 from training import pretrain
 
-
 # The files that take longest, to begin with them: at the end no core waits for another's long one.
 LONG = ("test_kernels_cpu", "test_notebooks", "test_int8", "test_package", "test_codes", "test_chain", "test_fuse",
         "test_speed", "test_compare", "test_readme", "test_zoo", "test_devices", "test_imagenet")  # fmt: skip

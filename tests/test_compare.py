@@ -6,7 +6,7 @@ import torch
 from files import save
 from networks import nine_layer
 from runs import read_csv, trained_file, write_csv
-from training import accuracy
+from training import accuracy, fast_bfloat16
 
 import abcnets
 
@@ -43,7 +43,8 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
     forms = {}
     for row in rows:
         forms.setdefault((row["form"], row["M"], row["N"]), []).append(row)
-    assert set(forms) == {("torch float32", 0, 0), ("torch bfloat16", 0, 0), ("onnxruntime float32", 0, 0),
+    halves = {("torch bfloat16", 0, 0)} if fast_bfloat16(torch.device("cpu")) else set()
+    assert set(forms) - halves == {("torch float32", 0, 0), ("onnxruntime float32", 0, 0),
                           ("onnxruntime int8", 0, 0), ("abcnets", 1, 1), ("abcnets in int8", 1, 1), ("abcnets", 1, 0),
                           ("abcnets in int8", 1, 0)}  # fmt: skip
     assert "digits/M2-N2 is left out" in capsys.readouterr().out
@@ -55,7 +56,8 @@ def test_every_form_of_one_network(trained, digits, threads, capsys):
             assert row["accuracy"] == pytest.approx(accuracy(model, digits), abs=0.5), row  # of 500, two on a boundary
     assert {row["code"] for row in forms["abcnets", 1, 1]} == {"thermometer"}
     sizes = {key[0]: min(row["bytes"] for row in group) for key, group in forms.items()}
-    assert sizes["torch float32"] > 1.9 * sizes["torch bfloat16"] > sizes["onnxruntime int8"] > 2 * sizes["abcnets"]
+    assert halves <= set(forms) and sizes["torch float32"] > 1.9 * sizes.get("torch bfloat16", 0)
+    assert sizes["torch float32"] > 2 * sizes["onnxruntime int8"] > 4 * sizes["abcnets"]
     assert sizes["abcnets in int8"] < 1.1 * sizes["abcnets"]
 
 

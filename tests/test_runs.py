@@ -345,6 +345,10 @@ def test_the_networks_of_the_main_rows_come_with_the_repository(few_digits, tmp_
     assert training.fingerprint(load_float(data, out)) == training.fingerprint(start)
     assert {str(value.dtype) for value in load(trained / names[1]).values()} == {"torch.float16"}  # half the bytes
     assert "digits/float is the one that comes with the repository" in capsys.readouterr().out
+    binarized(load_float(data, out), data, out, results, 1, 1, epochs=0)
+    command = next(row["command"] for row in strings(results / "runs.csv") if row["run"] == "digits/M1-N1")
+    assert command.endswith("finetune --dataset digits --weight-bases 1 --activation-bases 1 --epochs 0")
+    capsys.readouterr()
     model, history = pretrained(data, out, results, kept=True)
     assert training.fingerprint(model) == training.fingerprint(start) and history == []
     assert "digits/float: the one that comes with the repository, as it is" in capsys.readouterr().out
