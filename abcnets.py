@@ -3075,8 +3075,9 @@ def export_onnx(model: nn.Module, example_input: Tensor, path, *, activations: s
       codes, the nearest multiples of one scale: as they are for N = 1 and for uniform codes, off by at most a 254th of
       their span else.
     - Weights are int8 with one scale a channel. Those of M bases stay bits in the file, whoever packs them, and a
-      table of 2^M levels a channel: exact for M = 1, else off by at most half a 127th of the channel's largest. Layers
-      with float weights, the first and the last above all, are rounded to 127ths likewise; so are more than 7 bases,
+      table of 2^M levels a channel: exact for M = 1, else off by at most half a 64th of the channel's largest. Layers
+      with float weights, the first and the last above all, are rounded to 64ths likewise, so that no processor's sums
+      of two products overflow (AVX2 has 16 bits for them); so are more than 7 bases,
       as numbers, since bits of them are no smaller. Biases are int32, and off by at most half of s times the scale.
     - BatchNorm becomes a part of the layer before it, through a max-pool too where it rises, or else a convolution of
       its own. ReLU, max-pool, sums, concatenation and average pooling are in integers. The rest stays float.

@@ -25,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.ao.quantization.observer import HistogramObserver
 
-_LEVELS = 127  # of the largest weight of a channel, on either side of 0
-_LEVELS_OF_SIGNS = 64  # where M = 1: exact as well, and no two products with a code exceed 16 bits
+# Of the largest weight of a channel, on either side of 0. AVX2 has no dot product of bytes: it adds two products of an
+# unsigned and a signed byte in 16 bits, which saturate, and two times 255 times 64 is the most that fits.
+_LEVELS = 64
 _BITS_UP_TO = 7  # bases; eight take as many bytes as int8
 
 _DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
@@ -63,17 +64,16 @@ class _Layer(nn.Module):
         """The layer with rounded weights and bias, for an input of that scale."""
         if not all(tensor.isfinite().all() for tensor in (self.weight, self.bias) if tensor is not None):
             raise ValueError("export_onnx can't round weights that are not finite, and a layer or its norm has such")
-        most = _LEVELS_OF_SIGNS if self.M == 1 else _LEVELS
-        scale = self.weight.abs().flatten(1).amax(1) / most
+        scale = self.weight.abs().flatten(1).amax(1) / _LEVELS
         if self.bias is not None:  # one beside which the weights are next to nothing must not exceed int32
             scale = scale.maximum(self.bias.abs() / (input_scale * 2**30))
         scale = torch.where(scale > 1e-20, scale, 1.0).float()  # a channel of zeros
         if self.keeps_bits:
             signs = 2.0 * (torch.arange(2**self.M) >> torch.arange(self.M)[:, None] & 1) - 1
-            levels = _rounded(self.alphas.t() @ signs.double(), scale, most, torch.int8)
+            levels = _rounded(self.alphas.t() @ signs.double(), scale, _LEVELS, torch.int8)
             weight = _Bits(self.unpack_bits, self.bits, levels, self.weight.shape)
         else:
-            weight = _Integers(_rounded(self.weight, scale, most, torch.int8))
+            weight = _Integers(_rounded(self.weight, scale, _LEVELS, torch.int8))
         of_bias = scale * input_scale
         bias = None if self.bias is None else _rounded(self.bias, of_bias, 2**31 - 1, torch.int32)
         return _Int8Layer(weight, scale, bias, of_bias, self.geometry)

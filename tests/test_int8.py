@@ -112,13 +112,15 @@ def test_the_file_holds_bits_and_no_second_copy_of_them(trained, tmp_path):
 
 
 def test_it_is_as_accurate_as_with_float_activations(trained, digits):
+    """Of all digits: of the 500 test images alone, some near two classes, a few more or less would say nothing."""
     model, path, _, _ = trained
-    session, hits = onnxruntime.InferenceSession(path), torch.zeros(2)
+    images = [digits.test_images, digits.train_images, digits.validation_images]
+    labels = torch.cat([digits.test_labels, digits.train_labels, digits.validation_labels])
+    x = digits.normalize(torch.cat(images).permute(0, 2, 3, 1)).contiguous()
     with torch.no_grad():
-        for x, labels in digits.test_batches():
-            y = torch.from_numpy(session.run(None, {"input": x.contiguous().numpy()})[0])
-            hits += torch.tensor([(z.argmax(1) == labels).sum() for z in (model(x), y)])
-    assert hits[0] > 250 and abs(hits[0] - hits[1]) <= 4  # of 500
+        y = torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})[0])
+        before, after = (100 * (z.argmax(1) == labels).float().mean().item() for z in (model(x), y))
+    assert before > 50 and abs(before - after) <= 0.8
 
 
 ALONE = """
@@ -150,7 +152,7 @@ def test_the_file_runs_where_there_is_no_torch(trained, tmp_path):
 @pytest.mark.parametrize("M, code", [(1, "thermometer"), (2, "thermometer"), (7, "thermometer"), (8, "thermometer"),
                                      (2, "binary"), (3, "binary"), (3, "uniform")])  # fmt: skip
 def test_rounded_weights_are_as_near_as_promised(M, code):
-    """Exact for one base; off by half a 127th of a channel's largest for more."""
+    """Exact for one base; off by half a 64th of a channel's largest for more."""
     torch.manual_seed(M)
     layer = ABCConv2d(5, 6, (3, 2), groups=1, weight_bases=M, activation_bases=None, code=code, active=True)
     nn.init.constant_(layer.weight[4], 0.0)
@@ -161,11 +163,17 @@ def test_rounded_weights_are_as_near_as_promised(M, code):
     integers, top = made.weight(), Wq.abs().flatten(1).amax(1).view(-1, 1, 1, 1)
     assert integers.dtype == torch.int8 and integers.shape == Wq.shape
     W = integers * made.scale.view(-1, 1, 1, 1)
-    assert ((W - Wq).abs() <= top * (1e-6 if M == 1 else 0.5001 / 127)).all()
+    assert ((W - Wq).abs() <= top * (1e-6 if M == 1 else 0.5001 / 64)).all()
     assert hasattr(made.weight, "bits") == (M < 8)
     bias = made.bias.double() * made.bias_scale
     assert ((bias - packed.bias).abs() <= 0.5001 * made.bias_scale).all()
     assert M > 1 or integers.abs().max() <= 64  # two products with codes up to 255 fit into 16 bits
+
+
+def test_no_sum_of_two_products_exceeds_16_bits(trained):
+    """Which is where AVX2 adds them, and saturates: a code of at most 255 times a weight, twice."""
+    weights = [values.astype(int) for values in stored(trained[1]).values() if values.dtype == np.int8]
+    assert len(weights) >= 10 and 2 * 255 * max(np.abs(values).max() for values in weights) < 2**15
 
 
 def test_a_large_bias_beside_weights_of_nothing_fits_into_its_integer():

@@ -373,6 +373,8 @@ def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = records.result(), records.best_result(), records.per_channel_gains()
     calibration = records.CALIBRATION[0] if records.CALIBRATION else None
+    full_range = [row["accuracy"] for row in records.COMPETITORS
+                  if row["form"] == "onnxruntime int8" and "7 bits" not in (row["variant"] or "")]  # fmt: skip
     one_bit, two_bits = records.coded_accuracy(1, 1), records.coded_accuracy(1, 2, "code=binary")
     second_bit = two_bits - one_bit if one_bit and two_bits else None
     coded = next((run for case in records.CODES for run in records.coded_runs(*case)), None)
@@ -406,6 +408,7 @@ def for_writeup() -> dict[str, str]:
         "wins_against_int8": crossover("times_int8"),
         "int8_accuracy": say("{accuracy:.2f} %", int8),
         "int8_size": say("{kB}", int8),
+        "int8_full_range": percent(max(full_range, default=None)),
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
     }
     for n in records.BASES:
