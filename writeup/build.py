@@ -77,7 +77,7 @@ BODY
 
 #set text(size: 8pt)
 #set par(leading: 0.5em, spacing: 0.55em)
-#bibliography("references.bib", title: "References", style: "ieee")
+#bibliography("references.bib", title: "References", style: "nature")
 """
 
 

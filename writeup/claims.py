@@ -133,7 +133,8 @@ def _choices() -> dict[str, bool]:
 
 def _results() -> dict[str, bool]:
     step = records.STEP_OF_TEXT
-    int8 = records.rival("onnxruntime int8")
+    int8, three = records.rival("onnxruntime int8"), records.contender("abcnets", 3, 3, "binary")
+    trained = records.result(3, 3, "binary")
     mixed = records.MIXED
     bases = [re.findall(r"\d+:(\d+),(\d+)", row["mixed_settings"]) for row in mixed]
     kinds = "bytes", "binary_macs"
@@ -142,6 +143,10 @@ def _results() -> dict[str, bool]:
         "are more accurate than two digits on both sides, and smaller, but in batches slower":
             bool(weights and digits) and weights["accuracy"] > digits["accuracy"] and weights["bytes"] < digits["bytes"]
             and weights["ms"][32, 1] > digits["ms"][32, 1],
+        "three digits are slower than int8":
+            bool(three) and not records.faster_than_int8(three),
+        "With three digits on both sides training adds nothing to what calibration found":
+            bool(trained) and trained["accuracy"] < trained["calibrated"] + 0.1,
         "two digits on both sides run faster than int8 in batches, and lose 0.6 points to it":
             bool(int8 and digits) and all((32, threads) in records.faster_than_int8(digits) for threads in (1, 2))
             and round(int8["accuracy"] - digits["accuracy"], 1) == 0.6,

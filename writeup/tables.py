@@ -233,9 +233,15 @@ def cpu_table() -> str:
                     is_there = case in found[0] and (code != "uniform" or case[2] == code)
                     values = [one.get(case) for one in found]
                     cells.append("{:.2f} / {:.2f} ({:.0%})".format(*values) if is_there else MISSING)
-                rows.append([machine, what, str(threads), *cells])
+                rows.append([_once(machine, rows), what, str(threads), *cells])
     head = ["machine", "in and out", "threads", *(records.named(*setting) for setting in SHOWN)]
     return table(head, rows, "llr" + "r" * len(SHOWN), NOT_MEASURED)
+
+
+def _once(machine: str, rows: list[list[str]]) -> str:
+    """A machine's name, which keeps on one line; "" where the rows so far are of it already."""
+    name = machine.replace(" ", "\N{NO-BREAK SPACE}")
+    return "" if name in (row[0] for row in rows) else name
 
 
 def network_table() -> str:
@@ -250,7 +256,8 @@ def network_table() -> str:
             best = [min((row["ms_per_image"] for row in same if row["form"].endswith(kind)), default=None)
                     for kind in ("float32", "onnxruntime int8")]  # fmt: skip
             times = [" / ".join(f"{by[case]:.2f}" if case in by else "–" for by in both) for both in speeds]
-            cells.append([machine, *map(str, case), *("–" if ms is None else f"{ms:.3g}" for ms in best), *times])
+            best = ("–" if ms is None else f"{ms:.3g}" for ms in best)
+            cells.append([_once(machine, cells), *map(str, case), *best, *times])
     head = ["machine", "network", "batch", "threads", "float32", "int8", *(records.named(*case) for case in settings)]
     return table(head, cells, "ll" + "r" * (len(head) - 2), NOT_MEASURED)
 
