@@ -308,7 +308,8 @@ def measure_cpu(options) -> None:
             rows += [row | about for row in new]
     if not (options.quick or options.shape):
         report.write(options.isa or "cpu", rows)
-        report.write_limit(system.tile(), rows)
+        if 1 in options.threads and not options.compile:  # as the engine's own choice is
+            report.write_limit(system.tile(), rows)
 
 
 def measure_avx2(options, arguments) -> None:

@@ -10,10 +10,11 @@ Accuracy on the test images, bytes of the file and milliseconds an image of
     abcnets in int8 the same networks in onnxruntime, with activations in 8 bits and weights as bits in the file
 
 All are made from one float network, all run in one process in turn, on the same threads; the median round counts.
-onnxruntime is timed after the others, because its threads spin for a while after each call.
+Those of onnxruntime are timed one by one between the others, since a session's threads spin for a while after each
+call and would slow down whoever comes next.
 
 Needs the rows in runs.csv of the folder of --results, and of their networks what is in out/ or comes with the
-repository in trained/: `python notebooks/compare.py --results notebooks/results` compares the latter. Writes
+repository in trained/, as `python notebooks/compare.py --results notebooks/results` compares them. Writes
 competitors.csv there: one row a form, variant, batch and number of threads. The best variant of a form is for the
 reader to take.
 """
@@ -47,7 +48,7 @@ from training import fast_bfloat16, load_weights
 
 import abcnets
 from kernels.check import need_engine
-from kernels.clock import interleaved_medians, machine
+from kernels.clock import instruction_set, interleaved_medians, machine
 from kernels.command import COUNT, POSITIVE_OR_0, THREADS, Parser, Refused
 
 LAYOUTS = {"": torch.contiguous_format, "channels last": torch.channels_last}
@@ -72,17 +73,17 @@ class Contender:
         return f"{self.form}{words}" + (f", {self.variant}" if self.variant else "")
 
 
-def torch_contenders(network: nn.Module, folder: Path) -> list[Contender]:
+def torch_contenders(network: nn.Module, folder: Path, dtypes=(torch.float32, torch.bfloat16)) -> list[Contender]:
     """The float network as torch runs it; its file is a safetensors file of its parameters and buffers."""
     from safetensors.torch import save_file
 
     contenders = []
     folded = fold_batch_norm(network)
     forms = {torch.float32: {"": network, "BatchNorm folded": folded}, torch.bfloat16: {"BatchNorm folded": folded}}
-    if not fast_bfloat16(torch.device("cpu")):
-        del forms[torch.bfloat16]
+    if torch.bfloat16 in dtypes and not fast_bfloat16(torch.device("cpu")):
+        dtypes = [dtype for dtype in dtypes if dtype is not torch.bfloat16]
         print("torch bfloat16 is left out: this processor does not compute in it")
-    for dtype, models in forms.items():
+    for dtype, models in ((dtype, forms[dtype]) for dtype in dtypes):
         form = f"torch {str(dtype).removeprefix('torch.')}"
         for fold, model in models.items():
             for layout, order in LAYOUTS.items():
@@ -249,7 +250,7 @@ def compare(options) -> None:
         raise Refused(f"--batches are at most the {len(data.test_labels)} test images, got {max(options.batches)}")
     network = load_float(data, options.out)
     runs = kept_runs(options.results, data.name, options.out)
-    where, rows = machine(), []
+    where, rows = {"isa": instruction_set(), **machine()}, []
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         with torch.inference_mode(False), torch.no_grad():
@@ -262,7 +263,7 @@ def compare(options) -> None:
         with tqdm(cases, desc="timing", unit="case", leave=False) as bar:
             for threads, batch in bar:
                 torch.set_num_threads(threads)
-                groups = [torch_forms + ours, onnx_contenders(files, threads)]
+                groups = [torch_forms + ours, *([c] for c in onnx_contenders(files, threads))]
                 x = next(data.test_batches(batch))[0].contiguous()
                 times = milliseconds(groups, x, options.seconds)
                 for c in itertools.chain(*groups):

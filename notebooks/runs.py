@@ -162,7 +162,7 @@ def load_float(data: Data, out: str | Path, seed: int = 0, path: str | Path | No
     model = build_network(data, seed).to(data.device, memory_format=torch.channels_last)
     run = run_name(data.name, seed=seed)
     found = path or _usual_file(run, Path(out))
-    if found == trained_file(run):
+    if path is None and found == trained_file(run):
         print(f"{run} is the one that comes with the repository: {Path(out) / run}.pt is missing")
     return load_weights(model, found)
 
@@ -213,7 +213,7 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def file_bytes(model: nn.Module, is_binary: bool) -> int:
-    """The bytes of the file in which a network is shipped: packed, or a float one in float32."""
+    """The bytes of a network's file: packed, or a float one's in float32."""
     if not is_binary:
         return len(safetensors.torch.save(_tensors(model)))
     with tempfile.TemporaryDirectory() as folder:
@@ -329,8 +329,9 @@ def _command(recipe: Recipe, data: Data, out: Path) -> str:
         return recipe.command()
     seed = recipe.seed if recipe.float_seed is None else recipe.float_seed
     usual = _usual_file(run_name(recipe.dataset, seed=seed), out)
-    if usual.exists() and fingerprint(load_weights(build_network(data), usual)) == recipe.start:
-        return recipe.command()
+    with contextlib.suppress(DataError), torch.random.fork_rng(devices=[]):  # a new network seeds torch
+        if fingerprint(load_weights(build_network(data), usual)) == recipe.start:
+            return recipe.command()
     for path in sorted((out / recipe.name).parent.glob("float*.pt")):
         if fingerprint(load(path)) == recipe.start:
             return recipe.command(path)

@@ -14,6 +14,7 @@ import argparse
 import copy
 import functools
 import itertools
+import logging
 import os
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import networks
 import pandas as pd
 import torch
 from compare import abcnets_contenders, int8_files, milliseconds, onnx_contenders, onnx_files, torch_contenders
-from files import RESULTS, ROOT
+from files import RESULTS, ROOT, writable
 from runs import keep_rows, read_csv
 
 import abcnets
@@ -81,13 +82,13 @@ def measure(name: str, all_threads: list[int], seconds: float, compile_too: bool
         with torch.no_grad():
             bits = {setting: binarized(network, images, *setting) for setting in SETTINGS}
             weights = {setting: bits.pop(setting) for setting in SETTINGS if setting[1] is None}
-            theirs = [form for form in torch_contenders(network, folder) if form.form == "torch float32"]
+            theirs = torch_contenders(network, folder, [torch.float32])
             theirs += [compiled(form) for form in theirs] if compile_too else []
             forms = theirs + abcnets_contenders(bits, network, folder)
             files = onnx_files(network, [images], folder) | int8_files(weights, [images], folder)
         for threads, batch in itertools.product(all_threads, all_batches):
             torch.set_num_threads(threads)
-            groups = [forms, onnx_contenders(files, threads)]
+            groups = [forms, *([c] for c in onnx_contenders(files, threads))]
             with torch.inference_mode():
                 times = milliseconds(groups, images[:1].expand(batch, *shape).contiguous(), seconds)
             case = [{
@@ -154,11 +155,13 @@ def main(arguments: list[str] | None = None) -> None:
 
 def run(options) -> None:
     need_engine("cpu")
+    writable(options.results)
+    logging.getLogger().setLevel(logging.ERROR)  # onnxruntime's quantizer recommends what is done
     for name in options.networks:
         rows = measure(name, options.threads, options.seconds, options.compile)
         about = {"isa": instruction_set(), **machine()}
         keep_rows(options.results / "speed.csv", [row | about for row in rows], [*MACHINE, "network"])
-    if options.results == RESULTS:
+    if options.results.resolve() == RESULTS.resolve():
         page = ROOT / "kernels" / "README.md"
         refill(page, "python notebooks/speed.py", {"networks": table(read_csv(RESULTS / "speed.csv"))})
 

@@ -167,7 +167,7 @@ def test_rounded_weights_are_as_near_as_promised(M, code):
     assert hasattr(made.weight, "bits") == (M < 8)
     bias = made.bias.double() * made.bias_scale
     assert ((bias - packed.bias).abs() <= 0.5001 * made.bias_scale).all()
-    assert M > 1 or integers.abs().max() <= 64  # two products with codes up to 255 fit into 16 bits
+    assert integers.abs().max() <= 64  # two products with codes up to 255 fit into 16 bits
 
 
 def test_no_sum_of_two_products_exceeds_16_bits(trained):

@@ -65,7 +65,7 @@ def test_missing_results_are_said_to_be_missing(monkeypatch):
 
 def competitor(form, accuracy, ms, batch=1, M=None, N=None, size=1000, threads=1):
     return {"form": form, "variant": None, "M": M, "N": N, "accuracy": accuracy, "bytes": size, "batch": batch,
-            "threads": threads, "ms_per_image": ms, "hardware": "an abacus", "versions": "1"}  # fmt: skip
+            "threads": threads, "ms_per_image": ms, "isa": "", "hardware": "an abacus", "versions": "1"}  # fmt: skip
 
 
 def test_a_form_is_shown_by_its_most_accurate_variant_and_that_by_its_fastest_layout(monkeypatch):

@@ -6,7 +6,7 @@ The words stand in the page exactly so, but for line breaks and markers; where r
 import math
 import re
 
-from writeup import arithmetic, records
+from writeup import arithmetic, records, tables
 
 
 def of_writeup() -> dict[str, bool]:
@@ -45,11 +45,11 @@ def _estimates() -> dict[str, bool]:
     units = arithmetic.GPU_UNITS
     roof = units["binary tensor core, `mma`"]
     floats, words = ({n: arithmetic.tile(n, out) for n in (1, 2, 3)} for out in (False, True))
-    measured = records.on_one_thread("times_float32")
+    measured, limit = records.on_one_thread("times_float32"), tables.pays()["pays_avx512"]
     return {
         f"bits beat float32 up to $M N = {bits // float32:.0f}$ and int8 up to $M N = {bits // int8:.0f}$": True,
         f"up to $M N$ of about {bits // int8:.0f}, which means $M = N = {math.isqrt(int(bits // int8))}$": True,
-        f"Somewhere between $M N = 9$ and 25 (at {bits // float32:.0f} by the estimate; we take 16)":
+        f"Somewhere between $M N = 9$ and 25 (at {bits // float32:.0f} by the estimate; we take {limit})":
             {9, 25} <= measured.keys() and measured[9] > 1 > measured[25],
         "On one thread, with floats in and out, the largest $M N$":
             bool(records.CPU) and records.cpu_threads(records.cpu_machines()[0][1])[0] == 1,

@@ -152,10 +152,11 @@ def cpu_machines() -> list[tuple[str, list[dict]]]:
 
 
 def _machines(rows: list[dict]) -> list[tuple[str, list[dict]]]:
+    """By processor and instruction set, those with AVX-512 first: the text is about the first one."""
     machines = {}
-    for row in rows:
-        machines.setdefault(f"{row['hardware'].split(', ')[0]}, {row['isa']}", []).append(row)
-    return list(machines.items())
+    for row in sorted(rows, key=lambda row: not row["isa"].startswith("AVX-512")):
+        machines.setdefault((row["hardware"], row["isa"]), []).append(row)
+    return [(f"{hardware.split(', ')[0]}, {isa}", found) for (hardware, isa), found in machines.items()]
 
 
 def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:

@@ -320,7 +320,8 @@ def machines_table() -> str:
         for row in found:
             hardware = re.sub(r", \d+ threads", "", row["hardware"])
             versions = re.findall(r"(?:torch|numba|onnxruntime) [\d.]+", row["versions"])
-            machines.setdefault((hardware, ", ".join(versions)), {})[what] = None
+            name = ", ".join([hardware, *([row["isa"]] if row.get("isa") else [])])
+            machines.setdefault((name, ", ".join(versions)), {})[what] = None
     rows = [[*machine, ", ".join(whats)] for machine, whats in machines.items()]
     return table(["processor", "versions", "results"], rows, "lll", NOT_MEASURED)
 
@@ -401,7 +402,7 @@ def for_writeup() -> dict[str, str]:
         "second_bit": f"{second_bit:.1f}" if second_bit else MISSING,
         "weights_int8": say("{accuracy:.2f} %", records.contender(records.IN_INT8, 1)),
         "weights_int8_size": say("{kB}", records.contender(records.IN_INT8, 1)),
-        "competitors_hardware": say("{hardware}", next(iter(records.COMPETITORS), None)),
+        "competitors_hardware": say("{hardware}, {isa}", next(iter(records.COMPETITORS), None)),
         "cifar_epochs": span([found["epochs"] for found in records.results("cifar10-jpeg")]),
         "best_setting": records.named(best["M"], best["N"], best["code"]) if best else MISSING,
         "best_accuracy": say("{accuracy:.2f} %", best),
@@ -522,6 +523,6 @@ def for_readme() -> dict[str, str]:
     return values | {
         "timed_accuracy_table": timed_accuracy_table(),
         "int8_table": int8_table(),
-        "speed_hardware": say("{hardware}", next(iter(records.SPEED), None), NOT_MEASURED),
-        "competitors_hardware": say("{hardware}", next(iter(records.COMPETITORS), None)),
+        "speed_hardware": say("{hardware}, {isa}", next(iter(timed), None), NOT_MEASURED),
+        "competitors_hardware": say("{hardware}, {isa}", next(iter(records.COMPETITORS), None)),
     }
