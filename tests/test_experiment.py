@@ -19,7 +19,7 @@ from networks import build_network
 from runs import read_csv, write_csv
 from torch import nn
 
-from writeup import tables
+from writeup import records
 
 PERCENT = ("float", "binarized", "calibrated", "accuracy")
 
@@ -59,7 +59,8 @@ def uninterrupted(tmp_path_factory, digits):
 
 
 STOPPING = f"""
-import os, runpy, sys
+import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which is ignored where the tests run in the background
 sys.path.insert(0, {str(ROOT / "notebooks")!r})
 import training
 number, sys.argv = int(sys.argv[1]), sys.argv[1:]
@@ -278,14 +279,14 @@ def test_make_results_runs_the_settings_of_the_tables():
     tuned = [line for line in lines if line.startswith("notebooks/experiment.py finetune")]
     floats = [line for line in lines if line.startswith("notebooks/experiment.py pretrain")]
     assert len(floats) == 5  # of four networks: one is asked for again, before the settings with one seed
-    for dataset, seeds in ((tables.DATASET, 3), ("cifar10-jpeg", 1)):
+    for dataset, seeds in ((records.DATASET, 3), ("cifar10-jpeg", 1)):
         ran = [line.removeprefix(f"notebooks/experiment.py finetune --dataset {dataset} ") for line in tuned
                if f"--dataset {dataset} " in line]  # fmt: skip
         options = command_line()
         parsed = [options.parse_args(["finetune", *line.split()]) for line in ran]
         settings = {(found.M, found.N, found.code[0] if found.code else "thermometer") for found in parsed}
-        assert settings <= {*tables.SETTINGS} and all(found.replace for found in parsed)
-        assert dataset != tables.DATASET or settings == {*tables.SETTINGS}
+        assert settings <= {*records.SETTINGS} and all(found.replace for found in parsed)
+        assert dataset != records.DATASET or settings == {*records.SETTINGS}
         assert {found.seed for found in parsed} == set(range(seeds))
 
 
