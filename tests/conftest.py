@@ -6,8 +6,8 @@ from data import load_data
 from training import pretrain
 
 # The files that take longest, to begin with them: at the end no core waits for another's long one.
-LONG = ("test_kernels_cpu", "test_notebooks", "test_int8", "test_package", "test_codes", "test_chain", "test_fuse",
-        "test_speed", "test_compare", "test_readme", "test_zoo", "test_devices", "test_imagenet")  # fmt: skip
+LONG = ("test_notebooks", "test_package", "test_kernels_cpu", "test_int8", "test_kernels_cuda", "test_experiment",
+        "test_codes", "test_quantizer", "test_zoo", "test_readme", "test_export", "test_compare")  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
