@@ -41,7 +41,7 @@ import pandas as pd
 import torch
 from data import load_data
 from files import ROOT, tqdm, writable
-from runs import load_float, main_runs, setting_of, trained_file, write_csv
+from runs import load_float, main_runs, setting_of, tensors_of, trained_file, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import fast_bfloat16, load_weights
@@ -80,16 +80,16 @@ def torch_contenders(network: nn.Module, folder: Path, dtypes=(torch.float32, to
     contenders = []
     folded = fold_batch_norm(network)
     forms = {torch.float32: {"": network, "BatchNorm folded": folded}, torch.bfloat16: {"BatchNorm folded": folded}}
-    if torch.bfloat16 in dtypes and not fast_bfloat16(torch.device("cpu")):
-        dtypes = [dtype for dtype in dtypes if dtype is not torch.bfloat16]
-        print("torch bfloat16 is left out: this processor does not compute in it")
-    for dtype, models in ((dtype, forms[dtype]) for dtype in dtypes):
+    for dtype in dtypes:
         form = f"torch {str(dtype).removeprefix('torch.')}"
-        for fold, model in models.items():
+        if dtype is torch.bfloat16 and not fast_bfloat16(torch.device("cpu")):
+            print(f"{form} is left out: this processor does not compute in it")
+            continue
+        for fold, model in forms[dtype].items():
             for layout, order in LAYOUTS.items():
                 there = copy.deepcopy(model).to(dtype=dtype, memory_format=order)
                 path = folder / f"{form} {fold}.safetensors"
-                save_file({name: tensor.contiguous() for name, tensor in there.state_dict().items()}, path)
+                save_file(tensors_of(there), path)
                 run = functools.partial(_run_torch, there, order, dtype)
                 variant = ", ".join(word for word in (layout, fold) if word)
                 contenders.append(Contender(form, variant, path, run))
@@ -213,8 +213,12 @@ def accuracies(contenders: list[Contender], data) -> dict[Path, float]:
     return percent
 
 
-def milliseconds(groups: list[list[Contender]], x, seconds: float) -> dict[str, float]:
-    """Median milliseconds an image of each contender, by name; those of one group take turns, and so do the groups."""
+def milliseconds(together: list[Contender], alone: list[Contender], x, seconds: float) -> dict[str, float]:
+    """Median milliseconds an image of each contender, by name; all take turns.
+
+    alone: those with threads of their own, which spin for a while after each call. They come one by one, with pauses.
+    """
+    groups = [together, *([contender] for contender in alone)]
     passes, times = 5, collections.defaultdict(list)
     for _ in range(passes):
         for group in groups:
@@ -263,10 +267,10 @@ def compare(options) -> None:
         with tqdm(cases, desc="timing", unit="case", leave=False) as bar:
             for threads, batch in bar:
                 torch.set_num_threads(threads)
-                groups = [torch_forms + ours, *([c] for c in onnx_contenders(files, threads))]
+                together, alone = torch_forms + ours, onnx_contenders(files, threads)
                 x = next(data.test_batches(batch))[0].contiguous()
-                times = milliseconds(groups, x, options.seconds)
-                for c in itertools.chain(*groups):
+                times = milliseconds(together, alone, x, options.seconds)
+                for c in together + alone:
                     rows.append({
                         "dataset": data.name, "form": c.form, "variant": c.variant, "M": c.M, "N": c.N,
                         "code": c.code if c.M or c.N else None,

@@ -200,22 +200,24 @@ def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> li
         if M or N:
             abcnets.save_packed(abcnets.pack(model), path)
         else:
-            halves = {name: in_float16(value) for name, value in model.state_dict().items()}
-            exact = {name: half for name, half in halves.items() if torch.equal(half.float(), model.state_dict()[name])}
+            tensors = tensors_of(model)
+            halves = {name: in_float16(value) for name, value in tensors.items()}
+            exact = {name: half for name, half in halves.items() if torch.equal(half.float(), tensors[name])}
             with replacing(path) as temporary:
-                safetensors.torch.save_file(_tensors(model) | exact, temporary)
+                safetensors.torch.save_file(tensors | exact, temporary)
         kept.append(path)
     return kept
 
 
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Its parameters and buffers as a safetensors file takes them."""
     return {name: value.contiguous() for name, value in model.state_dict().items()}
 
 
 def file_bytes(model: nn.Module, is_binary: bool) -> int:
     """The bytes of a network's file: packed, or a float one's in float32."""
     if not is_binary:
-        return len(safetensors.torch.save(_tensors(model)))
+        return len(safetensors.torch.save(tensors_of(model)))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "packed.safetensors"
         abcnets.save_packed(abcnets.pack(model), path)

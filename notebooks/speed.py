@@ -12,6 +12,7 @@ networks in kernels/README.md. Says how many bytes each form's file has.
 
 import argparse
 import copy
+import dataclasses
 import functools
 import itertools
 import logging
@@ -57,11 +58,10 @@ MACHINE, CASE = ["hardware", "isa"], ["network", "batch", "threads"]
 
 def compiled(contender):
     """A contender of torch's, as torch.compile makes it."""
-    run = contender.run
-    model, *rest = run.args
+    model, *rest = contender.run.args
     variant = ", ".join(word for word in (contender.variant, "compiled") if word)
-    faster = functools.partial(run.func, torch.compile(copy.deepcopy(model)), *rest)
-    return type(contender)(contender.form, variant, contender.file, faster)
+    faster = functools.partial(contender.run.func, torch.compile(copy.deepcopy(model)), *rest)
+    return dataclasses.replace(contender, variant=variant, run=faster)
 
 
 def binarized(network, images, M, N, code):
@@ -88,14 +88,14 @@ def measure(name: str, all_threads: list[int], seconds: float, compile_too: bool
             files = onnx_files(network, [images], folder) | int8_files(weights, [images], folder)
         for threads, batch in itertools.product(all_threads, all_batches):
             torch.set_num_threads(threads)
-            groups = [forms, *([c] for c in onnx_contenders(files, threads))]
+            alone = onnx_contenders(files, threads)
             with torch.inference_mode():
-                times = milliseconds(groups, images[:1].expand(batch, *shape).contiguous(), seconds)
+                times = milliseconds(forms, alone, images[:1].expand(batch, *shape).contiguous(), seconds)
             case = [{
                 "network": name, "batch": batch, "threads": threads, "form": c.form, "variant": c.variant, "M": c.M,
                 "N": c.N, "code": c.code if c.M else None, "bytes": c.file.stat().st_size,
                 "ms_per_image": float(f"{times[c.name]:.4g}"),
-            } for c in itertools.chain(*groups)]  # fmt: skip
+            } for c in forms + alone]  # fmt: skip
             for row in case:
                 row |= {f"times_{kind}": round(fastest(case, kind) / row["ms_per_image"], 3) for kind in RIVALS}
                 print("{network}, batch {batch}, {threads} threads: {form} {variant} {M} {N} {code}: {bytes} bytes, "

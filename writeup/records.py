@@ -195,17 +195,14 @@ def speed_machines() -> list[tuple[str, list[dict]]]:
 def network_speeds(rows: list[dict], M: int, N: int, code: str, column: str) -> dict[tuple, float]:
     """{(network, batch, threads): times as fast as float32, or int8}, in the better memory layout.
 
-    Where a setting was not run, it is that of the thermometer code: counting it takes as long.
+    Where the binary code was not run, that of the thermometer, which takes as long to count.
     """
     best = {}
-    for wanted in dict.fromkeys((code, "thermometer")):
-        for row in rows:
-            if (row["form"], row["M"], row["N"], row["code"]) == ("abcnets", M, N, wanted) and row[column]:
-                case = row["network"], row["batch"], row["threads"]
-                best[case] = max(row[column], best.get(case, 0))
-        if best or code != "binary":
-            break
-    return best
+    for row in rows:
+        if (row["form"], row["M"], row["N"], row["code"]) == ("abcnets", M, N, code) and row[column]:
+            case = row["network"], row["batch"], row["threads"]
+            best[case] = max(row[column], best.get(case, 0))
+    return best if best or code != "binary" else network_speeds(rows, M, N, "thermometer", column)
 
 
 def weight_error(M: int, shifts: str, statistics: str = "channel") -> float | None:

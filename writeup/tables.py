@@ -381,6 +381,7 @@ def for_writeup() -> dict[str, str]:
     """{marker: text} of writeup.md."""
     reference, best, gains = records.result(), records.best_result(), records.per_channel_gains()
     calibration = records.CALIBRATION[0] if records.CALIBRATION else None
+    digits, weights = records.result(2, 2, "binary"), records.contender(records.IN_INT8, 1)
     full_range = [row["accuracy"] for row in records.COMPETITORS
                   if row["form"] == "onnxruntime int8" and "7 bits" not in (row["variant"] or "")]  # fmt: skip
     one_bit, two_bits = records.coded_accuracy(1, 1), records.coded_accuracy(1, 2, "code=binary")
@@ -396,12 +397,12 @@ def for_writeup() -> dict[str, str]:
         "coded_float": say("{float:.2f} %", coded),
         "float_accuracy": say("{accuracy:.2f} %", reference),
         "float_size": kB(reference["file_bytes"]) if reference else MISSING,
-        "digits_calibrated": say("{calibrated:.2f} %", records.result(2, 2, "binary")),
-        "digits_accuracy": say("{accuracy:.2f} %", records.result(2, 2, "binary")),
-        "digits_size": say("{kB}", records.result(2, 2, "binary")),
+        "digits_calibrated": say("{calibrated:.2f} %", digits),
+        "digits_accuracy": say("{accuracy:.2f} %", digits),
+        "digits_size": say("{kB}", digits),
         "second_bit": f"{second_bit:.1f}" if second_bit else MISSING,
-        "weights_int8": say("{accuracy:.2f} %", records.contender(records.IN_INT8, 1)),
-        "weights_int8_size": say("{kB}", records.contender(records.IN_INT8, 1)),
+        "weights_int8": say("{accuracy:.2f} %", weights),
+        "weights_int8_size": say("{kB}", weights),
         "competitors_hardware": say("{hardware}, {isa}", next(iter(records.COMPETITORS), None)),
         "cifar_epochs": span([found["epochs"] for found in records.results("cifar10-jpeg")]),
         "best_setting": records.named(best["M"], best["N"], best["code"]) if best else MISSING,
