@@ -2137,20 +2137,30 @@ def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation
 def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
     """abcnets::packed_chain: packed convolutions and max-pools one after the other, x in floats (B, C, *S) first.
 
-    `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`, or,
-    for "max_pool" of floats, their channels and then its sizes as the latter takes them. A tensor among them is
-    [where it begins in the bytes of `constants`, its dtype, its shape]. An engine runs all in one call.
+    `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`; or
+    of floats, "max_pool": channels and then sizes as the latter takes them, "convolution" (in front of all others):
+    weight, bias, stride, (low, high) padding, dilation, and "relu", "flatten" and "linear" (behind them): none, none,
+    weight and bias. A tensor among them is [where it begins in the bytes of `constants`, its dtype, its shape]. An
+    engine runs all in one call.
     """
     for name, arguments in _chain_steps(program):
-        arguments = _chain_arguments(arguments, constants)
-        if name == "max_pool":
-            x = _MAX_POOLS[len(arguments[1]) - 1](x, *arguments[1:])
-        else:
-            x = getattr(torch.ops.abcnets, name)(x, *arguments)
+        step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
+        x = step(x, *_chain_arguments(arguments, constants))
     return x
 
 
+def _padded_convolution(x, weight, bias, stride, padding, dilation):
+    return _CONVOLUTIONS[len(stride)](F.pad(x, _for_pad(padding)), weight, bias, stride, 0, dilation)
+
+
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_FLOAT_STEPS = {
+    "max_pool": lambda x, channels, *sizes: _MAX_POOLS[len(sizes[0]) - 1](x, *sizes),
+    "convolution": _padded_convolution,
+    "relu": torch.relu,
+    "flatten": lambda x: x.flatten(1),
+    "linear": F.linear,
+}
 
 
 @functools.lru_cache(maxsize=64)
@@ -2224,7 +2234,7 @@ def _fit_levels_fake(W, us, per_channel, code, nearest):
     return torch.empty_like(W), *(W.new_empty((G, n), dtype=dtype) for n in (1, 1, M, len(us) + 1, len(us)))
 
 
-_INTERFACE = 5  # of the operators, and of what this file and abcnets_kernels ask of one another
+_INTERFACE = 6  # of the operators, and of what this file and abcnets_kernels ask of one another
 
 _library = torch.library.Library("abcnets", "FRAGMENT")
 
@@ -2669,9 +2679,13 @@ class PackedPool(nn.Module):
 class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
-    That is for float32 batches on a CPU, with the engine there; all else, and any step with a hook, runs step by step.
-    So does a program that is exported. Where tensors of the steps are replaced or changed in place, the next call sees
-    it, as `PackedLayer` does; a model that was compiled does not.
+    A small float convolution in front of them, and behind them a float max-pool, or ReLU, flattening and a linear
+    layer, are steps too; their sums are those of torch in another order, which may change a last bit.
+
+    In one call run float32 batches on a CPU, with the engine there; all else, steps with a hook, a convolution or
+    linear layer that is trained, and what is under autocast run step by step. So does a program that is exported. Where
+    tensors of the steps are replaced or changed in place, the next call sees it, as `PackedLayer` does; a model that
+    was compiled does not.
 
     Shape: as the first step takes and the last one puts out.
     """
@@ -2681,7 +2695,9 @@ class PackedChain(nn.Module):
     def __init__(self, steps: list[nn.Module]):
         super().__init__()
         self.steps = nn.ModuleList(steps)
-        self.channels, self.dimensions = steps[0].channels, steps[0].spatial_dims + 2
+        layer = next(step for step in steps if isinstance(step, PackedLayer))
+        self.channels = layer.channels if layer is steps[0] else steps[0].in_channels
+        self.dimensions = layer.spatial_dims + 2
         self._kept = None  # constants and program of the operator, hooks of the steps, and what they were made from
 
     def __getstate__(self):
@@ -2713,10 +2729,16 @@ class PackedChain(nn.Module):
         for hooks in kept[2]:
             if hooks:
                 return None
+        if kept[4] and torch.is_autocast_enabled("cpu"):
+            return None
+        if torch.is_grad_enabled():
+            for parameter in kept[4]:
+                if parameter.requires_grad:
+                    return None
         return kept
 
     def _gather(self) -> tuple:
-        """(bytes of all tensors, program, dictionaries of hooks, what `_are_same` takes).
+        """(bytes of all tensors, program, dictionaries of hooks, what `_are_same` takes, parameters of float layers).
 
         The program is empty where the operator does not compute what the steps do.
         """
@@ -2727,14 +2749,15 @@ class PackedChain(nn.Module):
         counted = [t for t in tensors if not t.is_inference()]
         seen = places, names, tensors, counted, [t._version for t in counted]
         hooks = [each for m in self.steps for each in (m._forward_hooks, m._forward_pre_hooks)]
+        floats = [p for m in self.steps if not isinstance(m, PackedLayer) for p in m.parameters()]
         if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
-            return None, "", hooks, seen
+            return None, "", hooks, seen, floats
         pieces, steps, size = [], [], 0
         with torch.inference_mode(False), torch.no_grad():
             channels = self.channels
             for step in self.steps:
                 name, arguments = _chain_step(step, channels)
-                channels = step.out_channels if isinstance(step, PackedLayer) else channels
+                channels = getattr(step, "out_channels", channels)
                 for i, argument in enumerate(arguments):
                     if isinstance(argument, Tensor):
                         flat = argument.detach().reshape(-1).view(torch.uint8)
@@ -2743,7 +2766,7 @@ class PackedChain(nn.Module):
                         arguments[i] = [size, dtype, shape]
                         size += len(pieces[-1])
                 steps.append([name, arguments])
-            return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen
+            return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen, floats
 
 
 def _are_same(places: list, names: list, tensors: list, counted: list, versions: list) -> bool:
@@ -2767,7 +2790,14 @@ def _chain_step(step: nn.Module, channels: int) -> tuple[str, list]:
         return "packed_conv", list(step._arguments(step.padding))
     if isinstance(step, PackedPool):
         return "packed_max_pool", list(step._arguments())
-    return "max_pool", [channels, *_pool_sizes(step)]
+    if isinstance(step, (nn.ReLU, nn.Flatten)):
+        return type(step).__name__.lower(), []
+    if isinstance(step, nn.Linear):
+        return "linear", [step.weight, step.bias]
+    if type(step) in _POOL_DIMENSIONS:
+        return "max_pool", [channels, *_pool_sizes(step)]
+    geometry = step.stride, _padding_pairs(step), step.dilation
+    return "convolution", [step.weight, step.bias, *map(list, geometry)]
 
 
 def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ with the comparison. No float tensor is written on the way. Behind any other pro
 residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them. A BatchNorm whose
 result is needed in float folds into the scales and bias of the convolution in front of it.
 
-Last, layers and pools that only read one another, and a max-pool of floats behind them, become the steps of one module,
-a PackedChain: an engine runs it in one call (cpu/chain.py).
+Last, layers and pools that only read one another become the steps of one module, a PackedChain, with the float layers
+at the ends of a small network: a convolution of few channels in front of them, and behind them a max-pool, ReLU,
+flattening and a linear layer. An engine runs it in one call (cpu/chain.py).
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
@@ -238,16 +239,22 @@ class _Fusion:
         taken = set()
         for first in list(self.fused.graph.nodes):
             steps = [] if first in taken else self.steps_from(first)
-            if len(steps) < 2:
+            if steps:
+                is_flat = self.module_of(first).spatial_dims == 0
+                steps += self.float_steps_behind(steps[-1], is_flat)
+                steps[:0] = self.float_convolution_before(first)
+            source = _argument(steps[0]) if len(steps) > 1 else None
+            if source is None or not self.memory.is_constant(source):  # which is read later now
                 continue
             taken.update(steps)
             name = self.unused(f"chain_{first.name.strip('_')}")
-            modules = [self.module_of(node) for node in steps]
+            modules = [_stateless(node, self.module_of(node)) or self.module_of(node) for node in steps]
+            modules = [module for module in modules if type(module) is not nn.Identity]
             self.fused.add_module(name, self.abcnets.PackedChain(modules))
             for layer in filter(self.is_packed, modules):
                 layer.folded = True
             with self.fused.graph.inserting_after(steps[-1]):
-                call = self.fused.graph.call_module(name, (_argument(first),))
+                call = self.fused.graph.call_module(name, (source,))
             steps[-1].replace_all_uses_with(call)
             for node in reversed(steps):
                 self.fused.graph.erase_node(node)
@@ -266,6 +273,30 @@ class _Fusion:
                 steps.append(node)
                 (node,) = node.users
             layer = self.module_of(node)
+        return []
+
+    def float_convolution_before(self, node) -> list:
+        """The stock convolution of few channels that feeds a chain alone, if there is one."""
+        link = _argument(node)
+        stock = None if link is None else self.module_of(link)
+        if _CONVOLUTIONS.get(type(stock)) != self.module_of(node).spatial_dims or len(link.users) > 1:
+            return []
+        is_small = stock.in_channels <= FEW_CHANNELS and stock.groups == 1 and stock.padding_mode == "zeros"
+        return [link] if is_small and self.is_own(stock) else []
+
+    def float_steps_behind(self, node, is_flat: bool) -> list:
+        """The nodes of ReLUs, flattening and the stock linear layer that a chain alone feeds, if all are there."""
+        steps = []
+        while len(node.users) == 1:
+            before, (node,) = node, node.users
+            steps.append(node)
+            module = self.module_of(node)
+            if type(module) is nn.Linear:
+                return steps if is_flat and self.is_own(module) and _argument(node) is before else []
+            stateless = _stateless(node, module)
+            if stateless is None or (module is not None and not self.is_plain(module)):
+                return []
+            is_flat |= type(stateless) is nn.Flatten
         return []
 
     def is_step(self, layer) -> bool:
@@ -445,6 +476,18 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
+def _stateless(node, module) -> nn.Module | None:
+    """A module that does what a node does (if it is called, that module), where that is ReLU, flattening or nothing."""
+    if type(module) in _IDENTITIES:
+        return nn.Identity()
+    if type(module) is nn.ReLU or (type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)):
+        return module
+    if node.target in _RELUS and _argument(node) is not None:
+        return nn.ReLU()
+    is_flatten = node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
+    return nn.Flatten() if is_flatten else None
+
+
 def _tracer(abcnets) -> torch.fx.Tracer:
     whole = (abcnets.PackedLayer, abcnets.ABCConv1d, abcnets.ABCConv2d, abcnets.ABCConv3d, abcnets.ABCLinear)
 
@@ -498,6 +541,8 @@ _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
 _POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
+
+FEW_CHANNELS = 4  # of images; a float convolution of more is large enough for a call of its own
 
 
 def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:

@@ -47,6 +47,7 @@ so that 1-D, 2-D and 3-D are one case.
     look-up image        uint8 [B][padded S][P][N][16]           16 times each nibble of a word (four channels), or
                          uint16 ...        [P][16]               16 (a + 16 b) of two words' nibbles: offsets of tables
     look-up tiles        uint8 [block of O][M][tap, nibble][Q][lanes]   nibbles that index these tables; 128: unseen
+    image, tiles of floats   float32 [B][padded S][C], [block of O][tap, channel][16]
 """
 
 import math
@@ -330,6 +331,7 @@ def counts_as_uniform(betas_N: np.ndarray, groups: int, uses: int) -> bool:
 
 # What the padded image holds of a pixel (pack.py):
 BASES, UNIFORM_WORDS, NIBBLES, UNIFORM_NIBBLES = range(4)  # the words of N bases, of uniform levels; nibbles of either
+FLOATS = 4  # or no words
 
 
 def image_words(N: int, uniform: bool) -> int:
@@ -557,3 +559,37 @@ def choose_look_up(masks_OP: np.ndarray, taps: int, N: int, uniform: bool, lanes
 def hide_unseen(nibbles: np.ndarray, masks: np.ndarray) -> np.ndarray:
     """Nibbles of weights, with 128 where the mask is 0: such an index finds 0 in any table."""
     return nibbles | np.where(masks == 0, np.uint8(128), np.uint8(0))
+
+
+# --------------------------------------------------------------------------- CPU tiles of floats
+
+
+@dataclass(frozen=True)
+class Floats:
+    """How a CPU tile convolves floats, of which its image consists (cpu/floats.py): a unit is a channel.
+
+    is_first: whether the image comes from outside;  relu: whether what is below 0 becomes 0 in it
+    """
+
+    is_first: bool
+    relu: bool
+    block = BLOCK  # output channels of a tile
+    step = 1
+    repeats = 1
+
+    def image(self, uniform: bool) -> int:
+        """What the padded image holds."""
+        return FLOATS
+
+    def offsets(self, units: np.ndarray, word_bytes: int) -> np.ndarray:
+        """Where channels lie in a pixel."""
+        return units * word_bytes
+
+
+def float_weights(weight_OCK: np.ndarray) -> np.ndarray:
+    """float32 (O, C, *K) -> [blocks][tap, channel][16], 64-byte aligned: the tile's reading order."""
+    O, C = weight_OCK.shape[:2]
+    blocked_GOk = in_blocks(weight_OCK.reshape(O, C, -1).swapaxes(1, 2).reshape(O, -1), 0)
+    tiles = aligned_zeros((*blocked_GOk.shape[::2], BLOCK), np.float32)
+    tiles[...] = blocked_GOk.swapaxes(1, 2)
+    return tiles

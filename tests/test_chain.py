@@ -74,6 +74,38 @@ def random_chain(seed: int) -> tuple[PackedChain, torch.Tensor]:
     return PackedChain(steps).eval(), torch.randn(9, channels[0], *size, generator=g)
 
 
+def with_floats(seed: int, small=True) -> tuple[PackedChain, torch.Tensor]:
+    """A chain between a float convolution, whose sums are exact, and a linear layer; and an input (9, C, *S).
+
+    small: of one size; else as `random_chain` draws them, of any dimensions.
+    """
+    chain, x = some_chain(seed) if small else random_chain(seed)
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    steps, dims = [*chain.steps], x.ndim - 2
+    if dims:
+        geometry = dict(stride=draw.choice([1, 2]), padding=draw.choice([0, 1, "same"]), bias=draw.random() < 0.5)
+        geometry |= {"stride": 1} if geometry["padding"] == "same" else {}
+        stock = STOCK[dims](
+            draw.choice([1, 3]), x.shape[1], draw.choice([1, 3]), dilation=draw.choice([1, 2]), **geometry
+        )
+        for parameter in stock.parameters():
+            parameter.data = torch.randint(-4, 5, parameter.shape, generator=g).float()
+        steps.insert(0, stock)
+        x = torch.randint(-4, 5, (9, stock.in_channels, *x.shape[2:]), generator=g).float()
+    try:
+        y = one_by_one(PackedChain(steps), x)
+    except (ValueError, RuntimeError):  # an image has become smaller than the next kernel
+        return with_floats(seed + 1000, small)
+    behind = [nn.Flatten()] * (dims > 0) + [nn.ReLU()] * (draw.random() < 0.7)
+    draw.shuffle(behind)
+    linear = nn.Linear(y[0].numel(), draw.choice([1, 10, 40]), bias=draw.random() < 0.7)
+    return PackedChain([*steps, *behind, linear]).eval().requires_grad_(False), x
+
+
+def assert_close(y, expected):
+    torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 def one_by_one(chain, x):
     for step in chain.steps:
         x = step(x)
@@ -136,6 +168,112 @@ def test_chains_of_layers_that_look_up(seed, tile, threads):
             torch.set_num_threads(count)
             for images in (x, x[:1]) if chain.dimensions > 2 else (x,):
                 assert torch.equal(in_one_call(chain, images), expected[: len(images)])
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_chain_between_float_layers(seed, threads):
+    torch.set_num_threads(1)
+    chain, x = with_floats(seed, small=False)
+    expected, bits = one_by_one(chain, x), PackedChain([*chain.steps][:-1])
+    while isinstance(bits.steps[-1], (nn.Flatten, nn.ReLU)):
+        bits = PackedChain([*bits.steps][:-1])
+    between = one_by_one(bits, x)
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for images in (x, x[:1], x[:2]):
+            y = in_one_call(chain, images)
+            assert_close(y, expected[: len(images)])
+            assert y.is_contiguous() and y.dtype == torch.float32
+            if len(bits.steps) > 1:  # no sum that ends in bits was rounded
+                assert torch.equal(in_one_call(bits, images), between[: len(images)])
+    if chain.dimensions == 4:
+        assert_close(in_one_call(chain, x.to(memory_format=torch.channels_last)), expected)
+        assert_close(in_one_call(chain, x.transpose(2, 3).contiguous().transpose(2, 3)), expected)
+
+
+@pytest.mark.parametrize("tile", HERE)
+def test_any_tile_between_float_layers(tile, threads):
+    torch.set_num_threads(1)
+    chain, x = with_floats(0)
+    expected = one_by_one(chain, x)
+    with counting(tile):
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            assert_close(in_one_call(chain, x), expected)
+            assert_close(in_one_call(chain, x[:1]), expected[:1])
+
+
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "3e38", "2e19"])
+def test_numbers_whose_sums_are_none(number):
+    """NaN where the steps have it; or their complaint, that bits can't say it."""
+    chain, x = with_floats(1)
+    in_one_call(chain, x)
+    x[3, 0, 5, 6] = float(number)
+    try:
+        expected = one_by_one(chain, x)
+    except ValueError as error:
+        with pytest.raises(ValueError, match="NaN"):
+            chain(x)
+        assert "NaN" in str(error)
+    else:
+        torch.testing.assert_close(chain(x), expected, equal_nan=True)
+
+
+def test_weights_whose_sums_are_none():
+    chain, x = with_floats(2)
+    linear = chain.steps[-1]
+    linear.weight[0, 0] = float("nan")
+    expected = one_by_one(chain, x)
+    assert expected[:, 0].isnan().all()
+    torch.testing.assert_close(in_one_call(chain, x), expected, rtol=1e-4, atol=1e-3, equal_nan=True)
+    chain.steps[0].weight[:] = 1e30  # sums that overflow are left to the steps
+    linear.weight[0, 0] = 0
+    assert torch.equal(chain(x), one_by_one(chain, x))
+
+
+def test_float_layers_that_are_trained_or_under_autocast():
+    chain, x = with_floats(3)
+    linear = chain.steps[-1].requires_grad_(True)
+    chain(x).square().sum().backward()
+    assert linear.weight.grad.abs().sum() > 0
+    with torch.no_grad():
+        in_one_call(chain, x)
+    linear.requires_grad_(False)
+    in_one_call(chain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = chain(x)
+        assert y.dtype == torch.bfloat16 and torch.equal(y, one_by_one(chain, x))
+
+
+def test_float_layers_in_all_that_a_chain_goes_through():
+    chain, x = with_floats(4)
+    y = in_one_call(chain, x)
+    chain.steps[0].weight.mul_(-1)
+    assert not torch.allclose(in_one_call(chain, x), y)
+    chain.steps[0].weight = nn.Parameter(-chain.steps[0].weight, requires_grad=False)
+    assert torch.equal(in_one_call(chain, x), y)
+    for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert torch.equal(in_one_call(twin, x), y)
+    assert torch.equal(torch.compile(chain, fullgraph=True, backend="aot_eager")(x), y)
+    program = torch.export.export(chain, (x,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    assert_close(program.module()(x[:4]), y[:4])
+    double = copy.deepcopy(chain).double()
+    assert torch.equal(double(x.double()), one_by_one(double, x.double()))
+    constants, program = chain._kept[:2]
+    assert_close(abcnets.packed_chain(x, constants, program), y)
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(torch.ops.abcnets.packed_chain.default, (x, constants, program), test_utils=checks)
+    steps = abcnets._chain_steps(program)
+    for wrong in (steps[1:2] + steps[:1], steps + steps[-1:], steps[:-1], steps[:1] + steps, steps[:3] + steps[4:]):
+        try:
+            y = abcnets.packed_chain(x, constants, abcnets.json.dumps(wrong))
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            y = None
+        try:
+            z = torch.ops.abcnets.packed_chain(x, constants, abcnets.json.dumps(wrong))
+        except (ValueError, RuntimeError, IndexError, TypeError):
+            z = None
+        assert z is None or (y is not None and torch.allclose(y, z, rtol=1e-4, atol=1e-3))
 
 
 def test_the_operator_anywhere_puts_out_what_the_engine_does():
@@ -287,9 +425,10 @@ def test_fuse_makes_chains_of_what_reads_one_another():
     packed = abcnets.pack(model.eval())
     fused, x = abcnets.fuse(packed), torch.randn(3, 1, 20, 20)
     (chain,) = [each for each in fused.modules() if isinstance(each, PackedChain)]
-    assert [type(step) for step in chain.steps] == [PackedLayer, PackedPool, PackedLayer, PackedLayer, nn.MaxPool2d]
+    kinds = [nn.Conv2d, PackedLayer, PackedPool, PackedLayer, PackedLayer, nn.MaxPool2d]
+    assert [type(step) for step in chain.steps] == kinds
     assert torch.allclose(fused(x), packed(x), atol=1e-4)
-    in_one_call(chain, torch.randn(3, 8, 18, 18))
+    in_one_call(chain, x)
 
     class Residual(nn.Module):
         def __init__(self):
@@ -308,6 +447,98 @@ def test_fuse_makes_chains_of_what_reads_one_another():
     with pytest.raises(ValueError, match="fused already"):
         abcnets.fuse(fused)
     assert [row["layer"] for row in abcnets.summary(fused, x) if row["kind"] == "PackedLayer"]
+
+
+def binary(C, O=8, dims=2):
+    layer = (abcnets.ABCLinear, abcnets.ABCConv1d, abcnets.ABCConv2d)[dims]
+    geometry = dict(kernel_size=3, padding=1) if dims else {}
+    return layer(C, O, weight_bases=1, activation_bases=1, active=True, **geometry)
+
+
+class Functions(nn.Module):
+    """The float layers as functions, with what does nothing between them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.binary = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), binary(8)
+        self.drop, self.last = nn.Dropout(), nn.Linear(8 * 36, 5)
+
+    def forward(self, x):
+        x = self.binary(torch.relu(self.norm(self.first(x))))
+        return self.last(self.drop(torch.flatten(torch.relu(x), 1))).softmax(1)
+
+
+FLOAT, PACKED = "Conv2d", "PackedLayer"
+
+
+@pytest.mark.parametrize("model, expected", [
+    (Functions(), [FLOAT, PACKED, "ReLU", "Flatten", "Linear"]),
+    (nn.Sequential(nn.Conv2d(3, 8, 3), binary(8)), [FLOAT, PACKED]),
+    (nn.Sequential(nn.Conv2d(3, 6, 3), binary(6), binary(8)), [FLOAT, PACKED, PACKED]),
+    (nn.Sequential(binary(3), nn.Flatten(), nn.ReLU(), nn.Linear(8 * 64, 5)), [PACKED, "Flatten", "ReLU", "Linear"]),
+    (nn.Sequential(nn.Flatten(), binary(192, 8, 0), nn.ReLU(), nn.Linear(8, 5)), [PACKED, "ReLU", "Linear"]),
+    (nn.Sequential(nn.Conv2d(3, 5, 1), nn.Conv2d(5, 8, 3), binary(8)), []),  # of five channels
+    (nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), binary(6)), []),
+    (nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, padding_mode="reflect"), binary(6)), []),
+    (nn.Sequential(binary(3), nn.Flatten(2), nn.Linear(64, 5)), []),
+    (nn.Sequential(binary(3), nn.Linear(8, 5)), []),  # of the last dimension alone
+    (nn.Sequential(binary(3), nn.Flatten(), nn.Tanh(), nn.Linear(8 * 64, 5)), []),
+])  # fmt: skip
+def test_fuse_takes_float_layers_at_the_ends(model, expected):
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(model.eval(), engine="bits"), torch.randn(5, 3, 8, 8)
+    fused = abcnets.fuse(packed)
+    chains = [[type(step).__name__ for step in each.steps] for each in fused.modules() if isinstance(each, PackedChain)]
+    assert chains == [expected] * bool(expected)
+    assert torch.allclose(fused(x), packed(x), atol=1e-4)
+    if not isinstance(model[0] if isinstance(model, nn.Sequential) else model.last, nn.Flatten):
+        assert [row["layer"] for row in abcnets.summary(fused, x)]
+
+
+def test_fuse_leaves_float_layers_that_others_know():
+    def packed():
+        torch.manual_seed(0)
+        return abcnets.pack(
+            nn.Sequential(nn.Conv2d(3, 8, 3), binary(8), binary(8), nn.Flatten(), nn.Linear(288, 5)).eval()
+        )
+
+    x = torch.randn(5, 3, 8, 8)
+    watched = packed()
+    for place in (0, 4):
+        watched[place].register_forward_hook(lambda module, inputs, output: output * 2)
+    fused = abcnets.fuse(watched)
+    (chain,) = [each for each in fused.modules() if isinstance(each, PackedChain)]
+    assert [type(step) for step in chain.steps] == [PackedLayer] * 2
+    assert torch.allclose(fused(x), watched(x), atol=1e-4)
+
+
+class Written(nn.Module):
+    """What the chain reads is written to while it is under way."""
+
+    def __init__(self, steps):
+        super().__init__()
+        self.steps = nn.ModuleList(steps)
+
+    def forward(self, x):
+        x = 2 * x
+        first, *others = self.steps
+        y = first(x)
+        x.mul_(-1)
+        for step in others:
+            y = step(y)
+        return y, x
+
+
+@pytest.mark.parametrize("steps", [
+    [binary(8), nn.ReLU(), binary(8)], [nn.Conv2d(3, 8, 3), binary(8)], [binary(3), nn.Flatten(), nn.Linear(512, 5)],
+])  # fmt: skip
+def test_what_a_chain_reads_is_not_written_to_before(steps):
+    torch.manual_seed(0)
+    packed = abcnets.pack(Written(steps).eval(), engine="bits")
+    channels = 8 if len(steps) == 3 and type(steps[1]) is nn.ReLU else 3
+    x = torch.randn(5, channels, 8, 8)
+    for y, expected in zip(abcnets.fuse(packed)(x), packed(x)):
+        assert torch.allclose(y, expected, atol=1e-4)
 
 
 IN_A_FORKED_CHILD = """

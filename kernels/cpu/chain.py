@@ -1,6 +1,8 @@
 """abcnets::packed_chain on the CPU: layers and pools that read one another's bits, in one native call.
 
-    Chain       what depends on the constants alone: a Layer (engine.py) for each convolution
+The float convolution in front of them and the float linear layer behind them are steps too (floats.py).
+
+    Chain       what depends on the constants alone: a Layer or FloatLayer (engine.py) for each convolution
     ChainPlan   what also depends on the input's size: a Plan for each convolution, the windows of each pool
     Places      what one running call owns: all buffers between the steps, and the records that describe these
 
@@ -18,7 +20,7 @@ import torch
 from .. import layout
 from ..cache import Beside, Recent
 from . import engine, system
-from .engine import Layer, Plan, _address, describe, describe_pool
+from .engine import FloatLayer, Layer, Plan, _address, describe, describe_pool
 from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
@@ -54,46 +56,64 @@ class Chain:
     def __init__(self, tensors, program):
         self.steps, self.geometries, self.plans = [], [], Recent(engine.PLANS_PER_LAYER)
         (constants,) = tensors
+        self.between = []  # steps that the next one does on its way
         for name, arguments in engine.plain._chain_steps(program):
             self._add(name, *engine.plain._chain_arguments(arguments, constants))
-        self.runs = all(not isinstance(step, Layer) or step.runs for step in self.steps)
+        self.runs = not self.between and all(not isinstance(step, Layer) or step.runs for step in self.steps)
 
     def _add(self, name, *arguments):
         before = self.steps[-1] if self.steps else None
-        if before is None and name != "packed_conv":
-            raise ValueError(f"packed_chain: the first step is a packed_conv, got {name}")
+        reads = _behind(before)  # what the step reads: how many channels, and how many bases of them; 0 for floats
+        geometry, between = None, self.between
+        self.between = []
+        if name in ("relu", "flatten"):
+            self.between = [*between, name]
+            return
         if name == "packed_conv":
             *tensors, channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases = arguments
             step = Layer((*tensors, out_thresholds, out_flips), channels, groups, out_bases)
-            self.geometries.append((tuple(stride), tuple(padding), tuple(dilation)))
-            bases = step.N
+            geometry = stride, padding, dilation
+            if isinstance(before, FloatLayer) and step.runs:
+                before.hand_on_to(step)
+            reads = channels, step.N if before else 0
+        elif name == "convolution":
+            weight, bias, *geometry = arguments
+            step = FloatLayer(weight, bias, is_first=True)
+            reads = step.channels, 0 if before is None else -1
+        elif name == "linear":
+            step, geometry = FloatLayer(*arguments, is_first=False, relu="relu" in between), ((), (), ())
+            reads = reads[0] if "flatten" in between else step.channels, 0
+            between = []
         elif name == "packed_max_pool":
             flips, channels, *sizes, binary = arguments
-            bases = _bases_behind(before)
-            step = Pool(channels, sizes, flips, bases, binary)
-            self.geometries.append(None)
+            step = Pool(channels, sizes, flips, reads[1], binary)
+            reads = channels, reads[1] or -1
         else:
             channels, *sizes = arguments
-            step, bases = Pool(channels, sizes), 0
-            self.geometries.append(None)
-        if before is not None and (_channels_behind(before), _bases_behind(before)) != (channels, bases):
+            step, reads = Pool(channels, sizes), (channels, 0)
+        is_misplaced = not isinstance(step, Layer) if before is None else _is_linear(before)
+        if between or is_misplaced or (before is not None and reads != _behind(before)):
             raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
         self.steps.append(step)
+        self.geometries.append(geometry and tuple(map(tuple, geometry)))
 
     def readable(self, x) -> tuple:
         first, last = self.steps[0], self.steps[-1]
-        if not self.runs or x.dtype is not torch.float32 or not isinstance(first, Layer) or _bases_behind(last):
+        if not self.runs or x.dtype is not torch.float32 or _behind(last)[1]:
             return x, None
         return first.readable(x)
 
 
-def _bases_behind(step) -> int:
-    """How many bases there are in what a step puts out; 0 for floats."""
-    return step.out_bases if isinstance(step, Layer) else step.bases
+def _behind(step) -> tuple:
+    """Of what a step puts out: how many channels, and how many bases of them; 0 for floats."""
+    if step is None:
+        return 0, 0
+    return (step.O, step.out_bases) if isinstance(step, Layer) else (step.channels, step.bases)
 
 
-def _channels_behind(step) -> int:
-    return step.O if isinstance(step, Layer) else step.channels
+def _is_linear(step) -> bool:
+    """Whether a step is the float layer that ends a chain."""
+    return isinstance(step, FloatLayer) and not step.lanes.is_first
 
 
 _chains = Beside(Chain, CHAINS)
@@ -107,8 +127,14 @@ class ChainPlan:
         self.plans, B = [], shape[0]  # a Plan of each layer, (input size, output size, sources) of each pool
         for step, geometry in zip(chain.steps, chain.geometries):
             if isinstance(step, Layer):
+                is_flat = _is_linear(step) and len(shape) > 2
+                if is_flat:  # a linear layer's image is one pixel
+                    shape, geometry, kind = (B, prod(shape[1:]), 1), ((1,), (0, 0), (1,)), PLANAR
+                    if shape[1] != step.channels:
+                        raise ValueError(f"packed_chain: linear takes {step.channels} numbers, got {shape[1]}")
                 self.plans.append(Plan(step, shape, kind, threads, *geometry))
-                shape, kind = self.plans[-1].output_shape, WORDS
+                shape, kind = self.plans[-1].output_shape, WORDS if step.out_bases else INTERLEAVED
+                shape = shape[:2] if is_flat else shape
             else:
                 input_size = shape[1:-2] if step.bases else shape[2:]
                 size, sources = engine.pool_sources(input_size, *step.sizes)
@@ -150,7 +176,8 @@ class Places:
             step, its_plan = chain.steps[i], plan.plans[i]
             behind_pool = i > 0 and isinstance(chain.steps[i - 1], Pool)
             if isinstance(step, Layer):
-                writes = WORDS if step.out_bases else INTERLEAVED if i < last or its_plan.linear else PLANAR
+                is_pooled = i < last and isinstance(chain.steps[i + 1], Pool)
+                writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
                 into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form)
                 job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
             else:
@@ -195,6 +222,15 @@ class Places:
         pixel_bytes = 8 * layer.P * layer.N
         if is_first:
             source, places = None, {"input_kind": plan.kind, "chunk_count": len(plan.chunks)}
+        elif isinstance(layer, FloatLayer):
+            pixels = prod(plan.geometry.size)
+            source = self._buffer(4 * layer.channels * pixels)
+            places = {"input_kind": plan.kind, "chunk_count": len(plan.chunks), "input": _address(source),
+                      "image_stride": source.strides[0], "input_by_thread": self.plan.by_thread,
+                      "channel_stride": 4 * pixels, "pixel_stride": 4}  # fmt: skip
+            if plan.linear:
+                places |= {"channel_stride": 4, "pixel_stride": 4 * layer.channels}
+            before = self._into(source)
         elif is_copied:  # the step before writes the bases
             source, form = self._buffer(prod(plan.geometry.size) * pixel_bytes), AS_BASES
             places = {"input_kind": WORDS, "chunk_count": len(plan.chunks), "input": _address(source),

@@ -179,6 +179,7 @@ class Layer:
         masks_OU = lanes.units(masks_OP)
         first, self.width = layout.word_ranges(masks_OU, block, lanes.step)
         self.word_bytes = lanes.word_bytes(self.N, self.uniform)  # of what the image holds for 64 channels
+        self.pixel_bytes = self.P * self.word_bytes
         self.tiles = len(first)
         self.tile_units = lanes.offsets(first, self.word_bytes)
         units_MOTU, self.masks = lanes.units(self.words_MOTP), None
@@ -206,6 +207,10 @@ class Layer:
         self.uniform = layout.counts_as_uniform(betas, self.groups, self.M * self.O * taps // self.groups)
         lanes = layout.ARM_LANES if system.is_arm() else layout.LANES
         self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes(), lanes)
+
+    def border_constants(self, outside):
+        """What each border class (taps outside the image) adds to the sums: float32 (classes, O)."""
+        return layout.border_constants(self.words_MOTP, *self.numbers, outside, self.channels // self.groups)
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
@@ -237,6 +242,34 @@ class Layer:
 
 
 _layers = Beside(Layer, LAYERS_PER_WEIGHT)
+
+
+class FloatLayer(Layer):
+    """The tables of a layer that stays float, the first or last of a chain (chain.py): no bases, no groups."""
+
+    def __init__(self, weight, bias, is_first, relu=False):
+        weight, bias = _numpy(weight), _numpy(bias)
+        (self.O, self.channels), self.kernel = weight.shape[:2], weight.shape[2:]
+        self.M = self.groups = 1
+        self.N = self.T = self.P = self.out_bases = self.out_T = 0
+        self.blocks = self.tiles = layout.blocks_of(self.O)
+        self.lanes, self.uniform, self.width = layout.Floats(is_first, relu), False, self.channels
+        self.word_bytes, self.pixel_bytes = 4, 4 * self.channels
+        self.bias = np.zeros(self.O, np.float32) if bias is None else bias
+        sums = np.abs(weight.astype(np.float64)).reshape(self.O, -1).sum(1) + np.abs(self.bias)
+        self.runs = bool((sums < 2.0**60).all()) or not is_first  # else bits might have to say NaN
+        self.weights, self.masks = layout.float_weights(weight), None
+        self.thresholds = self.flips = self.scales = np.zeros(0, np.float32)
+        self.tile_units = np.zeros(self.tiles, np.int64)
+
+    def hand_on_to(self, layer) -> None:
+        """Let bits come out, which the layer reads."""
+        self.out_bases, self.out_T, self.out_flips = layer.N, layer.T, layer.flips
+        self.out_thresholds = np.ascontiguousarray(layer.thresholds[:, : layout.BLOCK * self.blocks])
+
+    def border_constants(self, outside):
+        """As Layer: the bias, since zeros outside the image add nothing."""
+        return np.tile(self.bias, (len(outside), 1))
 
 
 class Plan:
@@ -274,14 +307,12 @@ class Plan:
         return (B, layer.O, *size)
 
     def _make_tables(self, layer, geometry):
-        self.pixel_bytes = layer.P * layer.word_bytes
+        self.pixel_bytes = layer.pixel_bytes
         self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
         units = layer.lanes.offsets(np.arange(0, layer.width, layer.lanes.step), layer.word_bytes)
         self.tap_offsets = (geometry.taps[:, None] * self.pixel_bytes + units).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
-        constants = layout.border_constants(
-            layer.words_MOTP, *layer.numbers, outside, layer.channels // layer.groups
-        )
+        constants = layer.border_constants(outside)
         self.constants = np.ascontiguousarray(layout.in_blocks(constants, 1, layer.lanes.block).swapaxes(0, 1))
         # the last tile may reach past the image: it recomputes the last pixel, and its rows are not stored
         self.windows = np.pad(geometry.output_pixels, (0, CHUNK), "edge")
@@ -417,14 +448,17 @@ def store_kernel(kind: int, N: int, T: int, image: int = layout.BASES, repeats: 
 
 
 @functools.cache
-def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes: layout.Lanes | layout.LookUp) -> tuple:
+def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes) -> tuple:
     """Addresses of the functions that pack and convolve for a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
     """
     start = time.perf_counter()
-    from . import lookup, pack, vector
+    from . import floats, lookup, pack, vector
 
+    if isinstance(lanes, layout.Floats):
+        block = floats.block_kernel(floats.tile_pixels())
+        return floats.chunk_kernel(lanes.is_first, lanes.relu).address, block.address
     if isinstance(lanes, layout.LookUp):
         block = lookup.block_kernel(N, int(uniform), lanes)
     else:

@@ -33,7 +33,7 @@ BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
 # Kernels therefore close over this number: an edit of these files gives them a new cache entry.
-_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "chain", "steps"
+_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "floats", "chain", "steps"
 _FILES = *(Path(__file__).with_name(f"{name}.py") for name in _NAMES), Path(__file__).parents[1] / "layout.py"
 STAMP = crc32(b"".join(file.read_bytes() for file in _FILES))
 
