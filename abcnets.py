@@ -2138,10 +2138,10 @@ def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
     """abcnets::packed_chain: packed convolutions and max-pools one after the other, x in floats (B, C, *S) first.
 
     `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`; or
-    of floats, "max_pool": channels and then sizes as the latter takes them, "convolution" (in front of all others):
-    weight, bias, stride, (low, high) padding, dilation, and "relu", "flatten" and "linear" (behind them): none, none,
-    weight and bias. A tensor among them is [where it begins in the bytes of `constants`, its dtype, its shape]. An
-    engine runs all in one call.
+    of floats, "convolution" (in front of all others): weight, bias, stride, (low, high) padding, dilation; "max_pool":
+    channels and then sizes as packed_max_pool takes them; "linear" (behind all others): weight, bias; and in front of
+    these two "relu" and "flatten": nothing. A tensor among them is [where it begins in the bytes of `constants`, its
+    dtype, its shape]. An engine runs all in one call.
     """
     for name, arguments in _chain_steps(program):
         step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
@@ -2679,8 +2679,9 @@ class PackedPool(nn.Module):
 class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
-    A small float convolution in front of them, and behind them a float max-pool, or ReLU, flattening and a linear
-    layer, are steps too; their sums are those of torch in another order, which may change a last bit.
+    Small float layers are steps too: a convolution, ReLU and max-pool in front of them (or alone), and behind them a
+    max-pool, ReLU, flattening and a linear layer. Their sums are those of torch in another order, which may change a
+    last bit.
 
     In one call run float32 batches on a CPU, with the engine there; all else, steps with a hook, a convolution or
     linear layer that is trained, and what is under autocast run step by step. So does a program that is exported. Where
@@ -2695,9 +2696,10 @@ class PackedChain(nn.Module):
     def __init__(self, steps: list[nn.Module]):
         super().__init__()
         self.steps = nn.ModuleList(steps)
-        layer = next(step for step in steps if isinstance(step, PackedLayer))
-        self.channels = layer.channels if layer is steps[0] else steps[0].in_channels
-        self.dimensions = layer.spatial_dims + 2
+        first = steps[0]
+        is_packed = isinstance(first, PackedLayer)
+        self.channels = first.channels if is_packed else first.in_channels
+        self.dimensions = first.spatial_dims + 2 if is_packed else first.weight.ndim
         self._kept = None  # constants and program of the operator, hooks of the steps, and what they were made from
 
     def __getstate__(self):

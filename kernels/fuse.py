@@ -8,8 +8,9 @@ residual sum) the same modules fold into the packed layer's own thresholds, if n
 result is needed in float folds into the scales and bias of the convolution in front of it.
 
 Last, layers and pools that only read one another become the steps of one module, a PackedChain, with the float layers
-at the ends of a small network: a convolution of few channels in front of them, and behind them a max-pool, ReLU,
-flattening and a linear layer. An engine runs it in one call (cpu/chain.py).
+at the ends of a network: a convolution of few channels and its max-pool in front of them, behind them a max-pool, ReLU,
+flattening and a linear layer. An engine runs it in one call (cpu/chain.py). The first convolution and its max-pool
+become such a module even alone.
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
@@ -117,7 +118,7 @@ class _Fusion:
     def fold_input(self, node, layer) -> None:
         """Fold what lies between a packed layer and its producer into thresholds: the producer's, or else its own."""
         chain, producer = self.monotone_chain(node, layer)
-        pools = [i for i, link in enumerate(chain) if self.pool_of(link, layer)]
+        pools = [i for i, link in enumerate(chain) if self.pool_of(link, layer.spatial_dims)]
         hands_on_bits = producer is not None and self.hands_on_bits(producer, layer)
         if pools and not hands_on_bits:
             producer, chain, pools = chain[pools[-1]], chain[pools[-1] + 1 :], []
@@ -170,7 +171,9 @@ class _Fusion:
             layer.batched = True
             layer.refresh()
         elif dims > 1:  # a stock one can't ask for a batch; in two or more dimensions the norm did
-            self.fused.set_submodule(producer.target, torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm))
+            folded = torch.nn.utils.fusion.fuse_conv_bn_eval(layer, norm)
+            self.fused.set_submodule(producer.target, folded)
+            self.called_once.add(folded)
         else:
             return
         node.replace_all_uses_with(producer)
@@ -188,7 +191,7 @@ class _Fusion:
         return chain, link
 
     def is_link(self, node, layer) -> bool:
-        return self.function_of(node, layer) is not None or self.pool_of(node, layer) is not None
+        return self.function_of(node, layer) is not None or self.pool_of(node, layer.spatial_dims) is not None
 
     def function_of(self, node, layer):
         """What a node does to a tensor with the layer's channels in dimension 1, where that is monotone; else None."""
@@ -213,12 +216,12 @@ class _Fusion:
         kept = all(tensor is not None for tensor in tensors[:2])
         return tensors if kept and all(t is None or t.dtype == torch.float32 for t in tensors) else None
 
-    def pool_of(self, node, layer) -> nn.Module | None:
+    def pool_of(self, node, dims: int) -> nn.Module | None:
         module = self.module_of(node)
-        if _POOLS.get(type(module)) != layer.spatial_dims or module.return_indices or not self.is_plain(module):
+        if _POOLS.get(type(module)) != dims or module.return_indices or not self.is_plain(module):
             return None
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
-        is_known = all(isinstance(size, int) or len(size) == layer.spatial_dims for size in sizes)
+        is_known = all(isinstance(size, int) or len(size) == dims for size in sizes)
         return module if is_known else None
 
     def insert_pool(self, link, source, flips: Tensor, layer):
@@ -236,28 +239,36 @@ class _Fusion:
 
     def chain_steps(self) -> None:
         """Let layers and pools that only read one another be one module."""
-        taken = set()
-        for first in list(self.fused.graph.nodes):
+        taken, nodes = set(), list(self.fused.graph.nodes)
+        for first in nodes:
             steps = [] if first in taken else self.steps_from(first)
             if steps:
-                is_flat = self.module_of(first).spatial_dims == 0
-                steps += self.float_steps_behind(steps[-1], is_flat)
-                steps[:0] = self.float_convolution_before(first)
-            source = _argument(steps[0]) if len(steps) > 1 else None
-            if source is None or not self.memory.is_constant(source):  # which is read later now
-                continue
-            taken.update(steps)
-            name = self.unused(f"chain_{first.name.strip('_')}")
-            modules = [_stateless(node, self.module_of(node)) or self.module_of(node) for node in steps]
-            modules = [module for module in modules if type(module) is not nn.Identity]
-            self.fused.add_module(name, self.abcnets.PackedChain(modules))
-            for layer in filter(self.is_packed, modules):
-                layer.folded = True
-            with self.fused.graph.inserting_after(steps[-1]):
-                call = self.fused.graph.call_module(name, (source,))
-            steps[-1].replace_all_uses_with(call)
-            for node in reversed(steps):
-                self.fused.graph.erase_node(node)
+                dims = self.module_of(first).spatial_dims
+                steps += self.float_steps_behind(steps[-1], is_flat=dims == 0)
+                steps[:0] = self.float_steps_before(first, dims)
+                taken.update(self.chain(steps))
+        for pool in nodes:
+            dims = 0 if pool in taken else _POOLS.get(type(self.module_of(pool)), 0)
+            if dims and self.pool_of(pool, dims):
+                taken.update(self.chain([*self.float_convolution_before(pool, dims), pool]))
+
+    def chain(self, steps: list) -> list:
+        """Put one module into the place of these nodes, if there is more than one and this can be; returns them."""
+        source = _argument(steps[0])
+        if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # which is read later now
+            return []
+        modules = [_stateless(node, self.module_of(node)) or self.module_of(node) for node in steps]
+        modules = [module for module in modules if type(module) is not nn.Identity]
+        name = self.unused(f"chain_{steps[0].name.strip('_')}")
+        self.fused.add_module(name, self.abcnets.PackedChain(modules))
+        for layer in filter(self.is_packed, modules):
+            layer.folded = True
+        with self.fused.graph.inserting_after(steps[-1]):
+            call = self.fused.graph.call_module(name, (source,))
+        steps[-1].replace_all_uses_with(call)
+        for node in reversed(steps):
+            self.fused.graph.erase_node(node)
+        return steps
 
     def steps_from(self, node) -> list:
         """The nodes of a chain that begins here: a layer, those that alone read one another, perhaps a float pool."""
@@ -266,8 +277,8 @@ class _Fusion:
             steps.append(node)
             readers = list(node.users)
             if layer.out_thresholds is None:  # floats come out
-                pools = [link for link in readers if _argument(link) is node and self.pool_of(link, layer) is not None]
-                return steps + (pools if len(readers) == 1 else [])
+                is_pooled = len(readers) == 1 and _argument(readers[0]) is node
+                return steps + readers * (is_pooled and self.pool_of(readers[0], layer.spatial_dims) is not None)
             (node,) = readers
             while type(self.module_of(node)) is self.abcnets.PackedPool:
                 steps.append(node)
@@ -275,14 +286,27 @@ class _Fusion:
             layer = self.module_of(node)
         return []
 
-    def float_convolution_before(self, node) -> list:
-        """The stock convolution of few channels that feeds a chain alone, if there is one."""
-        link = _argument(node)
-        stock = None if link is None else self.module_of(link)
-        if _CONVOLUTIONS.get(type(stock)) != self.module_of(node).spatial_dims or len(link.users) > 1:
-            return []
-        is_small = stock.in_channels <= FEW_CHANNELS and stock.groups == 1 and stock.padding_mode == "zeros"
-        return [link] if is_small and self.is_own(stock) else []
+    def float_steps_before(self, node, dims: int) -> list:
+        """The nodes of a stock convolution of few channels, and perhaps of its max-pool, that feed a chain alone."""
+        pool = _argument(node)
+        if pool is not None and self.pool_of(pool, dims) and len(pool.users) == 1:
+            convolution = self.float_convolution_before(pool, dims)
+            return [*convolution, pool] if convolution else []
+        return self.float_convolution_before(node, dims)
+
+    def float_convolution_before(self, node, dims: int) -> list:
+        """The nodes of a stock convolution of few channels, and of ReLUs in front of a pool, that feed a node alone."""
+        link, relus, is_pool = _argument(node), [], self.pool_of(node, dims) is not None
+        while link is not None and len(link.users) == 1:
+            stock = self.module_of(link)
+            if _CONVOLUTIONS.get(type(stock)) == dims:
+                is_small = stock.in_channels <= FEW_CHANNELS and stock.groups == 1 and stock.padding_mode == "zeros"
+                return [link, *relus] if is_small and self.is_own(stock) else []
+            stateless = _stateless(link, stock) if is_pool and (stock is None or self.is_plain(stock)) else None
+            if type(stateless) not in (nn.ReLU, nn.Identity):
+                return []
+            link, relus = _argument(link), [link, *relus]
+        return []
 
     def float_steps_behind(self, node, is_flat: bool) -> list:
         """The nodes of ReLUs, flattening and the stock linear layer that a chain alone feeds, if all are there."""

@@ -90,7 +90,8 @@ def with_floats(seed: int, small=True) -> tuple[PackedChain, torch.Tensor]:
         )
         for parameter in stock.parameters():
             parameter.data = torch.randint(-4, 5, parameter.shape, generator=g).float()
-        steps.insert(0, stock)
+        pool = POOLS[dims - 1](draw.choice([2, 3]), 2, draw.choice([0, 1]), ceil_mode=draw.random() < 0.3)
+        steps[:0] = draw.choice([[stock], [stock], [stock, pool], [stock, nn.ReLU(), pool]])
         x = torch.randint(-4, 5, (9, stock.in_channels, *x.shape[2:]), generator=g).float()
     try:
         y = one_by_one(PackedChain(steps), x)
@@ -474,6 +475,10 @@ FLOAT, PACKED = "Conv2d", "PackedLayer"
 @pytest.mark.parametrize("model, expected", [
     (Functions(), [FLOAT, PACKED, "ReLU", "Flatten", "Linear"]),
     (nn.Sequential(nn.Conv2d(3, 8, 3), binary(8)), [FLOAT, PACKED]),
+    (nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(), nn.ReLU(), nn.MaxPool2d(2), binary(8)),
+     [FLOAT, "ReLU", "MaxPool2d", PACKED]),
+    (nn.Sequential(nn.Conv2d(3, 8, 3), nn.Tanh(), nn.MaxPool2d(2), binary(8)), []),
+    (nn.Sequential(nn.Conv2d(3, 8, 3), nn.MaxPool2d(3, 1), nn.MaxPool2d(2), binary(8)), [FLOAT, "MaxPool2d"]),
     (nn.Sequential(nn.Conv2d(3, 6, 3), binary(6), binary(8)), [FLOAT, PACKED, PACKED]),
     (nn.Sequential(binary(3), nn.Flatten(), nn.ReLU(), nn.Linear(8 * 64, 5)), [PACKED, "Flatten", "ReLU", "Linear"]),
     (nn.Sequential(nn.Flatten(), binary(192, 8, 0), nn.ReLU(), nn.Linear(8, 5)), [PACKED, "ReLU", "Linear"]),
@@ -493,6 +498,39 @@ def test_fuse_takes_float_layers_at_the_ends(model, expected):
     assert torch.allclose(fused(x), packed(x), atol=1e-4)
     if not isinstance(model[0] if isinstance(model, nn.Sequential) else model.last, nn.Flatten):
         assert [row["layer"] for row in abcnets.summary(fused, x)]
+
+
+class Residual(nn.Module):
+    """The first convolution and its max-pool are read by two; another pool's input too."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.relu = nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.pool, self.binary = nn.MaxPool2d(2), nn.ModuleList([binary(8), binary(8), binary(8)])
+        self.second = nn.Conv2d(3, 8, 3)
+
+    def forward(self, x):
+        y = self.pool(self.relu(self.norm(self.first(x))))
+        y = y + self.binary[1](self.relu(self.binary[0](y)))
+        z = self.second(x)
+        return y + self.binary[2](self.pool(z)) + z.mean()
+
+
+def test_the_first_convolution_and_its_pool_are_one_call():
+    torch.manual_seed(0)
+    model = Residual().eval()
+    model.norm.running_mean.normal_(), model.norm.weight.data.normal_()
+    packed, x = abcnets.pack(model, engine="bits"), torch.randn(5, 3, 12, 12)
+    fused = abcnets.fuse(packed)
+    chains = [[type(step).__name__ for step in each.steps] for each in fused.modules() if isinstance(each, PackedChain)]
+    assert sorted(chains) == [[FLOAT, "ReLU", "MaxPool2d"], [PACKED, PACKED]]
+    assert torch.allclose(fused(x), packed(x), atol=1e-4)
+    chain = next(each for each in fused.modules() if isinstance(each, PackedChain) and len(each.steps) == 3)
+    expected = one_by_one(chain, x)
+    for images in (x, x.to(memory_format=torch.channels_last), x[:1]):
+        assert_close(in_one_call(chain, images), expected[: len(images)])
+    x[0, 0, 0, 0] = float("nan")
+    assert torch.equal(chain(x).isnan(), one_by_one(chain, x).isnan())
 
 
 def test_fuse_leaves_float_layers_that_others_know():

@@ -1,6 +1,7 @@
 """abcnets::packed_chain on the CPU: layers and pools that read one another's bits, in one native call.
 
-The float convolution in front of them and the float linear layer behind them are steps too (floats.py).
+Small float layers are steps too (floats.py): a convolution, and perhaps its max-pool, in front of them, and behind them
+a linear layer.
 
     Chain       what depends on the constants alone: a Layer or FloatLayer (engine.py) for each convolution
     ChainPlan   what also depends on the input's size: a Plan for each convolution, the windows of each pool
@@ -42,10 +43,10 @@ def packed_chain(x, constants, program):
 
 
 class Pool:
-    """A max-pooling: of words, or (without flips) of floats."""
+    """A max-pooling: of words, or (without flips) of floats, perhaps behind a ReLU."""
 
-    def __init__(self, channels, sizes, flips=None, bases=0, binary=False):
-        self.channels, self.bases, self.binary = channels, bases, binary
+    def __init__(self, channels, sizes, flips=None, bases=0, binary=False, relu=False):
+        self.channels, self.bases, self.binary, self.relu = channels, bases, binary, relu
         self.sizes = tuple(tuple(size) if isinstance(size, list) else size for size in sizes)
         self.flips = None if flips is None else layout.flip_words(flips.numpy())
 
@@ -75,7 +76,8 @@ class Chain:
             geometry = stride, padding, dilation
             if isinstance(before, FloatLayer) and step.runs:
                 before.hand_on_to(step)
-            reads = channels, step.N if before else 0
+            floats_come = before is None or (isinstance(before, Pool) and not before.bases)
+            reads = channels, 0 if floats_come else step.N
         elif name == "convolution":
             weight, bias, *geometry = arguments
             step = FloatLayer(weight, bias, is_first=True)
@@ -90,8 +92,10 @@ class Chain:
             reads = channels, reads[1] or -1
         else:
             channels, *sizes = arguments
-            step, reads = Pool(channels, sizes), (channels, 0)
+            step, reads = Pool(channels, sizes, relu="relu" in between), (channels, 0)
+            between = [name for name in between if name != "relu"]
         is_misplaced = not isinstance(step, Layer) if before is None else _is_linear(before)
+        is_misplaced |= isinstance(before, Pool) and isinstance(step, Pool) and not before.bases
         if between or is_misplaced or (before is not None and reads != _behind(before)):
             raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
         self.steps.append(step)
@@ -139,6 +143,7 @@ class ChainPlan:
                 input_size = shape[1:-2] if step.bases else shape[2:]
                 size, sources = engine.pool_sources(input_size, *step.sizes)
                 self.plans.append((input_size, size, sources))
+                kind = WORDS if step.bases else PLANAR
                 shape = (B, *size, *shape[-2:]) if step.bases else (B, step.channels, *size)
         self.output_shape = shape
         self.runs = all(isinstance(plan, Plan) or plan[2] is not None for plan in self.plans)
@@ -222,7 +227,7 @@ class Places:
         pixel_bytes = 8 * layer.P * layer.N
         if is_first:
             source, places = None, {"input_kind": plan.kind, "chunk_count": len(plan.chunks)}
-        elif isinstance(layer, FloatLayer):
+        elif plan.kind != WORDS:  # the step before writes floats
             pixels = prod(plan.geometry.size)
             source = self._buffer(4 * layer.channels * pixels)
             places = {"input_kind": plan.kind, "chunk_count": len(plan.chunks), "input": _address(source),
@@ -254,7 +259,7 @@ class Places:
         before = self._into(source, np.arange(pixels), pixel_bytes)
         words = {"channel_words": P, "flips": _address(pool.flips)} if pool.bases else {}
         job = describe_pool(
-            self.plan.images, sources, self.plan.threads, engine.pool_kernel(pool.bases, pool.binary),
+            self.plan.images, sources, self.plan.threads, engine.pool_kernel(pool.bases, pool.binary, pool.relu),
             input=_address(source), input_stride=source.strides[0], input_by_thread=self.plan.by_thread,
             channels=pool.channels, **words, **into,
         )  # fmt: skip

@@ -521,12 +521,12 @@ def describe_pool(images, sources, threads, kernel, **places) -> PoolJob:
 
 
 @functools.cache
-def pool_kernel(N: int, binary: bool) -> int:
-    """Address of the function that pools words of N bases, or (N = 0) floats."""
+def pool_kernel(N: int, binary: bool, relu: bool = False) -> int:
+    """Address of the function that pools words of N bases, or (N = 0) floats, behind a ReLU or not."""
     from . import pool
 
     if N == 0:
-        return pool.floats_kernel().address
+        return pool.floats_kernel(int(relu)).address
     return pool.words_kernel(N, int(binary and N > 1)).address  # one bit's maximum is an OR
 
 

@@ -130,8 +130,8 @@ def largest_number(first, pixel_bytes, sources, taps, flip, output, N):
 
 
 @functools.cache
-def floats_kernel(stamp=STAMP):
-    """Pools floats: pixels as `words_kernel`. Sixteen channels of a pixel are compared at once."""
+def floats_kernel(relu, stamp=STAMP):
+    """Pools floats, of which those below 0 are 0 if `relu`: pixels as `words_kernel`. Sixteen channels at once."""
 
     @c_function(types.int64(POOL_JOB, *[types.int64] * 4))
     def pool_floats(jobs, source, target, pixels, rows):
@@ -143,7 +143,7 @@ def floats_kernel(stamp=STAMP):
             for c in range(0, job.channels, 16):
                 for i in range(count):
                     sources = job.sources + 8 * taps * (first + i)
-                    largest_floats_16(source + 4 * c, pixel_bytes, sources, taps, rows + 64 * i)
+                    largest_floats_16(source + 4 * c, pixel_bytes, sources, taps, rows + 64 * i, relu)
                 channels = min(job.channels - c, 16)
                 store_planes(rows, count, channels, target + c * plane + 4 * first, plane)
         return 0
@@ -151,12 +151,13 @@ def floats_kernel(stamp=STAMP):
     return pool_floats
 
 
-@intrinsic
-def largest_floats_16(typing, first, pixel_bytes, sources, taps, output):
-    """Sixteen channels' largest float32 of a window, NaN where there is one; as torch, the first of equal ones."""
+@intrinsic(prefer_literal=True)
+def largest_floats_16(typing, first, pixel_bytes, sources, taps, output, is_relu):
+    """Sixteen channels' largest float32 of a window (relu: or 0), NaN where there is one; the first of equal ones."""
+    least = 0.0 if is_relu.literal_value else float("-inf")
 
     def emit(context, builder, signature, args):
-        first, pixel_bytes, sources, taps, output = args
+        first, pixel_bytes, sources, taps, output = args[:5]
         emitter = Emitter(builder)
 
         def tap(t, carried):
@@ -166,11 +167,11 @@ def largest_floats_16(typing, first, pixel_bytes, sources, taps, output):
             greater = emitter.or_(greater, builder.fcmp_unordered("uno", value, value))
             return [emitter.select(greater, value, carried[0])]
 
-        (largest,) = emitter.loop(taps, [emitter.const(float("-inf"), FLOATS_16)], tap)
+        (largest,) = emitter.loop(taps, [emitter.const(least, FLOATS_16)], tap)
         emitter.store(largest, output, 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 5), emit
+    return types.void(*[types.int64] * 5, is_relu), emit
 
 
 def main() -> None:
