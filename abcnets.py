@@ -3058,7 +3058,7 @@ def fuse(model: nn.Module) -> "torch.fx.GraphModule":
     Between two packed layers, whatever is elementwise and monotone in each channel only moves the next layer's
     thresholds, so the earlier one compares and hands on bits, and no float tensor is written on the way. From then on
     these layers run bits, and those that only read one another are steps of one `PackedChain`, which an engine runs in
-    one call; so is a max-pool of floats right behind them. Packed layers that run as floats (see
+    one call; so are small float layers in front of and behind them. Packed layers that run as floats (see
     `PackedLayer.runs_bits`) stay as they are, but for a BatchNorm behind them. So does everything of which it can't be
     shown that the outputs stay the same: layers that are called more than once or have hooks, values with another
     reader, norms over another dimension than the channels. How that is shown, and what is folded where there are no
