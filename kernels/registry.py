@@ -44,7 +44,7 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
 def implement(device: str, engine, abcnets) -> None:
     """Make an engine's operators the device's; once, however often it is asked."""
     if device not in _libraries:
-        engine.plain = abcnets
+        engine.use(abcnets)
         library = torch.library.Library("abcnets", "IMPL")
         for operator in OPERATORS:
             if hasattr(engine, operator):

@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import abcnets
 
 pytest.importorskip("numba")
-from kernels.cpu import engine as cpu_engine
+from kernels.cpu import quantizers
 from kernels.cpu.job import STAIRCASE_BLOCK
 
 abcnets.engines()  # loads them
@@ -34,8 +34,8 @@ def same_threads_afterwards(threads):
 @pytest.fixture
 def runs(monkeypatch):
     """The directions in which the engine's kernels were run."""
-    directions, run = [], cpu_engine._run_staircase
-    monkeypatch.setattr(cpu_engine, "_run_staircase", lambda way, *a, **k: directions.append(way) or run(way, *a, **k))
+    directions, run = [], quantizers._run_staircase
+    monkeypatch.setattr(quantizers, "_run_staircase", lambda way, *a, **k: directions.append(way) or run(way, *a, **k))
     return directions
 
 

@@ -36,7 +36,13 @@ BITS_PAY_UP_TO = 16  # binary convolutions M N of a layer; not measured yet, the
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 
 _matrix_rung = "mma"
-plain = None  # the abcnets module whose operators run what is not computed here (registry.py)
+plain = None  # the abcnets module whose operators run what is not computed here
+
+
+def use(abcnets) -> None:
+    """Let the operators of this abcnets module run what is not computed here."""
+    global plain
+    plain = abcnets
 
 
 def pays(M, N, thresholds, spatial_dims, groups) -> bool:
