@@ -47,7 +47,7 @@ so that 1-D, 2-D and 3-D are one case.
     look-up image        uint8 [B][padded S][P][N][16]           16 times each nibble of a word (four channels), or
                          uint16 ...        [P][16]               16 (a + 16 b) of two words' nibbles: offsets of tables
     look-up tiles        uint8 [block of O][M][tap, nibble][Q][lanes]   nibbles that index these tables; 128: unseen
-    image, tiles of floats   float32 [B][padded S][C], [block of O][tap, channel][16]
+    image, tiles of floats   float32 [B][padded S][C], [block of O][tap, channel][Q][16]
 """
 
 import math
@@ -573,9 +573,14 @@ class Floats:
 
     is_first: bool
     relu: bool
-    block = BLOCK  # output channels of a tile
+    registers: int  # Q
     step = 1
     repeats = 1
+
+    @property
+    def block(self) -> int:
+        """Output channels of a tile."""
+        return BLOCK * self.registers
 
     def image(self, uniform: bool) -> int:
         """What the padded image holds."""
@@ -586,10 +591,10 @@ class Floats:
         return units * word_bytes
 
 
-def float_weights(weight_OCK: np.ndarray) -> np.ndarray:
-    """float32 (O, C, *K) -> [blocks][tap, channel][16], 64-byte aligned: the tile's reading order."""
+def float_weights(weight_OCK: np.ndarray, block: int) -> np.ndarray:
+    """float32 (O, C, *K) -> [blocks][tap, channel][block], 64-byte aligned: the tile's reading order."""
     O, C = weight_OCK.shape[:2]
-    blocked_GOk = in_blocks(weight_OCK.reshape(O, C, -1).swapaxes(1, 2).reshape(O, -1), 0)
-    tiles = aligned_zeros((*blocked_GOk.shape[::2], BLOCK), np.float32)
+    blocked_GOk = in_blocks(weight_OCK.reshape(O, C, -1).swapaxes(1, 2).reshape(O, -1), 0, block)
+    tiles = aligned_zeros((*blocked_GOk.shape[::2], block), np.float32)
     tiles[...] = blocked_GOk.swapaxes(1, 2)
     return tiles

@@ -237,13 +237,14 @@ class FloatLayer(Layer):
         (self.O, self.channels), self.kernel = weight.shape[:2], weight.shape[2:]
         self.M = self.groups = 1
         self.N = self.T = self.P = self.out_bases = self.out_T = 0
-        self.blocks = self.tiles = layout.blocks_of(self.O)
-        self.lanes, self.uniform, self.width = layout.Floats(is_first, relu), False, self.channels
+        registers = 2 if self.O > layout.BLOCK and system.has_long_registers() else 1
+        self.lanes, self.uniform, self.width = layout.Floats(is_first, relu, registers), False, self.channels
+        self.blocks, self.tiles = layout.blocks_of(self.O), layout.blocks_of(self.O, self.lanes.block)
         self.word_bytes, self.pixel_bytes = 4, 4 * self.channels
         self.bias = np.zeros(self.O, np.float32) if bias is None else bias
         sums = np.abs(weight.astype(np.float64)).reshape(self.O, -1).sum(1) + np.abs(self.bias)
         self.runs = bool((sums < 2.0**60).all()) or not is_first  # else bits might have to say NaN
-        self.weights, self.masks = layout.float_weights(weight), None
+        self.weights, self.masks = layout.float_weights(weight, self.lanes.block), None
         self.thresholds = self.flips = self.scales = np.zeros(0, np.float32)
         self.tile_units = np.zeros(self.tiles, np.int64)
 
@@ -442,7 +443,7 @@ def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes) -> tuple:
     from . import floats, lookup, pack, vector
 
     if isinstance(lanes, layout.Floats):
-        block = floats.block_kernel(floats.tile_pixels())
+        block = floats.block_kernel(8 if system.has_long_registers() else 4, lanes.registers)
         return floats.chunk_kernel(lanes.is_first, lanes.relu).address, block.address
     if isinstance(lanes, layout.LookUp):
         block = lookup.block_kernel(N, int(uniform), lanes)

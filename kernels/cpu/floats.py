@@ -7,9 +7,9 @@ to be called and its floats to be written and read again. So it is a step of the
 holds floats in the place of words, its tile leaves rows as theirs does, and these are stored as any layer's (store.py),
 the first one's as the next layer's bits.
 
-The tile is 16 output channels x P pixels: a register of weights is read once for P uses, a float of the image is
-broadcast, and all P sums stay in registers. They are added up tap by tap, channel by channel, each product rounded
-with its sum: another order than oneDNN's, and so perhaps another last bit.
+The tile is 16 Q output channels x P pixels: a register of weights is read once for P uses, a float of the image is
+broadcast for Q, and all P Q sums stay in registers. They are added up tap by tap, channel by channel, each product
+rounded with its sum: another order than oneDNN's, and so perhaps another last bit.
 """
 
 import functools
@@ -17,23 +17,22 @@ import functools
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
-from . import system
-from .job import CHUNK, PIXEL_BLOCK
+from .job import CHUNK, PART_BYTES, PIXEL_BLOCK
 from .pack import JOB
 from .primitives import F32, FLOATS_16, I64, STAMP, Emitter, c_function, load_float, load_word, store_float
 
 LARGEST = 2.0**64  # inputs below it and weights that add up to less than 2^60 have sums that float32 holds
 
 
-def tile_pixels() -> int:
-    """Pixels in a tile: their sums, in as many registers as 512 bits take here, leave room for weights."""
-    return 8 if "avx512f" in system.features() else 4
-
-
 @intrinsic(prefer_literal=True)
-def convolve_floats(typing, words, pixel_bytes, tap_offsets, tap_count, weights, bias, windows, rows, pixels):
-    """float32 rows[P][16] = bias + sum over k of (float32 at windows[p] * pixel_bytes + tap_offsets[k]) weights[k]."""
-    P = pixels.literal_value
+def convolve_floats(
+    typing, words, pixel_bytes, tap_offsets, tap_count, weights, bias, windows, rows, registers, pixels,
+):  # fmt: skip
+    """float32 rows[Q][P][16] = bias + sum over k of (float32 at windows[p] * pixel_bytes + tap_offsets[k]) weights[k].
+
+    PART_BYTES from one Q to the next. registers, pixels: Q and P, literal ints.
+    """
+    Q, P = registers.literal_value, pixels.literal_value
 
     def emit(context, builder, signature, args):
         words, pixel_bytes, tap_offsets, tap_count, weights, bias, windows, rows = args[:8]
@@ -41,35 +40,37 @@ def convolve_floats(typing, words, pixel_bytes, tap_offsets, tap_count, weights,
         starts = [emitter.load(I64, emitter.offset(windows, p, 8), 8) for p in range(P)]
         starts = [emitter.offset(words, start, pixel_bytes) for start in starts]
 
-        def tap(k, sums):
+        def tap(k, sums_PQ):
             to_tap = emitter.load(I64, emitter.offset(tap_offsets, k, 8), 8)
-            weight = emitter.load(FLOATS_16, emitter.offset(weights, k, 64), 64)
+            weight_Q = [emitter.load(FLOATS_16, emitter.offset(weights, k, 64 * Q, q, 64), 64) for q in range(Q)]
             values = [emitter.load(F32, emitter.add(start, to_tap), 4) for start in starts]
             values = [emitter.splat(value, FLOATS_16) for value in values]
-            return [emitter.multiply_add(value, weight, total) for value, total in zip(values, sums)]
+            pairs = [(value, weight) for value in values for weight in weight_Q]
+            return [emitter.multiply_add(*pair, total) for pair, total in zip(pairs, sums_PQ)]
 
-        first = emitter.load(FLOATS_16, bias, 4)
-        for p, total in enumerate(emitter.loop(tap_count, [first] * P, tap)):
-            emitter.store(total, emitter.offset(rows, p, 64), 4)
+        bias_Q = [emitter.load(FLOATS_16, emitter.offset(bias, q, 64), 4) for q in range(Q)]
+        for i, total in enumerate(emitter.loop(tap_count, bias_Q * P, tap)):
+            emitter.store(total, emitter.offset(rows, i % Q, PART_BYTES, i // Q, 64), 4)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8, pixels), emit
+    return types.void(*[types.int64] * 8, registers, pixels), emit
 
 
 @functools.cache
-def block_kernel(P, stamp=STAMP):
-    """As vector.block_kernel, in tiles of P pixels."""
+def block_kernel(P, Q, stamp=STAMP):
+    """As vector.block_kernel, in tiles of P pixels and Q registers of output channels."""
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def convolve_block(jobs, words, tile, first, rows):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
         taps = job.tap_count
+        weights, bias = job.weights + 64 * Q * taps * tile, job.constants + 64 * Q * tile
         last = min(first + PIXEL_BLOCK, job.output_pixels)
         for pixel in range(first, last, P):
             convolve_floats(
-                words, job.pixel_bytes, job.tap_offsets, taps, job.weights + tile * taps * 64,
-                job.constants + 64 * tile, job.windows + 8 * pixel, rows + 64 * (pixel - first), P,
+                words, job.pixel_bytes, job.tap_offsets, taps, weights, bias, job.windows + 8 * pixel,
+                rows + 64 * (pixel - first), Q, P,
             )  # fmt: skip
         return last
 

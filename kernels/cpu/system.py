@@ -109,6 +109,11 @@ def is_arm() -> bool:
     return "neon" in features()
 
 
+def has_long_registers() -> bool:
+    """Whether there are 32 registers of 512 bits."""
+    return "avx512f" in features()
+
+
 def popcount_lanes() -> tuple:
     """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
     if is_arm():
