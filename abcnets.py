@@ -2139,9 +2139,9 @@ def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
 
     `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`; or
     of floats, "convolution" (in front of all others): weight, bias, stride, (low, high) padding, dilation; "max_pool":
-    channels and then sizes as packed_max_pool takes them; "linear" (behind all others): weight, bias; and in front of
-    these two "relu" and "flatten": nothing. A tensor among them is [where it begins in the bytes of `constants`, its
-    dtype, its shape]. An engine runs all in one call.
+    channels, whether behind a ReLU, and then sizes as packed_max_pool takes them; "linear" (behind all others): weight,
+    bias, whether behind a ReLU and behind flattening. A tensor among them is [where it begins in the bytes of
+    `constants`, its dtype, its shape]. An engine runs all in one call.
     """
     for name, arguments in _chain_steps(program):
         step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
@@ -2149,18 +2149,21 @@ def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
     return x
 
 
-def _padded_convolution(x, weight, bias, stride, padding, dilation):
+def _float_convolution(x, weight, bias, stride, padding, dilation):
     return _CONVOLUTIONS[len(stride)](F.pad(x, _for_pad(padding)), weight, bias, stride, 0, dilation)
 
 
+def _float_max_pool(x, channels, relu, *sizes):
+    return _MAX_POOLS[len(sizes[0]) - 1](x.relu() if relu else x, *sizes)
+
+
+def _float_linear(x, weight, bias, relu, flatten):
+    x = x.flatten(1) if flatten else x
+    return F.linear(x.relu() if relu else x, weight, bias)
+
+
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-_FLOAT_STEPS = {
-    "max_pool": lambda x, channels, *sizes: _MAX_POOLS[len(sizes[0]) - 1](x, *sizes),
-    "convolution": _padded_convolution,
-    "relu": torch.relu,
-    "flatten": lambda x: x.flatten(1),
-    "linear": F.linear,
-}
+_FLOAT_STEPS = {"convolution": _float_convolution, "max_pool": _float_max_pool, "linear": _float_linear}
 
 
 @functools.lru_cache(maxsize=64)
@@ -2680,13 +2683,13 @@ class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
     Small float layers are steps too: a convolution, ReLU and max-pool in front of them (or alone), and behind them a
-    max-pool, ReLU, flattening and a linear layer. Their sums are those of torch in another order, which may change a
-    last bit.
+    max-pool, ReLU, flattening and a linear layer. Their sums are those of torch in another order: a last bit may be
+    another one, and where such a sum lies on a threshold, a bit of the next layer's input.
 
-    In one call run float32 batches on a CPU, with the engine there; all else, steps with a hook, a convolution or
-    linear layer that is trained, and what is under autocast run step by step. So does a program that is exported. Where
-    tensors of the steps are replaced or changed in place, the next call sees it, as `PackedLayer` does; a model that
-    was compiled does not.
+    In one call run float32 batches on a CPU, with the engine there. All else runs step by step: steps with a hook,
+    float layers that are trained, autocast, programs that are exported, and where nothing is packed, whatever has a
+    gradient. Tensors of the steps that are replaced or changed in place are seen by the next call, as `PackedLayer`
+    does, and what torch does not count after `refresh`; a model that was compiled sees neither.
 
     Shape: as the first step takes and the last one puts out.
     """
@@ -2700,21 +2703,34 @@ class PackedChain(nn.Module):
         is_packed = isinstance(first, PackedLayer)
         self.channels = first.channels if is_packed else first.in_channels
         self.dimensions = first.spatial_dims + 2 if is_packed else first.weight.ndim
-        self._kept = None  # constants and program of the operator, hooks of the steps, and what they were made from
+        self.differentiable = not any(isinstance(step, PackedLayer) for step in steps)
+        self._kept = None  # what `_gather` made
 
     def __getstate__(self):
         return {**super().__getstate__(), "_kept": None}  # its tensors are those of the steps
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._kept = None
+        return self
+
+    def refresh(self) -> None:
+        """See what is in the tensors now, however it came there, as `PackedLayer.refresh`."""
+        for step in self.steps:
+            if isinstance(step, PackedLayer):
+                step.refresh()
+        self._kept = None
 
     def forward(self, input: Tensor) -> Tensor:
         kept = self._as_one(input)
         if kept is not None:
             x = input.detach() if input.requires_grad else input
-            return torch.ops.abcnets.packed_chain.default(x, kept[0], kept[1])
+            return torch.ops.abcnets.packed_chain.default(x, kept.constants, kept.program)
         for step in self.steps:
             input = step(input)
         return input
 
-    def _as_one(self, x: Tensor) -> tuple | None:
+    def _as_one(self, x: Tensor) -> "_Kept | None":
         """What is kept, if this input can run in one call."""
         if x.dtype != torch.float32 or not x.is_cpu or x.ndim != self.dimensions or x.shape[1] != self.channels:
             return None
@@ -2722,59 +2738,83 @@ class PackedChain(nn.Module):
             return None
         kept = self._kept
         if not torch.compiler.is_compiling():
-            if type(x) is not Tensor or torch.jit.is_tracing():
+            if type(x) is not Tensor or torch.jit.is_tracing() or (self.differentiable and _may_have_gradient(x)):
                 return None
-            if kept is None or not _are_same(*kept[3]):
+            if kept is None or not kept.holds():
                 kept = self._kept = self._gather()
-        if kept is None or not kept[1]:
+        if kept is None or not kept.program:
             return None
-        for hooks in kept[2]:
+        for hooks in kept.hooks:
             if hooks:
                 return None
-        if kept[4] and torch.is_autocast_enabled("cpu"):
-            return None
-        if torch.is_grad_enabled():
-            for parameter in kept[4]:
-                if parameter.requires_grad:
+        if kept.floats:
+            for parameter in kept.floats:
+                if parameter.requires_grad:  # an optimizer may change it without a count
+                    self._kept = None
                     return None
+            if torch.is_autocast_enabled("cpu"):
+                return None
         return kept
 
-    def _gather(self) -> tuple:
-        """(bytes of all tensors, program, dictionaries of hooks, what `_are_same` takes, parameters of float layers).
-
-        The program is empty where the operator does not compute what the steps do.
-        """
-        owners = [own for step in self.steps for own in (step._buffers, step._parameters)]
-        seen = [(own, name, t) for own in owners for name, t in own.items() if t is not None]
-        places, names, tensors = ([*column] for column in zip(*seen))
-        # read before the tensors are: what is made while one changes is never taken for what it changed to
-        counted = [t for t in tensors if not t.is_inference()]
-        seen = places, names, tensors, counted, [t._version for t in counted]
-        hooks = [each for m in self.steps for each in (m._forward_hooks, m._forward_pre_hooks)]
-        floats = [p for m in self.steps if not isinstance(m, PackedLayer) for p in m.parameters()]
-        if any(t.device.type != "cpu" or (t.is_floating_point() and t.dtype != torch.float32) for t in tensors):
-            return None, "", hooks, seen, floats
-        pieces, steps, size = [], [], 0
+    def _gather(self) -> "_Kept":
+        """The steps as a program, which is empty where the operator does not compute what they do."""
+        kept = _Kept(self.steps)
+        are_known = all(t.device.type == "cpu" and t.dtype in _CHAINED for t in kept.tensors if t is not None)
+        if not are_known or any(step._modules for step in self.steps):  # as a parametrized layer has
+            return kept
+        pieces, program, size = [], [], 0
         with torch.inference_mode(False), torch.no_grad():
-            channels = self.channels
-            for step in self.steps:
-                name, arguments = _chain_step(step, channels)
-                channels = getattr(step, "out_channels", channels)
+            for name, arguments in _chain_steps_of(self.steps, self.channels):
                 for i, argument in enumerate(arguments):
                     if isinstance(argument, Tensor):
-                        flat = argument.detach().reshape(-1).view(torch.uint8)
+                        flat = argument.detach().contiguous().view(-1).view(torch.uint8)
                         shape, dtype = list(argument.shape), str(argument.dtype).removeprefix("torch.")
                         pieces.append(F.pad(flat, (0, -len(flat) % 64)))
                         arguments[i] = [size, dtype, shape]
                         size += len(pieces[-1])
-                steps.append([name, arguments])
-            return torch.cat(pieces), json.dumps(steps, separators=(",", ":")), hooks, seen, floats
+                program.append([name, arguments])
+            kept.constants, kept.program = torch.cat(pieces), json.dumps(program, separators=(",", ":"))
+        return kept
 
 
-def _are_same(places: list, names: list, tensors: list, counted: list, versions: list) -> bool:
-    """Whether tensors lie where they lay, in dictionaries, and those whose changes are counted are what they were."""
-    found = map(dict.get, places, names)
-    return all(map(operator.is_, found, tensors)) and [*map(operator.attrgetter("_version"), counted)] == versions
+_CHAINED = (torch.float32, torch.uint8, torch.bool)  # dtypes that tensors of steps may have
+
+
+def _may_have_gradient(x: Tensor) -> bool:
+    if x.requires_grad and torch.is_grad_enabled():
+        return True
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+class _Kept:
+    """A chain's steps as `packed_chain` takes them, and what they were when they were read.
+
+    Attributes:
+        constants, program: of the operator; the program is empty where it does not compute what the steps do.
+        hooks: the dictionaries of the steps' hooks;  floats: the parameters of float layers.
+        tensors: of all steps, None where there is none, which lay in the dictionaries `places` under `names`.
+    """
+
+    def __init__(self, steps):
+        places = [own for step in steps for own in (step._buffers, step._parameters)]
+        seen = [(own, name, tensor) for own in places for name, tensor in own.items()]
+        self.places, self.names, self.tensors = ([*column] for column in zip(*seen))
+        # Read before the tensors are: what is made while one changes is never taken for what it changed to.
+        self._counted = [t for t in self.tensors if t is not None and not t.is_inference()]
+        self._versions = [t._version for t in self._counted]
+        self.floats = [p for m in steps if not isinstance(m, PackedLayer) for p in m.parameters()]
+        self._pointers = [p.data_ptr() for p in self.floats]
+        self.hooks = [each for m in steps for each in (m._forward_hooks, m._forward_pre_hooks)]
+        self.constants, self.program = None, ""
+
+    def holds(self) -> bool:
+        """Whether tensors lie where they lay, and those whose changes are counted are what they were."""
+        found = map(dict.get, self.places, self.names)
+        return (
+            all(map(operator.is_, found, self.tensors))
+            and [*map(operator.attrgetter("_version"), self._counted)] == self._versions
+            and [p.data_ptr() for p in self.floats] == self._pointers
+        )
 
 
 def _pool_sizes(pool: nn.Module) -> tuple:
@@ -2787,19 +2827,26 @@ def _pool_sizes(pool: nn.Module) -> tuple:
 _POOL_DIMENSIONS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 
 
-def _chain_step(step: nn.Module, channels: int) -> tuple[str, list]:
-    if isinstance(step, PackedLayer):
-        return "packed_conv", list(step._arguments(step.padding))
-    if isinstance(step, PackedPool):
-        return "packed_max_pool", list(step._arguments())
-    if isinstance(step, (nn.ReLU, nn.Flatten)):
-        return type(step).__name__.lower(), []
-    if isinstance(step, nn.Linear):
-        return "linear", [step.weight, step.bias]
-    if type(step) in _POOL_DIMENSIONS:
-        return "max_pool", [channels, *_pool_sizes(step)]
-    geometry = step.stride, _padding_pairs(step), step.dilation
-    return "convolution", [step.weight, step.bias, *map(list, geometry)]
+def _chain_steps_of(steps: nn.ModuleList, channels: int):
+    """(name, arguments) of the steps that `packed_chain` knows; ReLU and flattening are a part of the next one."""
+    relu = flatten = False
+    for step in steps:
+        if isinstance(step, (nn.ReLU, nn.Flatten)):
+            relu, flatten = relu or isinstance(step, nn.ReLU), flatten or isinstance(step, nn.Flatten)
+        elif isinstance(step, PackedLayer):
+            yield "packed_conv", list(step._arguments(step.padding))
+            channels = step.out_channels
+        elif isinstance(step, PackedPool):
+            yield "packed_max_pool", list(step._arguments())
+        elif type(step) in _POOL_DIMENSIONS:
+            yield "max_pool", [channels, relu, *_pool_sizes(step)]
+            relu = False
+        elif isinstance(step, nn.Linear):
+            yield "linear", [step.weight, step.bias, relu, flatten]
+        else:
+            geometry = step.stride, _padding_pairs(step), step.dilation
+            yield "convolution", [step.weight, step.bias, *([int(size) for size in sizes] for sizes in geometry)]
+            channels = step.out_channels
 
 
 def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:

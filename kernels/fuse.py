@@ -176,8 +176,7 @@ class _Fusion:
             self.called_once.add(folded)
         else:
             return
-        node.replace_all_uses_with(producer)
-        self.fused.graph.erase_node(node)
+        self.put_in_the_place_of(node, producer)
 
     def monotone_chain(self, node, layer) -> tuple[list, torch.fx.Node | None]:
         """The single-use links in front of a node that only move its thresholds, first to last, and what feeds them."""
@@ -244,84 +243,108 @@ class _Fusion:
             steps = [] if first in taken else self.steps_from(first)
             if steps:
                 dims = self.module_of(first).spatial_dims
-                steps += self.float_steps_behind(steps[-1], is_flat=dims == 0)
-                steps[:0] = self.float_steps_before(first, dims)
-                taken.update(self.chain(steps))
+                before, behind = self.float_steps_before(first, dims), self.float_steps_behind(steps[-1][0], dims == 0)
+                taken.update(self.chain(before + steps + behind) or self.chain(steps + behind))
         for pool in nodes:
             dims = 0 if pool in taken else _POOLS.get(type(self.module_of(pool)), 0)
-            if dims and self.pool_of(pool, dims):
-                taken.update(self.chain([*self.float_convolution_before(pool, dims), pool]))
+            module = self.pool_of(pool, dims) if dims else None
+            if module is not None:
+                taken.update(self.chain([*self.float_convolution_before(pool, dims), (pool, module)]))
 
     def chain(self, steps: list) -> list:
-        """Put one module into the place of these nodes, if there is more than one and this can be; returns them."""
-        source = _argument(steps[0])
-        if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # which is read later now
+        """Let one module be in the place of these (node, module), if there are several and this can be; the nodes."""
+        nodes, modules = zip(*steps)
+        source = _argument(nodes[0])
+        if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # which is read where the last step was
             return []
-        modules = [_stateless(node, self.module_of(node)) or self.module_of(node) for node in steps]
-        modules = [module for module in modules if type(module) is not nn.Identity]
-        name = self.unused(f"chain_{steps[0].name.strip('_')}")
+        modules = [module for module in modules if type(module) not in _IDENTITIES]
+        name = self.unused(f"chain_{nodes[0].name.strip('_')}")
         self.fused.add_module(name, self.abcnets.PackedChain(modules))
         for layer in filter(self.is_packed, modules):
             layer.folded = True
-        with self.fused.graph.inserting_after(steps[-1]):
+        with self.fused.graph.inserting_after(nodes[-1]):
             call = self.fused.graph.call_module(name, (source,))
-        steps[-1].replace_all_uses_with(call)
-        for node in reversed(steps):
+        self.put_in_the_place_of(nodes[-1], call)
+        for node in reversed(nodes[:-1]):
             self.fused.graph.erase_node(node)
-        return steps
+        return list(nodes)
+
+    def put_in_the_place_of(self, node, other) -> None:
+        """Let all readers of a node read another one."""
+        node.replace_all_uses_with(other)
+        self.memory.rename(node, other)
+        self.fused.graph.erase_node(node)
+
+    # Steps: lists of (node, module).
 
     def steps_from(self, node) -> list:
-        """The nodes of a chain that begins here: a layer, those that alone read one another, perhaps a float pool."""
+        """A chain that begins here: a layer, those that alone read one another, perhaps a float pool."""
         steps, layer = [], self.module_of(node)
         while self.is_step(layer):
-            steps.append(node)
+            steps.append((node, layer))
             readers = list(node.users)
             if layer.out_thresholds is None:  # floats come out
-                is_pooled = len(readers) == 1 and _argument(readers[0]) is node
-                return steps + readers * (is_pooled and self.pool_of(readers[0], layer.spatial_dims) is not None)
+                is_read = len(readers) == 1 and _argument(readers[0]) is node
+                pool = self.pool_of(readers[0], layer.spatial_dims) if is_read else None
+                return steps if pool is None else [*steps, (readers[0], pool)]
             (node,) = readers
             while type(self.module_of(node)) is self.abcnets.PackedPool:
-                steps.append(node)
+                steps.append((node, self.module_of(node)))
                 (node,) = node.users
             layer = self.module_of(node)
         return []
 
     def float_steps_before(self, node, dims: int) -> list:
-        """The nodes of a stock convolution of few channels, and perhaps of its max-pool, that feed a chain alone."""
-        pool = _argument(node)
-        if pool is not None and self.pool_of(pool, dims) and len(pool.users) == 1:
-            convolution = self.float_convolution_before(pool, dims)
-            return [*convolution, pool] if convolution else []
-        return self.float_convolution_before(node, dims)
+        """A small stock convolution, and perhaps its max-pool, that feed a chain alone."""
+        link = _argument(node)
+        pool = None if link is None or len(link.users) > 1 else self.pool_of(link, dims)
+        if pool is None:
+            return self.float_convolution_before(node, dims)
+        convolution = self.float_convolution_before(link, dims)
+        return [*convolution, (link, pool)] if convolution else []
 
     def float_convolution_before(self, node, dims: int) -> list:
-        """The nodes of a stock convolution of few channels, and of ReLUs in front of a pool, that feed a node alone."""
+        """A small stock convolution, and in front of a pool ReLUs, that feed a node alone."""
         link, relus, is_pool = _argument(node), [], self.pool_of(node, dims) is not None
         while link is not None and len(link.users) == 1:
-            stock = self.module_of(link)
+            stock, relu = self.module_of(link), self.stateless(link)
             if _CONVOLUTIONS.get(type(stock)) == dims:
-                is_small = stock.in_channels <= FEW_CHANNELS and stock.groups == 1 and stock.padding_mode == "zeros"
-                return [link, *relus] if is_small and self.is_own(stock) else []
-            stateless = _stateless(link, stock) if is_pool and (stock is None or self.is_plain(stock)) else None
-            if type(stateless) not in (nn.ReLU, nn.Identity):
+                is_plain = stock.groups == 1 and stock.padding_mode == "zeros" and self.is_own(stock)
+                is_small = stock.in_channels <= FEW_CHANNELS and stock.weight.numel() <= FEW_WEIGHTS
+                return [(link, stock), *relus] if is_small and is_plain else []
+            if not is_pool or type(relu) not in (nn.ReLU, *_IDENTITIES):
                 return []
-            link, relus = _argument(link), [link, *relus]
+            link, relus = _argument(link), [(link, relu), *relus]
         return []
 
     def float_steps_behind(self, node, is_flat: bool) -> list:
-        """The nodes of ReLUs, flattening and the stock linear layer that a chain alone feeds, if all are there."""
+        """ReLUs, flattening and a small stock linear layer that a chain alone feeds, if all are there."""
         steps = []
         while len(node.users) == 1:
             before, (node,) = node, node.users
-            steps.append(node)
-            module = self.module_of(node)
+            module, stateless = self.module_of(node), self.stateless(node)
             if type(module) is nn.Linear:
-                return steps if is_flat and self.is_own(module) and _argument(node) is before else []
-            stateless = _stateless(node, module)
-            if stateless is None or (module is not None and not self.is_plain(module)):
+                is_fed = is_flat and self.is_own(module) and _argument(node) is before
+                return [*steps, (node, module)] if is_fed and module.weight.numel() <= FEW_WEIGHTS else []
+            if stateless is None:
                 return []
+            steps.append((node, stateless))
             is_flat |= type(stateless) is nn.Flatten
         return []
+
+    def stateless(self, node) -> nn.Module | None:
+        """A module that does what a node does, where that is ReLU, flattening or nothing."""
+        module = self.module_of(node)
+        if module is not None:
+            is_flatten = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+            is_known = is_flatten or type(module) in (nn.ReLU, *_IDENTITIES)
+            return module if is_known and self.is_plain(module) else None
+        if node.op not in ("call_function", "call_method"):
+            return None
+        if node.target in _RELUS and _argument(node) is not None:
+            return nn.ReLU()
+        is_flatten = node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
+        return nn.Flatten() if is_flatten else None
 
     def is_step(self, layer) -> bool:
         is_known = type(layer) is self.packed_layer and layer.activation_bases is not None and self.is_own(layer)
@@ -361,6 +384,11 @@ class _Memory:
     def is_constant(self, node) -> bool:
         """Whether a value stays, for as long as it is there, what it was when it was made."""
         return node not in self._written
+
+    def rename(self, node, other) -> None:
+        """Another node puts out what this one did."""
+        if node in self._written:
+            self._written.add(other)
 
     def writes_to(self, node) -> list:
         """The values that a node may write to, as it is given them."""
@@ -500,18 +528,6 @@ def _is_watched(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
 
 
-def _stateless(node, module) -> nn.Module | None:
-    """A module that does what a node does (if it is called, that module), where that is ReLU, flattening or nothing."""
-    if type(module) in _IDENTITIES:
-        return nn.Identity()
-    if type(module) is nn.ReLU or (type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)):
-        return module
-    if node.target in _RELUS and _argument(node) is not None:
-        return nn.ReLU()
-    is_flatten = node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
-    return nn.Flatten() if is_flatten else None
-
-
 def _tracer(abcnets) -> torch.fx.Tracer:
     whole = (abcnets.PackedLayer, abcnets.ABCConv1d, abcnets.ABCConv2d, abcnets.ABCConv3d, abcnets.ABCLinear)
 
@@ -566,7 +582,7 @@ _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
 _POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 
-FEW_CHANNELS = 4  # of images; a float convolution of more is large enough for a call of its own
+FEW_CHANNELS, FEW_WEIGHTS = 4, 1 << 14  # of a float layer in a chain: images have few, and others gain nothing there
 
 
 def fold(functions: list, layer) -> tuple[Tensor, Tensor] | None:

@@ -331,7 +331,7 @@ def counts_as_uniform(betas_N: np.ndarray, groups: int, uses: int) -> bool:
 
 # What the padded image holds of a pixel (pack.py):
 BASES, UNIFORM_WORDS, NIBBLES, UNIFORM_NIBBLES = range(4)  # the words of N bases, of uniform levels; nibbles of either
-FLOATS = 4  # or no words
+FLOATS = 4  # or, of a layer that stays float, its channels
 
 
 def image_words(N: int, uniform: bool) -> int:

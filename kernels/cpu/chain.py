@@ -25,6 +25,8 @@ from .engine import FloatLayer, Layer, Plan, _address, describe, describe_pool
 from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
+FLOATS, POOLED_FLOATS = 0, -1  # in the place of a number of bases: as a layer puts them out, and as a pool does
+NOTHING = 0, -2  # can be read
 AS_BASES = layout.BASES, 1  # the form of an image: what it holds, and how often a word does
 
 
@@ -45,6 +47,8 @@ def packed_chain(x, constants, program):
 class Pool:
     """A max-pooling: of words, or (without flips) of floats, perhaps behind a ReLU."""
 
+    is_last = False
+
     def __init__(self, channels, sizes, flips=None, bases=0, binary=False, relu=False):
         self.channels, self.bases, self.binary, self.relu = channels, bases, binary, relu
         self.sizes = tuple(tuple(size) if isinstance(size, list) else size for size in sizes)
@@ -57,67 +61,59 @@ class Chain:
     def __init__(self, tensors, program):
         self.steps, self.geometries, self.plans = [], [], Recent(engine.PLANS_PER_LAYER)
         (constants,) = tensors
-        self.between = []  # steps that the next one does on its way
+        makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
+                  "max_pool": self._pool_of_floats, "linear": self._linear}  # fmt: skip
         for name, arguments in engine.plain._chain_steps(program):
-            self._add(name, *engine.plain._chain_arguments(arguments, constants))
-        self.runs = not self.between and all(not isinstance(step, Layer) or step.runs for step in self.steps)
+            before = self.steps[-1] if self.steps else None
+            step, reads, *geometry = makers[name](before, *engine.plain._chain_arguments(arguments, constants))
+            fits = isinstance(step, Layer) if before is None else reads == _behind(before)
+            if not fits:
+                raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
+            self.steps.append(step)
+            self.geometries.append(tuple(map(tuple, geometry)))
+        self.runs = all(not isinstance(step, Layer) or step.runs for step in self.steps)
 
-    def _add(self, name, *arguments):
-        before = self.steps[-1] if self.steps else None
-        reads = _behind(before)  # what the step reads: how many channels, and how many bases of them; 0 for floats
-        geometry, between = None, self.between
-        self.between = []
-        if name in ("relu", "flatten"):
-            self.between = [*between, name]
-            return
-        if name == "packed_conv":
-            *tensors, channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases = arguments
-            step = Layer((*tensors, out_thresholds, out_flips), channels, groups, out_bases)
-            geometry = stride, padding, dilation
-            if isinstance(before, FloatLayer) and step.runs:
-                before.hand_on_to(step)
-            floats_come = before is None or (isinstance(before, Pool) and not before.bases)
-            reads = channels, 0 if floats_come else step.N
-        elif name == "convolution":
-            weight, bias, *geometry = arguments
-            step = FloatLayer(weight, bias, is_first=True)
-            reads = step.channels, 0 if before is None else -1
-        elif name == "linear":
-            step, geometry = FloatLayer(*arguments, is_first=False, relu="relu" in between), ((), (), ())
-            reads = reads[0] if "flatten" in between else step.channels, 0
-            between = []
-        elif name == "packed_max_pool":
-            flips, channels, *sizes, binary = arguments
-            step = Pool(channels, sizes, flips, reads[1], binary)
-            reads = channels, reads[1] or -1
-        else:
-            channels, *sizes = arguments
-            step, reads = Pool(channels, sizes, relu="relu" in between), (channels, 0)
-            between = [name for name in between if name != "relu"]
-        is_misplaced = not isinstance(step, Layer) if before is None else _is_linear(before)
-        is_misplaced |= isinstance(before, Pool) and isinstance(step, Pool) and not before.bases
-        if between or is_misplaced or (before is not None and reads != _behind(before)):
-            raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
-        self.steps.append(step)
-        self.geometries.append(geometry and tuple(map(tuple, geometry)))
+    # A step, what it reads (`_behind`), and of a layer stride, padding, dilation.
+
+    def _layer(self, before, *arguments):
+        *tensors, channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases = arguments
+        step = Layer((*tensors, out_thresholds, out_flips), channels, groups, out_bases)
+        if isinstance(before, FloatLayer) and not before.is_last and step.runs:
+            before.hand_on_to(step)
+        packs = isinstance(before, Pool) and not before.bases
+        return step, (channels, POOLED_FLOATS if packs else step.N), stride, padding, dilation
+
+    def _convolution(self, before, weight, bias, stride, padding, dilation):
+        return FloatLayer(weight, bias), NOTHING, stride, padding, dilation
+
+    def _linear(self, before, weight, bias, relu, flatten):
+        step = FloatLayer(weight, bias, is_last=True, relu=relu)
+        if flatten and before is not None and _behind(before)[1] in (FLOATS, POOLED_FLOATS):
+            return step, _behind(before), (), (), ()  # how many numbers these are together, the plan finds out
+        return step, (step.channels, FLOATS), (), (), ()
+
+    def _pool_of_bits(self, before, flips, channels, *sizes):
+        *sizes, binary = sizes
+        bases = _behind(before)[1]
+        return Pool(channels, sizes, flips, bases, binary), (channels, bases) if bases > 0 else NOTHING
+
+    def _pool_of_floats(self, before, channels, relu, *sizes):
+        return Pool(channels, sizes, relu=relu), (channels, FLOATS)
 
     def readable(self, x) -> tuple:
         first, last = self.steps[0], self.steps[-1]
-        if not self.runs or x.dtype is not torch.float32 or _behind(last)[1]:
+        if not self.runs or x.dtype is not torch.float32 or (_behind(last)[1] > 0):
             return x, None
         return first.readable(x)
 
 
 def _behind(step) -> tuple:
-    """Of what a step puts out: how many channels, and how many bases of them; 0 for floats."""
-    if step is None:
-        return 0, 0
-    return (step.O, step.out_bases) if isinstance(step, Layer) else (step.channels, step.bases)
-
-
-def _is_linear(step) -> bool:
-    """Whether a step is the float layer that ends a chain."""
-    return isinstance(step, FloatLayer) and not step.lanes.is_first
+    """Of what a step puts out: how many channels, and how many bases of them, or in which way they are floats."""
+    if step is None or step.is_last:
+        return NOTHING
+    if isinstance(step, Layer):
+        return step.O, step.out_bases or FLOATS
+    return step.channels, step.bases or POOLED_FLOATS
 
 
 _chains = Beside(Chain, CHAINS)
@@ -131,11 +127,12 @@ class ChainPlan:
         self.plans, B = [], shape[0]  # a Plan of each layer, (input size, output size, sources) of each pool
         for step, geometry in zip(chain.steps, chain.geometries):
             if isinstance(step, Layer):
-                is_flat = _is_linear(step) and len(shape) > 2
-                if is_flat:  # a linear layer's image is one pixel
-                    shape, geometry, kind = (B, prod(shape[1:]), 1), ((1,), (0, 0), (1,)), PLANAR
-                    if shape[1] != step.channels:
-                        raise ValueError(f"packed_chain: linear takes {step.channels} numbers, got {shape[1]}")
+                if step.is_last and prod(shape[1:]) != step.channels:
+                    self.runs = False  # torch says what is wrong
+                    return
+                is_flat = step.is_last and len(shape) > 2
+                if is_flat:  # its image is one pixel
+                    shape, geometry, kind = (B, step.channels, 1), ((1,), (0, 0), (1,)), PLANAR
                 self.plans.append(Plan(step, shape, kind, threads, *geometry))
                 shape, kind = self.plans[-1].output_shape, WORDS if step.out_bases else INTERLEAVED
                 shape = shape[:2] if is_flat else shape

@@ -125,6 +125,8 @@ def _numpy(tensor):
 class Layer:
     """The tables that depend on a layer's tensors alone."""
 
+    is_last = False  # of a chain, which it ends
+
     def __init__(self, tensors, channels, groups, out_bases):
         bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips = tensors
         self.channels, self.groups, self.kernel = channels, groups, tuple(bits.shape[2:-1])
@@ -232,18 +234,19 @@ _layers = Beside(Layer, LAYERS_PER_WEIGHT)
 class FloatLayer(Layer):
     """The tables of a layer that stays float, the first or last of a chain (chain.py): no bases, no groups."""
 
-    def __init__(self, weight, bias, is_first, relu=False):
+    def __init__(self, weight, bias, is_last=False, relu=False):
+        self.is_last = is_last
         weight, bias = _numpy(weight), _numpy(bias)
         (self.O, self.channels), self.kernel = weight.shape[:2], weight.shape[2:]
         self.M = self.groups = 1
         self.N = self.T = self.P = self.out_bases = self.out_T = 0
         registers = 2 if self.O > layout.BLOCK and system.has_long_registers() else 1
-        self.lanes, self.uniform, self.width = layout.Floats(is_first, relu, registers), False, self.channels
+        self.lanes, self.uniform, self.width = layout.Floats(not is_last, relu, registers), False, self.channels
         self.blocks, self.tiles = layout.blocks_of(self.O), layout.blocks_of(self.O, self.lanes.block)
         self.word_bytes, self.pixel_bytes = 4, 4 * self.channels
         self.bias = np.zeros(self.O, np.float32) if bias is None else bias
         sums = np.abs(weight.astype(np.float64)).reshape(self.O, -1).sum(1) + np.abs(self.bias)
-        self.runs = bool((sums < 2.0**60).all()) or not is_first  # else bits might have to say NaN
+        self.runs = is_last or bool((sums < 2.0**60).all())  # else bits might have to say NaN
         self.weights, self.masks = layout.float_weights(weight, self.lanes.block), None
         self.thresholds = self.flips = self.scales = np.zeros(0, np.float32)
         self.tile_units = np.zeros(self.tiles, np.int64)
@@ -326,6 +329,8 @@ class Plan:
         if self.kind != WORDS:
             stride = x.stride()
             job.image_stride, job.channel_stride, job.pixel_stride = 4 * stride[0], 4 * stride[1], 4 * stride[-1]
+            if self.kind == PLANAR:  # of an image one pixel wide a stride says nothing
+                job.pixel_stride = 4
             if self.linear:
                 job.pixel_stride = 4 * stride[0]
         else:

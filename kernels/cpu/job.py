@@ -50,7 +50,7 @@ class Job(ctypes.Structure):
             "chunks",  # first pixel of every chunk to pack
             "chunk_count",  # of one image; 0 where the input is used as it lies
             "landing",  # which pixel of the padded image each input pixel is
-            # the padded image of words
+            # the padded image of words (of a float layer: floats)
             "words",
             "pixel_bytes",  # from one pixel of it to the next
             "words_stride",  # from one padded image to the next
@@ -58,9 +58,9 @@ class Job(ctypes.Structure):
             "repeat",  # a word times this is what the image holds (layout.Lanes)
             "counted",  # word: the channels of a word of the image that are counted once
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes)
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes), or floats.chunk_kernel
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or lookup's
+            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or lookup's or floats'
             "parts",  # of 16 output channels that a tile has
             "tiles",  # of output channels
             "weights",  # units [tile][M][tap, unit][16 parts], or nibbles

@@ -1,4 +1,4 @@
-"""Max-pooling on the CPU: of packed words, and of the floats that the last layer of a chain puts out.
+"""Max-pooling on the CPU: of packed words, and of floats at the ends of a chain.
 
 The maximum reaches a threshold where any of its window does, so on bits it is an OR, once the channels whose comparison
 was turned round (flips) are turned back:
