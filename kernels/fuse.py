@@ -255,7 +255,7 @@ class _Fusion:
         """Let one module be in the place of these (node, module), if there are several and this can be; the nodes."""
         nodes, modules = zip(*steps)
         source = _argument(nodes[0])
-        if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # which is read where the last step was
+        if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # until the last step
             return []
         modules = [module for module in modules if type(module) not in _IDENTITIES]
         name = self.unused(f"chain_{nodes[0].name.strip('_')}")
