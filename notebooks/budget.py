@@ -271,6 +271,21 @@ def against_uniform(model: nn.Module, table, images: list[Tensor], accuracy, cou
         yield {"uniform": count, **uniform, **measured("mixed", settings), "mixed_settings": words}
 
 
+def from_words(words: str) -> dict[str, dict | None]:
+    """Settings as `convert` takes them from a table's words: "3:1,3,binary 6:2,3 10:float".  Raises: ValueError."""
+
+    def setting(text):
+        if text == "float":
+            return None
+        M, N, *code = text.split(",")
+        return _setting({"M": int(M), "N": int(N), "code": " x ".join(code) or None})
+
+    try:
+        return {name: setting(text) for name, text in (each.rsplit(":", 1) for each in words.split())}
+    except ValueError:
+        raise ValueError(f'settings are written like "3:1,3,binary 6:2,3 10:float", got {words!r}') from None
+
+
 def _in_words(setting: dict | None) -> str:
     """2,3 or, in another code than the thermometer's, 2,3,binary or 2,3,binary,uniform; or float."""
     if setting is None:

@@ -41,7 +41,7 @@ import pandas as pd
 import torch
 from data import load_data
 from files import ROOT, tqdm, writable
-from runs import load_float, main_runs, setting_of, tensors_of, trained_file, write_csv
+from runs import converted, load_float, main_runs, setting_of, tensors_of, trained_file, write_csv
 from torch import nn
 from torch.fx.experimental.optimization import fuse as fold_batch_norm
 from training import fast_bfloat16, load_weights
@@ -118,12 +118,12 @@ def binary_networks(network: nn.Module, runs: pd.DataFrame, out: Path) -> dict[t
     """{(M, N, code): the packed network of a run}, from `out`, else the one that comes with the repository."""
     networks = {}
     for row in runs.to_dict("records"):
-        (M, N, code), path = setting_of(row), out / f"{row['run']}.pt"
+        path = out / f"{row['run']}.pt"
         if path.exists():
-            packed = abcnets.pack(load_weights(abcnets.convert(network, M, N, code=code), path))
+            packed = abcnets.pack(load_weights(converted(network, row), path))
         else:
             packed = abcnets.load_packed(trained_file(row["run"]), network)
-        networks[M, N, code] = packed
+        networks[setting_of(row)] = packed
     return networks
 
 

@@ -36,9 +36,9 @@ import budget
 import torch
 from accelerate import PartialState
 from data import Data, load_data
-from files import ROOT, TRAINED, writable
+from files import RESULTS, ROOT, TRAINED, writable
 from recipe import Recipe
-from runs import binarized, collect, keep_rows, load_float, pretrained, read_csv, write_csv
+from runs import binarized, collect, keep_rows, load_float, mixed_settings, pretrained, read_csv, write_csv
 from step import NETWORKS, measure_compiled, measure_steps, use_threads
 from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
@@ -114,7 +114,8 @@ def run_sensitivity(options) -> None:
     writable(options.results)
     data = _load(options)
     model = load_float(data, options.out, options.seed, options.start_file)
-    choices = [(M, N) for M in range(1, 6) for N in range(1, 6) if abs(M - N) <= options.apart]
+    counts = range(1, options.most + 1)
+    choices = [(M, N) for M in counts for N in counts if abs(M - N) <= options.apart]
     code = options.code or ("thermometer", "thermometer")
     tables = f"-code={','.join(dict.fromkeys(code))}" if options.code else ""
     table = budget.sensitivity(model, data.calibration_batches(options.images), choices, code=code)
@@ -167,7 +168,11 @@ def _load_float(options, data: Data) -> nn.Module:
 def _given(options) -> dict:
     """The fields of a `Recipe` that the command line has, but for those that the data know."""
     names = {field.name for field in fields(Recipe)} - {"dataset", "limit"}
-    return {name: value for name, value in vars(options).items() if name in names}
+    given = {name: value for name, value in vars(options).items() if name in names}
+    if given.get("mixed"):
+        folders = options.results, RESULTS
+        given["settings"] = mixed_settings(options.dataset, options.M, options.N, options.code, *folders)
+    return given
 
 
 def recipe_of(options, data: Data, start: nn.Module | None = None) -> Recipe:
@@ -222,6 +227,8 @@ def command_line() -> Parser:
     variations.add_argument("--scale-gradient", action="store_true", help="dL/dW times the sum of the alphas")
     code = {"type": CODE, "metavar": "CODE", "help": f"{', '.join(abcnets.CODES)}; or two, weights,activations"}
     variations.add_argument("--code", **code)
+    variations.add_argument("--mixed", action="store_true",
+                            help="bases of each layer, within M x N of all, as `sensitivity` found them")  # fmt: skip
     variations.add_argument("--zero", action=argparse.BooleanOptionalAction,
                             help="whether a 0 stays 0 (default: not in the thermometer code)")  # fmt: skip
     variations.add_argument("--float-seed", type=SEED, metavar="SEED", help="of the float network (default: --seed)")
@@ -255,6 +262,7 @@ def command_line() -> Parser:
     layers.add_argument("--from", **start)
     layers.add_argument("--code", **code)
     layers.add_argument("--images", type=SEVERAL, default=1024, help="training images to measure on (default: 1024)")
+    layers.add_argument("--most", type=COUNT, default=5, help="largest M and N of a layer (default: 5)")
     layers.add_argument("--apart", type=COUNT_OR_0, default=1, help="largest |M - N| of a layer (default: 1)")
     step = command("step", run_step, "time and memory of a training step, binarized against float", bases, where)
     step.add_argument("--code", **code)

@@ -7,6 +7,7 @@ import shlex
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
+import budget
 from data import Data
 from files import ROOT
 from networks import network_for
@@ -25,7 +26,7 @@ from training import (
 
 import abcnets
 
-SWITCHES = ("per_layer", "even_shifts", "learn_shifts", "scale_gradient")
+SWITCHES = ("per_layer", "even_shifts", "learn_shifts", "scale_gradient", "mixed")
 NAMED = (*SWITCHES, "zero", "code", "calibrate", "distill", "lr", "lr_activation", "weight_decay", "batch_size",
          "limit", "float_seed", "accumulate", "warmup", "exact")  # fmt: skip  the options, in the order of their words
 TRAINING = ("epochs", "seed", "lr", "lr_activation", "weight_decay", "batch_size", "accumulate", "warmup", "exact",
@@ -59,6 +60,8 @@ class Recipe:
     so. In neither is what should make no difference: device, threads, processes, folders.
 
     Args:
+        mixed: whether M, N and code are a budget alone, of bytes and binary multiplications, within which each layer
+            has bases of its own: `settings`, in the words of `budget.from_words`.
         zero: whether a 0 stays 0; None: as the code has it.
         code: of weights and of activations; or one word for both.
         float_seed: of the start network, where it is not `seed`.
@@ -75,6 +78,7 @@ class Recipe:
     even_shifts: bool | None = None
     learn_shifts: bool | None = None
     scale_gradient: bool | None = None
+    mixed: bool | None = None
     zero: bool | None = None
     code: tuple[str, str] | None = None
     calibrate: int | None = None
@@ -89,6 +93,7 @@ class Recipe:
     exact: float | None = None
     limit: int | None = None
     float_seed: int | None = None
+    settings: str | None = None
     images: int | None = None
     network: str | None = None
     start: str | None = None
@@ -176,7 +181,7 @@ class Recipe:
     def row(self) -> dict:
         """The cells of a run's row that its recipe knows."""
         return {"run": self.name, "dataset": self.dataset, "M": self.M, "N": self.N, "options": self.options,
-                "seed": self.seed, "epochs": self.epochs}  # fmt: skip
+                "settings": self.settings, "seed": self.seed, "epochs": self.epochs}  # fmt: skip
 
     def training(self) -> dict:
         """The arguments for `training.pretrain` or `training.finetune`."""
@@ -185,7 +190,10 @@ class Recipe:
     def convert(self, model: nn.Module) -> nn.Module:
         """The float network binarized, not yet calibrated."""
         us = abcnets.even_shifts if self.even_shifts and self.M else None
-        model = abcnets.convert(model, self.M, self.N, us=us, per_channel=not self.per_layer, code=self.code,
+        bases = {"code": self.code}
+        if self.mixed:
+            bases = {"settings": budget.from_words(self.settings), "filter_fn": lambda layer, name: False}
+        model = abcnets.convert(model, self.M, self.N, us=us, per_channel=not self.per_layer, **bases,
                                 learn_us=self.learn_shifts, zero=self.zero)  # fmt: skip
         if self.scale_gradient and self.M:
             for layer in model.modules():

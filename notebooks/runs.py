@@ -35,7 +35,7 @@ from kernels.clock import machine
 from kernels.command import Refused
 
 begun_at = functools.cache(commit)  # asked as the first run begins: hours later there may be another
-WORDS = ("options", "commit", "recipe")  # columns that hold no numbers, though "1e5" may look like one
+WORDS = ("options", "commit", "recipe", "settings")  # columns that hold no numbers, though "1e5" may look like one
 
 # --------------------------------------------------------------------------- Tables as files
 
@@ -191,13 +191,10 @@ def collect(data: Data, out: Path, results: Path, trained: Path = TRAINED) -> li
         if not source.exists():
             print(f"{row['run']} stays as it is: {source} is missing; `{row['command']}` writes it")
             continue
-        M, N, code = setting_of(row)
-        model = build_network(data)
-        if M or N:
-            model = abcnets.convert(model, M, N, code=code)
-        load_weights(model, source)
+        is_binary = row["M"] > 0 or row["N"] > 0
+        model = load_weights(converted(build_network(data), row) if is_binary else build_network(data), source)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if M or N:
+        if is_binary:
             abcnets.save_packed(abcnets.pack(model), path)
         else:
             tensors = tensors_of(model)
@@ -370,13 +367,42 @@ def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
 def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
     """The rows of a data set's runs in which nothing but bases, code and seed was chosen; M, N are NaN where float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
-    return rows[rows.options.isin(["", *(f"code={code}" for code in abcnets.CODES)])]
+    codes = [f"code={code}" for code in abcnets.CODES]
+    return rows[rows.options.isin(["", *codes, "mixed", *(f"mixed {word}" for word in codes)])]
 
 
 def setting_of(row: dict) -> tuple[int | None, int | None, str]:
-    """M, N and code of one of the `main_runs`; None on a side that is float."""
+    """M, N and code of one of the `main_runs`, such as "binary" or "mixed binary"; None on a side that is float."""
     M, N = (int(count) if count > 0 else None for count in (row["M"], row["N"]))
-    return M, N, row["options"].removeprefix("code=") or "thermometer"
+    words = row["options"].split()
+    code = next((word.removeprefix("code=") for word in words if word.startswith("code=")), "thermometer")
+    return M, N, f"mixed {code}" if "mixed" in words else code
+
+
+def converted(network: nn.Module, row: dict) -> nn.Module:
+    """A float network in the form of one of the `main_runs` that is binarized, not trained."""
+    M, N, code = setting_of(row)
+    settings = row.get("settings") if code.startswith("mixed ") else None
+    return Recipe(row["dataset"], M, N, code=code.removeprefix("mixed "), mixed=bool(settings),
+                  settings=settings).convert(network)  # fmt: skip
+
+
+def mixed_settings(dataset: str, M: int | None, N: int | None, code: tuple[str, str] | None, *results: Path) -> str:
+    """The settings that `experiment.py sensitivity` found within the budget of M x N, from the first folder with them.
+
+    Raises: Refused where M and N differ, DataError where nothing is recorded.
+    """
+    if M != N:
+        raise Refused(f"--mixed takes as many weight bases as activation bases, a budget, got {M} and {N}")
+    word = f"-code={','.join(dict.fromkeys(code))}" if code else ""
+    for path in (Path(folder) / f"mixed{word}.csv" for folder in results):
+        rows = recorded(path, dataset)
+        found = rows[rows.uniform == M].mixed_settings.tolist() if len(rows) else []
+        if found:
+            return found[0]
+    command = f"sensitivity --dataset {dataset}{' --code ' + ','.join(dict.fromkeys(code)) if code else ''}"
+    raise DataError(f"no mixed settings are recorded for {dataset} in the bytes of M = N = {M}: "
+                    f"`python notebooks/experiment.py {command}` finds them")  # fmt: skip
 
 
 def default_runs(results: str | Path, dataset: str, seed: int = 0) -> pd.DataFrame:

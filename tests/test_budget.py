@@ -285,6 +285,13 @@ def test_mixed_settings_against_uniform_ones():
         assert row["mixed_summed_error"] <= row["uniform_summed_error"]
         assert row["mixed_binary_macs"] <= row["uniform_binary_macs"] and row["mixed_bytes"] <= row["uniform_bytes"]
     assert row["mixed_settings"] == "2:2,2,binary 4:2,2,binary"
+    settings = budget.from_words("2:2,2,binary 4.a:1,3 6:float 7:2,3,binary,uniform")
+    assert settings["2"] == {"weight_bases": 2, "activation_bases": 2, "code": "binary"}
+    assert settings["4.a"] == {"weight_bases": 1, "activation_bases": 3} and settings["6"] is None
+    assert settings["7"]["code"] == ("binary", "uniform")
+    for wrong in ("2", "2:2", "2:a,b"):
+        with pytest.raises(ValueError, match="settings are written like"):
+            budget.from_words(wrong)
     with pytest.raises(ValueError, match="lacks M = N = 5 in the code 'uniform'"):
         next(budget.against_uniform(model, table, [x], accuracy, counts=(5,), code="uniform"))
 

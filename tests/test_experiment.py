@@ -16,9 +16,11 @@ from data import load_data
 from experiment import command_line
 from files import ROOT, save
 from networks import build_network
-from runs import read_csv, write_csv
+from runs import collect, main_runs, read_csv, setting_of, write_csv
 from torch import nn
+from training import accuracy
 
+import abcnets
 from writeup import records
 
 PERCENT = ("float", "binarized", "calibrated", "accuracy")
@@ -239,6 +241,38 @@ def test_the_command_measures_and_compares(tmp_path, tiny):
     assert mixed.mixed_settings.str.contains(",binary").all()
 
 
+def test_a_network_of_mixed_settings(tmp_path, tiny, capsys):
+    """Each layer has the bases that the table says, in training, in evaluation, and where the network is collected."""
+    digits = load_data("digits", tmp_path, 200)
+    uniform = {"dataset": "digits", "seed": 0, "uniform": 2, "mixed_settings": "2:1,3,binary"}
+    write_csv(tmp_path / "mixed-code=binary.csv", [uniform])
+    places = ["--dataset", "digits", "--out", str(tmp_path), "--results", str(tmp_path), "--limit", "200"]
+    words = ["--weight-bases", "2", "--activation-bases", "2", "--code", "binary", "--mixed", *places]
+    experiment.main(["finetune", *words, "--epochs", "1", "--calibrate", "100"])
+    (row,) = read_csv(tmp_path / "runs.csv").to_dict("records")
+    assert row["options"] == "mixed code=binary calibrate=100 limit=200" and row["settings"] == "2:1,3,binary"
+    assert "--mixed --code binary" in row["command"]
+    capsys.readouterr()
+    experiment.main(["evaluate", *words, "--calibrate", "100"])
+    assert capsys.readouterr().out == f"{row['run']}: {row['accuracy']:.2f} %\n"
+
+    row |= {"options": "mixed code=binary"}
+    write_csv(tmp_path / "runs.csv", [row])
+    (found,) = main_runs(tmp_path, "digits").to_dict("records")
+    assert setting_of(found) == (2, 2, "mixed binary")
+    (path,) = collect(digits, tmp_path, tmp_path, tmp_path / "trained")
+    packed = abcnets.load_packed(path, build_network(digits))
+    layers = [layer for layer in packed.modules() if isinstance(layer, abcnets.PackedLayer)]
+    assert [(layer.weight_bases, layer.activation_bases, layer.code[1]) for layer in layers] == [(1, 3, "binary")]
+    assert accuracy(packed, digits) == pytest.approx(row["accuracy"], abs=0.5)
+
+    for wrong, said in ((["--activation-bases", "3"], "as many weight bases as activation bases"),
+                        (["--code", "uniform"], "no mixed settings are recorded for digits")):  # fmt: skip
+        with pytest.raises(SystemExit):
+            experiment.main(["finetune", *words, *wrong])
+        assert said in capsys.readouterr().err
+
+
 def test_a_second_make_installs_nothing(tmp_path):
     """The stamp is newer than the pins, so make has nothing to do for it."""
     venv = tmp_path / "venv"
@@ -284,7 +318,8 @@ def test_make_results_runs_the_settings_of_the_tables():
                if f"--dataset {dataset} " in line]  # fmt: skip
         options = command_line()
         parsed = [options.parse_args(["finetune", *line.split()]) for line in ran]
-        settings = {(found.M, found.N, found.code[0] if found.code else "thermometer") for found in parsed}
+        settings = {(found.M, found.N, "mixed " * found.mixed + (found.code[0] if found.code else "thermometer"))
+                    for found in parsed}  # fmt: skip
         assert settings <= {*records.SETTINGS} and all(found.replace for found in parsed)
         assert dataset != records.DATASET or settings == {*records.SETTINGS}
         assert {found.seed for found in parsed} == set(range(seeds))

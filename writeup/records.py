@@ -32,8 +32,9 @@ CUDA = [row for row in read("kernels/results/cuda.csv") if row["microseconds"] i
 DATASET = "fashion-mnist"
 IN_INT8 = "abcnets in int8"  # as compare.py calls our networks with 8-bit activations
 SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
-    (1, 1, "thermometer"), (1, 2, "binary"), (2, 2, "thermometer"), (2, 2, "binary"), (3, 3, "thermometer"),
-    (3, 3, "binary"), (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
+    (1, 1, "thermometer"), (1, 2, "binary"), (1, 3, "binary"), (2, 2, "thermometer"), (2, 2, "binary"),
+    (2, 2, "mixed binary"), (2, 3, "binary"), (3, 3, "thermometer"), (3, 3, "binary"), (5, 5, "thermometer"),
+    (1, 3, "thermometer"), (3, 1, "thermometer"),
     (1, None, "thermometer"), (2, None, "thermometer"), (2, None, "binary"), (3, None, "thermometer"),
 ]  # fmt: skip
 BASES = 1, 2, 3, 5  # M = N of the tables
@@ -65,7 +66,8 @@ def result(M=None, N=None, code="thermometer", dataset=DATASET) -> dict | None:
 
     `accuracy` and `calibrated` are means over the seeds, `least_level` is the least; and `lowest`, `highest`, `seeds`.
     """
-    options = None if code == "thermometer" else f"code={code}"
+    mixed, _, word = code.rpartition(" ")
+    options = " ".join(filter(None, [mixed, f"code={word}" * (word != "thermometer")])) or None
     runs = [r for r in RUNS if (r["dataset"], r["M"], r["N"], r["options"]) == (dataset, M, N, options)]
     if not runs:
         return None
