@@ -261,7 +261,7 @@ def test_a_network_of_mixed_settings(tmp_path, tiny, capsys):
     (found,) = main_runs(tmp_path, "digits").to_dict("records")
     assert setting_of(found) == (2, 2, "mixed binary")
     (path,) = collect(digits, tmp_path, tmp_path, tmp_path / "trained")
-    packed = abcnets.load_packed(path, build_network(digits))
+    packed = abcnets.load_packed(path, runs.build_network(digits))
     layers = [layer for layer in packed.modules() if isinstance(layer, abcnets.PackedLayer)]
     assert [(layer.weight_bases, layer.activation_bases, layer.code[1]) for layer in layers] == [(1, 3, "binary")]
     assert accuracy(packed, digits) == pytest.approx(row["accuracy"], abs=0.5)
