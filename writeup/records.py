@@ -21,7 +21,8 @@ RUNS = read("notebooks/results/runs.csv")
 SPEED = read("notebooks/results/speed.csv")
 STEP = read("notebooks/results/step.csv")
 STEP_OF_TEXT = {"network": "nine-layer", "code": "thermometer", "M": 3, "N": 3, "batch_size": 128, "threads": 2}
-MIXED = read("notebooks/results/mixed.csv")
+MIXED = [row | {"code": code} for code, file in (("thermometer", "mixed"), ("binary", "mixed-code=binary"))
+         for row in read(f"notebooks/results/{file}.csv")]  # fmt: skip
 COMPETITORS = read("notebooks/results/competitors.csv")
 CALIBRATION = read("writeup/results/calibration.csv")
 WEIGHTS = read("writeup/results/weights.csv")

@@ -129,11 +129,11 @@ def cifar_table() -> str:
 def mixed_table() -> str:
     kinds = "uniform", "mixed"
     rows = [
-        [r["dataset"], f"$M = N = {r['uniform']}$", *(kB(r[f"{kind}_bytes"]) for kind in kinds),
+        [r["dataset"], records.named(r["uniform"], r["uniform"], r["code"]), *(kB(r[f"{kind}_bytes"]) for kind in kinds),
          *(percent(r[f"{kind}_accuracy"]) for kind in kinds)]
         for r in records.MIXED
     ]  # fmt: skip
-    head = ["data", "budget", "bytes, uniform", "bytes, mixed", "accuracy, uniform", "accuracy, mixed"]
+    head = ["data", "budget of", "bytes, uniform", "bytes, mixed", "accuracy, uniform", "accuracy, mixed"]
     return table(head, rows, "llrrrr")
 
 
@@ -518,9 +518,11 @@ def for_readme() -> dict[str, str]:
         found = records.network_speeds(timed, bases, bases, "binary" if bases > 1 else "thermometer", "times_float32")
         speeds = [times for (network, *_), times in found.items() if network == "ResNet-18"]
         values[f"speed_{bases}"] = f"{min(speeds):.1f} to {max(speeds):.1f}" if speeds else f"({NOT_MEASURED})"
-    mixed = {row["uniform"]: row for row in records.MIXED if row["dataset"] == records.DATASET}
-    for bases, kind in itertools.product((2, 3), ("uniform", "mixed")):
-        values[f"{kind}_{bases}"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(bases))
+    twos = [row for row in records.MIXED if (row["dataset"], row["uniform"]) == (records.DATASET, 2)]
+    mixed = {row["code"]: row for row in twos}
+    for code, kind in itertools.product(("thermometer", "binary"), ("uniform", "mixed")):
+        values[f"{kind}_{code}_2"] = say(f"{{{kind}_accuracy:.2f}} %", mixed.get(code))
+    values["mixed_trained"] = say("{accuracy:.2f} %", records.result(2, 2, "mixed binary"))
     return values | {
         "timed_accuracy_table": timed_accuracy_table(),
         "int8_table": int8_table(),
