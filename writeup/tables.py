@@ -129,8 +129,8 @@ def cifar_table() -> str:
 def mixed_table() -> str:
     kinds = "uniform", "mixed"
     rows = [
-        [r["dataset"], records.named(r["uniform"], r["uniform"], r["code"]), *(kB(r[f"{kind}_bytes"]) for kind in kinds),
-         *(percent(r[f"{kind}_accuracy"]) for kind in kinds)]
+        [r["dataset"], records.named(r["uniform"], r["uniform"], r["code"]),
+         *(kB(r[f"{kind}_bytes"]) for kind in kinds), *(percent(r[f"{kind}_accuracy"]) for kind in kinds)]
         for r in records.MIXED
     ]  # fmt: skip
     head = ["data", "budget of", "bytes, uniform", "bytes, mixed", "accuracy, uniform", "accuracy, mixed"]
