@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from networks import nine_layer, resnet20
-from training import mixed_precision
+from training import fast_bfloat16, mixed_precision
 
 import abcnets
 from kernels.clock import interleaved_medians, machine
@@ -109,9 +109,9 @@ def _peak_resident() -> int:
 
 
 def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None, **common) -> Iterator[dict]:
-    """Time and memory of a step, in both precisions. common: batch_size, device, code, network."""
+    """Time and memory of a step, in `_precisions`. common: batch_size, device, code, network."""
     kinds = {"float": (None, None), "binarized": (M, N)}
-    for mixed in (False, True):
+    for mixed in _precisions(common["device"]):
         steps = {name: training_step(*kind, mixed=mixed, **common) for name, kind in kinds.items()}
         ms = {name: 1000 * seconds for name, seconds in interleaved_medians(steps, rounds=rounds).items()}
         mib = {}
@@ -131,6 +131,11 @@ def measure_steps(M: int | None, N: int | None, rounds: int, threads: int | None
         }  # fmt: skip
 
 
+def _precisions(device: torch.device) -> tuple[bool, ...]:
+    """Whether mixed: both, where the machine computes in bfloat16; else a mixed step would be one in float32."""
+    return (False, True) if fast_bfloat16(device) else (False,)
+
+
 def use_threads(count: int | None) -> None:
     if count:
         torch.set_num_threads(count)
@@ -144,9 +149,9 @@ def milliseconds(networks: dict[str, torch.nn.Module], images: torch.Tensor, rou
 
 
 def measure_compiled(M: int | None, N: int | None, rounds: int, **common) -> Iterator[dict]:
-    """torch.compile (Inductor, one graph) against eager, in turns: training steps in both precisions, and inference."""
+    """torch.compile (Inductor, one graph) against eager, in turns: training steps in `_precisions`, and inference."""
     cases = []
-    for mixed in (False, True):
+    for mixed in _precisions(common["device"]):
         for form, kind in (("float", (None, None)), ("binarized", (M, N))):
             make = functools.partial(training_step, *kind, mixed=mixed, **common)
             cases.append(("training step, " + ("mixed" if mixed else "float32"), form, make))
