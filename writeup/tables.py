@@ -104,7 +104,7 @@ def accuracies(found: list[dict], ms: dict | None = None, epochs: bool = False) 
         name = "float" if is_float else records.named(*case)
         cells = [name, *[str(run["epochs"])] * epochs, calibrated, percent(run["accuracy"]), spread, below]
         cells.append(kB(run["file_bytes"]))
-        rows.append([*cells, *([f"{ms[case]:.2f} ms" if case in ms else MISSING] if ms is not None else [])])
+        rows.append([*cells, *([f"{ms[case]:.3f} ms" if case in ms else MISSING] if ms is not None else [])])
     head = ["weights × activations", *["epochs"] * epochs, "calibrated", "trained, mean", "from, to (seeds)",
             "below float", "file"]  # fmt: skip
     head += ["an image"] if ms is not None else []
@@ -382,8 +382,6 @@ def for_writeup() -> dict[str, str]:
     reference, best, gains = records.result(), records.best_result(), records.per_channel_gains()
     calibration = records.CALIBRATION[0] if records.CALIBRATION else None
     digits, weights = records.result(2, 2, "binary"), records.contender(records.IN_INT8, 1)
-    full_range = [row["accuracy"] for row in records.COMPETITORS
-                  if row["form"] == "onnxruntime int8" and "7 bits" not in (row["variant"] or "")]  # fmt: skip
     one_bit, two_bits = records.coded_accuracy(1, 1), records.coded_accuracy(1, 2, "code=binary")
     second_bit = two_bits - one_bit if one_bit and two_bits else None
     coded = next((run for case in records.CODES for run in records.coded_runs(*case)), None)
@@ -417,7 +415,8 @@ def for_writeup() -> dict[str, str]:
         "wins_against_int8": crossover("times_int8"),
         "int8_accuracy": say("{accuracy:.2f} %", int8),
         "int8_size": say("{kB}", int8),
-        "int8_full_range": percent(max(full_range, default=None)),
+        "int8_full_range": percent(records.int8_accuracy(seven_bits=False)),
+        "int8_seven_bits": percent(records.int8_accuracy(seven_bits=True)),
         "int8_beaten": f"{beaten} of the {cases}" if int8 else MISSING,
     }
     for n in records.BASES:
@@ -458,8 +457,8 @@ def crossover(column: str) -> str:
 FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
     ("float32", None, None, "thermometer"), ("torch bfloat16", None, None, "thermometer"),
     ("onnxruntime int8", None, None, "thermometer"),
-    ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 3, 3, "binary"),
-    (records.IN_INT8, 1, None, "thermometer"),
+    ("abcnets", 1, 2, "binary"), ("abcnets", 2, 2, "binary"), ("abcnets", 2, 3, "binary"),
+    (records.IN_INT8, 2, None, "binary"),
 ]  # fmt: skip
 
 
@@ -471,11 +470,11 @@ def first_table() -> str:
         form, found = records.contender(name, M, N, code), records.result(M, N, code)
         what = f"**{records.named(M, N, code)}**" if M else whats[name]
         if name == records.IN_INT8:
-            what = f"**{M} × int8**, in ONNX Runtime"
+            what = f"**{records.named(M, N, code).replace('float', 'int8')}**, in ONNX Runtime"
         if form is None or (name == "abcnets" and found is None):
             continue
         accuracy = found["accuracy"] if found and name in ("float32", "abcnets") else form["accuracy"]
-        times = [f"{form['ms'][batch, 1]:.2f} ms" if (batch, 1) in form["ms"] else MISSING for batch in (1, 32)]
+        times = [f"{form['ms'][batch, 1]:.3f} ms" if (batch, 1) in form["ms"] else MISSING for batch in (1, 32)]
         rows.append([what, percent(accuracy), kB(form["bytes"]), *times])
     head = ["weights × activations", "accuracy", "file", "1 image", "of 32, each"]
     return table(head, rows, "lrrrr")
@@ -494,7 +493,7 @@ def five_lines() -> str:
         ("...", "or train it on, like any other network: " + say("{accuracy:.2f} %", found)),
         ("packed = abcnets.pack(binary)", "a bit for each weight and base; outputs as of binary.eval()"),
         ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
-        ("logits = abcnets.fuse(packed)(images)", "{:.2f} ms an image, float32 {:.2f}, int8 {:.2f}".format(*times)),
+        ("logits = abcnets.fuse(packed)(images)", "{:.3f} ms an image, float32 {:.3f}, int8 {:.3f}".format(*times)),
     ]  # fmt: skip
     return "\n".join(["```python", *(f"{code:<53} # {comment}" for code, comment in lines), "```"])
 
