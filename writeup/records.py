@@ -167,7 +167,12 @@ def _machines(rows: list[dict]) -> list[tuple[str, list[dict]]]:
     machines = {}
     for row in sorted(rows, key=lambda row: not row["isa"].startswith("AVX-512")):
         machines.setdefault((row["hardware"], row["isa"]), []).append(row)
-    return [(f"{hardware.split(', ')[0]}, {isa}", found) for (hardware, isa), found in machines.items()]
+    return [(f"{_short(hardware)}, {isa}", found) for (hardware, isa), found in machines.items()]
+
+
+def _short(hardware: str) -> str:
+    """A processor's name without what tells it from no other."""
+    return hardware.split(", ")[0].replace("(R)", "").replace(" Processor", "")
 
 
 def cpu_medians(rows: list[dict], contender: str, column: str, threads: int) -> dict[tuple, float]:

@@ -239,9 +239,8 @@ def cpu_table() -> str:
 
 
 def _once(machine: str, rows: list[list[str]]) -> str:
-    """A machine's name, which keeps on one line; "" where the rows so far are of it already."""
-    name = machine.replace(" ", "\N{NO-BREAK SPACE}")
-    return "" if name in (row[0] for row in rows) else name
+    """A machine's name; "" where the rows so far are of it already."""
+    return "" if machine in (row[0] for row in rows) else machine
 
 
 def network_table() -> str:
