@@ -109,10 +109,10 @@ def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monke
               "calibrated": 90.0, "epochs": 10, "file_bytes": 90}  # fmt: skip
     monkeypatch.setattr(records, "RUNS", [common | {"seed": seed, "accuracy": 92.0 + seed} for seed in (0, 1)])
     opening = tables.for_readme()
-    assert "| float32 | 94.00 % | 1 kB | 2.00 ms | 1.00 ms |" in opening["first_table"]
-    assert "| **binary 2 × 2** | 92.50 % | 0 kB | 1.50 ms | 0.50 ms |" in opening["first_table"]
+    assert "| float32 | 94.00 % | 1 kB | 2.000 ms | 1.000 ms |" in opening["first_table"]
+    assert "| **binary 2 × 2** | 92.50 % | 0 kB | 1.500 ms | 0.500 ms |" in opening["first_table"]
     assert len(opening["first_table"].splitlines()) == 2 + 3 and opening["smaller"] == "8 to 8"
-    for words in ("94.00 % becomes 20.00 %", ": 90.00 %", ": 92.50 %", "0.50 ms an image, float32 1.00, int8 1.00"):
+    for words in ("94.00 % becomes 20.00 %", ": 90.00 %", ": 92.50 %", "0.500 ms an image, float32 1.000, int8 1.000"):
         assert words in opening["five_lines"]
 
 
