@@ -2736,24 +2736,21 @@ class PackedChain(nn.Module):
             return None
         if torch.compiler.is_exporting() or not _runs_chains("cpu"):
             return None
+        if self.differentiable and x.requires_grad and torch.is_grad_enabled():
+            return None
         kept = self._kept
         if not torch.compiler.is_compiling():
-            if type(x) is not Tensor or torch.jit.is_tracing() or (self.differentiable and _may_have_gradient(x)):
+            if type(x) is not Tensor or torch.jit.is_tracing() or (self.differentiable and _is_transformed()):
                 return None
-            if kept is None or not kept.holds():
+            if kept is None or ((kept.trained or not kept.holds()) and not kept.is_trained()):
                 kept = self._kept = self._gather()
         if kept is None or not kept.program:
             return None
         for hooks in kept.hooks:
             if hooks:
                 return None
-        if kept.floats:
-            for parameter in kept.floats:
-                if parameter.requires_grad:  # an optimizer may change it without a count
-                    self._kept = None
-                    return None
-            if torch.is_autocast_enabled("cpu"):
-                return None
+        if kept.floats and (kept.is_trained() or torch.is_autocast_enabled("cpu")):
+            return None
         return kept
 
     def _gather(self) -> "_Kept":
@@ -2780,9 +2777,8 @@ class PackedChain(nn.Module):
 _CHAINED = (torch.float32, torch.uint8, torch.bool)  # dtypes that tensors of steps may have
 
 
-def _may_have_gradient(x: Tensor) -> bool:
-    if x.requires_grad and torch.is_grad_enabled():
-        return True
+def _is_transformed() -> bool:
+    """Whether functions of torch.func, or tangents, may be under way."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
@@ -2793,6 +2789,7 @@ class _Kept:
         constants, program: of the operator; the program is empty where it does not compute what the steps do.
         hooks: the dictionaries of the steps' hooks;  floats: the parameters of float layers.
         tensors: of all steps, None where there is none, which lay in the dictionaries `places` under `names`.
+        trained: whether a parameter of a float layer was, which an optimizer may have changed without a count.
     """
 
     def __init__(self, steps):
@@ -2805,7 +2802,15 @@ class _Kept:
         self.floats = [p for m in steps if not isinstance(m, PackedLayer) for p in m.parameters()]
         self._pointers = [p.data_ptr() for p in self.floats]
         self.hooks = [each for m in steps for each in (m._forward_hooks, m._forward_pre_hooks)]
-        self.constants, self.program = None, ""
+        self.constants, self.program, self.trained = None, "", False
+
+    def is_trained(self) -> bool:
+        """Whether a parameter of a float layer is trained now."""
+        for parameter in self.floats:
+            if parameter.requires_grad:
+                self.trained = True
+                return True
+        return False
 
     def holds(self) -> bool:
         """Whether tensors lie where they lay, and those whose changes are counted are what they were."""

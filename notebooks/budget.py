@@ -278,7 +278,8 @@ def from_words(words: str) -> dict[str, dict | None]:
         if text == "float":
             return None
         M, N, *code = text.split(",")
-        return _setting({"M": int(M), "N": int(N), "code": " x ".join(code) or None})
+        M, N = (None if count == "None" else int(count) for count in (M, N))
+        return _setting({"M": M, "N": N, "code": " x ".join(code) or None})
 
     try:
         return {name: setting(text) for name, text in (each.rsplit(":", 1) for each in words.split())}

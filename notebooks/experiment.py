@@ -27,7 +27,7 @@ The same commands run on many devices, by Hugging Face Accelerate, wherever one 
 import argparse
 import os
 import sys
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # where abcnets.py and kernels/ are
@@ -38,7 +38,19 @@ from accelerate import PartialState
 from data import Data, load_data
 from files import RESULTS, ROOT, TRAINED, writable
 from recipe import Recipe
-from runs import binarized, collect, keep_rows, load_float, mixed_settings, pretrained, read_csv, write_csv
+from runs import (
+    BUDGETS,
+    binarized,
+    collect,
+    keep_rows,
+    load_float,
+    mixed_settings,
+    pretrained,
+    read_csv,
+    recorded,
+    table_of,
+    write_csv,
+)
 from step import NETWORKS, measure_compiled, measure_steps, use_threads
 from torch import nn
 from training import accuracy, best_device, is_main_process, load_weights, own_device
@@ -76,6 +88,10 @@ def run_evaluate(options) -> None:
     data = _load(options)
     start = _load_float(options, data) if options.M or options.N or options.start_file else None
     recipe = recipe_of(options, data, start)
+    if recipe.mixed:  # as it was trained, whatever was found since
+        rows = recorded(options.results / "runs.csv", data.name)
+        kept = [row["settings"] for row in rows.to_dict("records") if row["run"] == recipe.name]
+        recipe = replace(recipe, settings=kept[0] if kept else recipe.settings)
     path = options.out / f"{recipe.name}.pt"
     if recipe.is_binary:
         model = load_weights(recipe.convert(start), path)
@@ -117,18 +133,17 @@ def run_sensitivity(options) -> None:
     counts = range(1, options.most + 1)
     choices = [(M, N) for M in counts for N in counts if abs(M - N) <= options.apart]
     code = options.code or ("thermometer", "thermometer")
-    tables = f"-code={','.join(dict.fromkeys(code))}" if options.code else ""
     table = budget.sensitivity(model, data.calibration_batches(options.images), choices, code=code)
     common, where = {"dataset": data.name, "seed": options.seed}, machine(data.device, torch.get_num_threads())
     key = list(common)
-    keep_rows(options.results / f"sensitivity{tables}.csv", [{**common, **row, **where} for row in table], key)
+    keep_rows(options.results / table_of("sensitivity", code), [{**common, **row, **where} for row in table], key)
     whole, rows = round(accuracy(model, data), 3), []
     for row in budget.against_uniform(model, table, data.calibration_batches(), lambda binary: accuracy(binary, data),
-                                      code=code):  # fmt: skip
+                                      BUDGETS, code):  # fmt: skip
         rows.append({**common, "uniform": row.pop("uniform"), "float": whole, **row, **where})
         print("{dataset}: M = N = {uniform} {uniform_accuracy:.2f} %, mixed {mixed_accuracy:.2f} %: {mixed_settings}"
               .format(**rows[-1]), flush=True)  # fmt: skip
-    keep_rows(options.results / f"mixed{tables}.csv", rows, key)
+    keep_rows(options.results / table_of("mixed", code), rows, key)
 
 
 def run_step(options) -> None:
@@ -170,8 +185,9 @@ def _given(options) -> dict:
     names = {field.name for field in fields(Recipe)} - {"dataset", "limit"}
     given = {name: value for name, value in vars(options).items() if name in names}
     if given.get("mixed"):
-        folders = options.results, RESULTS
-        given["settings"] = mixed_settings(options.dataset, options.M, options.N, options.code, *folders)
+        folders = [options.results or options.out / "results", RESULTS]
+        seed = options.seed if options.float_seed is None else options.float_seed
+        given["settings"] = mixed_settings(options.dataset, options.M, options.N, options.code, seed, *folders)
     return given
 
 

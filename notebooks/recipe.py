@@ -156,8 +156,9 @@ class Recipe:
         return run_name(self.dataset, self.M, self.N, self.options, self.seed)
 
     def key(self) -> dict:
-        """All that decides what comes out, as plain values."""
-        return {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        """All that decides what comes out, as plain values; of a run that is not mixed, nothing of mixing."""
+        values = {each.name: getattr(self, each.name) for each in fields(self) if each.compare}
+        return values if self.mixed else {name: values[name] for name in values if name not in ("mixed", "settings")}
 
     @property
     def short(self) -> str:
@@ -192,6 +193,8 @@ class Recipe:
         us = abcnets.even_shifts if self.even_shifts and self.M else None
         bases = {"code": self.code}
         if self.mixed:
+            if not self.settings:
+                raise ValueError(f"{self.name} has mixed settings, but it is not said which")
             bases = {"settings": budget.from_words(self.settings), "filter_fn": lambda layer, name: False}
         model = abcnets.convert(model, self.M, self.N, us=us, per_channel=not self.per_layer, **bases,
                                 learn_us=self.learn_shifts, zero=self.zero)  # fmt: skip

@@ -35,6 +35,7 @@ from kernels.clock import machine
 from kernels.command import Refused
 
 begun_at = functools.cache(commit)  # asked as the first run begins: hours later there may be another
+BUDGETS = 2, 3  # M = N of the uniform settings that mixed ones are compared with
 WORDS = ("options", "commit", "recipe", "settings")  # columns that hold no numbers, though "1e5" may look like one
 
 # --------------------------------------------------------------------------- Tables as files
@@ -365,7 +366,7 @@ def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
 
 
 def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
-    """The rows of a data set's runs in which nothing but bases, code and seed was chosen; M, N are NaN where float."""
+    """The rows of a data set's runs in which bases (or mixed ones), code and seed alone were chosen; NaN is float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
     codes = [f"code={code}" for code in abcnets.CODES]
     return rows[rows.options.isin(["", *codes, "mixed", *(f"mixed {word}" for word in codes)])]
@@ -382,25 +383,32 @@ def setting_of(row: dict) -> tuple[int | None, int | None, str]:
 def converted(network: nn.Module, row: dict) -> nn.Module:
     """A float network in the form of one of the `main_runs` that is binarized, not trained."""
     M, N, code = setting_of(row)
-    settings = row.get("settings") if code.startswith("mixed ") else None
-    return Recipe(row["dataset"], M, N, code=code.removeprefix("mixed "), mixed=bool(settings),
-                  settings=settings).convert(network)  # fmt: skip
+    mixed, code = code.startswith("mixed "), code.removeprefix("mixed ")
+    return Recipe(row["dataset"], M, N, code=code, mixed=mixed, settings=row.get("settings")).convert(network)
 
 
-def mixed_settings(dataset: str, M: int | None, N: int | None, code: tuple[str, str] | None, *results: Path) -> str:
+def table_of(kind: str, code: tuple[str, str] | None) -> str:
+    """The name of the table "sensitivity" or "mixed" of a code; the thermometer's has no suffix."""
+    word = ",".join(dict.fromkeys(code or ("thermometer",)))
+    return f"{kind}.csv" if word == "thermometer" else f"{kind}-code={word}.csv"
+
+
+def mixed_settings(dataset: str, M: int | None, N: int | None, code: tuple[str, str] | None, seed: int,
+                   *results: Path) -> str:  # fmt: skip
     """The settings that `experiment.py sensitivity` found within the budget of M x N, from the first folder with them.
 
-    Raises: Refused where M and N differ, DataError where nothing is recorded.
+    Those of the float network with that seed, or else of another one.
+    Raises: Refused where M and N are no budget that it looks for, DataError where nothing is recorded.
     """
-    if M != N:
-        raise Refused(f"--mixed takes as many weight bases as activation bases, a budget, got {M} and {N}")
-    word = f"-code={','.join(dict.fromkeys(code))}" if code else ""
-    for path in (Path(folder) / f"mixed{word}.csv" for folder in results):
+    if M != N or M not in BUDGETS:
+        counts = " or ".join(map(str, BUDGETS))
+        raise Refused(f"--mixed takes as many weight bases as activation bases, a budget: {counts}, got {M} and {N}")
+    for path in (Path(folder) / table_of("mixed", code) for folder in results):
         rows = recorded(path, dataset)
-        found = rows[rows.uniform == M].mixed_settings.tolist() if len(rows) else []
-        if found:
-            return found[0]
-    command = f"sensitivity --dataset {dataset}{' --code ' + ','.join(dict.fromkeys(code)) if code else ''}"
+        rows = rows[rows.uniform == M] if len(rows) else rows
+        if len(rows):
+            return rows.sort_values("seed", key=lambda seeds: seeds != seed, kind="stable").mixed_settings.iloc[0]
+    command = f"sensitivity --dataset {dataset}" + (f" --code {','.join(dict.fromkeys(code))}" if code else "")
     raise DataError(f"no mixed settings are recorded for {dataset} in the bytes of M = N = {M}: "
                     f"`python notebooks/experiment.py {command}` finds them")  # fmt: skip
 

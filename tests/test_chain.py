@@ -675,6 +675,25 @@ def test_gradients_pass_float_layers_alone():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
 
 
+def test_layers_that_the_engine_does_not_run_behind_a_float_layer():
+    """Nine bases: the steps are run one by one, as the packed model is."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 5)).eval()
+    settings = {"1": {"weight_bases": 2, "activation_bases": 9}}
+    packed, x = abcnets.pack(abcnets.convert(model, settings=settings), engine="bits"), torch.randn(2, 3, 8, 8)
+    assert nearly_all_close(abcnets.fuse(packed)(x), packed(x))
+
+
+def test_a_compiled_chain_of_floats_keeps_gradients():
+    g = torch.Generator().manual_seed(0)
+    chain = PackedChain([nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2)]).requires_grad_(False)
+    x = torch.randn(2, 3, 8, 8, generator=g)
+    chain(x)
+    image = x.clone().requires_grad_()
+    torch.compile(chain, backend="aot_eager")(image).sum().backward()
+    assert image.grad.abs().sum() > 0
+
+
 def test_float_layers_whose_changes_nobody_counts():
     chain, x = with_floats(5)
     linear = chain.steps[-1]

@@ -174,12 +174,14 @@ def test_the_recorded_runs_keep_their_names(few_digits):
         options = command_line().parse_args(shlex.split(row["command"])[2:])
         recipe = recipe_of(options, dataclasses.replace(few_digits, name=row["dataset"], limit=options.limit))
         assert (recipe.name, recipe.options, recipe.epochs) == (row["run"], row["options"], row["epochs"])
+        assert recipe.settings == (row["settings"] or None)
         assert recipe.command() == row["command"]
 
 
-OTHERS = {"per_layer": True, "even_shifts": True, "learn_shifts": True, "scale_gradient": True, "zero": True,
-          "code": ("binary", "binary"), "calibrate": 100, "distill": 0.25, "lr": 0.5, "lr_activation": 0.25,
-          "weight_decay": 0.125, "batch_size": 64, "limit": 400, "float_seed": 0, "accumulate": 2, "warmup": 0.25,
+OTHERS = {"per_layer": True, "even_shifts": True, "learn_shifts": True, "scale_gradient": True, "mixed": True,
+          "zero": True, "code": ("binary", "binary"), "calibrate": 100, "distill": 0.25, "lr": 0.5,
+          "lr_activation": 0.25, "weight_decay": 0.125, "batch_size": 64, "limit": 400, "float_seed": 0,
+          "accumulate": 2, "warmup": 0.25,
           "exact": 0.25}  # fmt: skip
 KEYED = {"epochs": 1, "images": 5, "network": "another", "start": "another", "teacher": "another"}
 
@@ -189,12 +191,15 @@ def test_what_is_not_the_default_is_in_the_name_and_all_is_in_the_key():
     base = Recipe("digits", 2, 2)
     named = {**OTHERS, "dataset": "cifar10", "M": 1, "N": None, "seed": 1}
     recipes = [dataclasses.replace(base, **{name: value}) for name, value in (named | KEYED).items()]
-    assert {*(named | KEYED), "start_file"} == {field.name for field in dataclasses.fields(Recipe)}
+    assert {*(named | KEYED), "start_file", "settings"} == {field.name for field in dataclasses.fields(Recipe)}
+    mixed = [dataclasses.replace(base, mixed=True, settings=words) for words in ("2:1,3", "2:3,1")]
+    assert Recipe("digits", 2, 2, code="binary").short == "03f41d3a"  # as ever: what is kept by it is found again
+    assert mixed[0].short != mixed[1].short and mixed[0].name == mixed[1].name != base.name
     assert len({recipe.short for recipe in [base, *recipes]}) == len(recipes) + 1
     assert len({recipe.name for recipe in recipes}) == len(named) + 1 and recipes[-1].name == base.name
 
 
-@pytest.mark.parametrize("option", [*OTHERS, "epochs", "seed", "start_file"])
+@pytest.mark.parametrize("option", [*(name for name in OTHERS if name != "mixed"), "epochs", "seed", "start_file"])
 def test_a_command_repeats_its_recipe(option, few_digits, tmp_path):
     start = build_network(few_digits)
     others = OTHERS | {"epochs": 1, "seed": 3, "start_file": tmp_path / "some file.pt"}

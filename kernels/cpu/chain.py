@@ -78,7 +78,7 @@ class Chain:
     def _layer(self, before, *arguments):
         *tensors, channels, stride, padding, dilation, groups, out_thresholds, out_flips, out_bases = arguments
         step = Layer((*tensors, out_thresholds, out_flips), channels, groups, out_bases)
-        if isinstance(before, FloatLayer) and not before.is_last and step.runs:
+        if isinstance(before, FloatLayer) and not before.is_last:
             before.hand_on_to(step)
         packs = isinstance(before, Pool) and not before.bases
         return step, (channels, POOLED_FLOATS if packs else step.N), stride, padding, dilation

@@ -253,8 +253,10 @@ class FloatLayer(Layer):
 
     def hand_on_to(self, layer) -> None:
         """Let bits come out, which the layer reads."""
-        self.out_bases, self.out_T, self.out_flips = layer.N, layer.T, layer.flips
-        self.out_thresholds = np.ascontiguousarray(layer.thresholds[:, : layout.BLOCK * self.blocks])
+        self.out_bases, self.out_T = layer.N, layer.T
+        if layer.runs:
+            self.out_flips = layer.flips
+            self.out_thresholds = np.ascontiguousarray(layer.thresholds[:, : layout.BLOCK * self.blocks])
 
     def border_constants(self, outside):
         """As Layer: the bias, since zeros outside the image add nothing."""
