@@ -176,8 +176,11 @@ def _load(options) -> Data:
 
 
 def _load_float(options, data: Data) -> nn.Module:
-    seed = options.seed if options.float_seed is None else options.float_seed
-    return load_float(data, options.out, seed, options.start_file)
+    return load_float(data, options.out, _float_seed(options), options.start_file)
+
+
+def _float_seed(options) -> int:
+    return options.seed if options.float_seed is None else options.float_seed
 
 
 def _given(options) -> dict:
@@ -186,8 +189,8 @@ def _given(options) -> dict:
     given = {name: value for name, value in vars(options).items() if name in names}
     if given.get("mixed"):
         folders = [options.results or options.out / "results", RESULTS]
-        seed = options.seed if options.float_seed is None else options.float_seed
-        given["settings"] = mixed_settings(options.dataset, options.M, options.N, options.code, seed, *folders)
+        budget_of = options.dataset, options.M, options.N, options.code, _float_seed(options)
+        given["settings"] = mixed_settings(*budget_of, *folders)
     return given
 
 

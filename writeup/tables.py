@@ -408,7 +408,7 @@ def for_writeup() -> dict[str, str]:
         "best_loss": points_lost(best),
         "epochs": say("{epochs}", reference),
         "tuned_epochs": say("{epochs}", next((found for found in records.results() if found["M"] or found["N"]), None)),
-        "calibrated_33": say("{calibrated:.2f} %", records.result(3, 3)),
+        "calibrated_33": percent((records.result(3, 3) or {}).get("calibrated")),
         "weights_only": weights_only(),
         "wins_against_float32": crossover("times_float32"),
         "wins_against_int8": crossover("times_int8"),

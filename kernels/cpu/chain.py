@@ -88,7 +88,7 @@ class Chain:
 
     def _linear(self, before, weight, bias, relu, flatten):
         step = FloatLayer(weight, bias, is_last=True, relu=relu)
-        if flatten and before is not None and _behind(before)[1] in (FLOATS, POOLED_FLOATS):
+        if flatten and _behind(before)[1] in (FLOATS, POOLED_FLOATS):
             return step, _behind(before), (), (), ()  # how many numbers these are together, the plan finds out
         return step, (step.channels, FLOATS), (), (), ()
 
@@ -102,7 +102,7 @@ class Chain:
 
     def readable(self, x) -> tuple:
         first, last = self.steps[0], self.steps[-1]
-        if not self.runs or x.dtype is not torch.float32 or (_behind(last)[1] > 0):
+        if not self.runs or x.dtype is not torch.float32 or _behind(last)[1] > 0:
             return x, None
         return first.readable(x)
 
