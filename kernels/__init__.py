@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 NAME = "abcnets_kernels"
-INTERFACE = 6  # what `register`, `fuse`, `export` and abcnets.py agree on; each side refuses another number
+INTERFACE = 7  # what `register`, `fuse`, `export` and abcnets.py agree on; each side refuses another number
 
 
 class _OtherName(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):

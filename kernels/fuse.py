@@ -27,26 +27,41 @@ import copy
 import inspect
 import math
 import operator
+import warnings
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .cpu import system
 
-def fuse(abcnets, model: nn.Module) -> torch.fx.GraphModule:
+def fuse(abcnets, model: nn.Module, rest: str = "float") -> torch.fx.GraphModule:
     """What `abcnets.fuse` documents; abcnets is the module whose packed layers the model is made of."""
+    if rest not in ("float", "int8"):
+        raise ValueError(f'rest should be "float" or "int8", got {rest!r}')
+    if rest == "int8" and not _multiplies_bytes():
+        warnings.warn('rest="int8" changes nothing here: it takes an x86 processor with AVX-512 VNNI, and numba',
+                      stacklevel=3)  # fmt: skip
+        rest = "float"
     try:
         model = copy.deepcopy(model).eval()
     except Exception as error:
         raise ValueError(f"fuse works on a copy of the model, which can't be made: {error}") from error
-    return _Fusion(abcnets, model).run()
+    return _Fusion(abcnets, model, rest == "int8").run()
+
+
+def _multiplies_bytes() -> bool:
+    try:
+        return system.multiplies_bytes()
+    except ImportError:  # no numba
+        return False
 
 
 class _Fusion:
     """A traced copy of a packed model, in which chains of modules are replaced by thresholds."""
 
-    def __init__(self, abcnets, model: nn.Module):
-        self.abcnets, self.packed_layer = abcnets, abcnets.PackedLayer
+    def __init__(self, abcnets, model: nn.Module, in_eight_bits: bool):
+        self.abcnets, self.packed_layer, self.in_eight_bits = abcnets, abcnets.PackedLayer, in_eight_bits
         _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
         own = _own_tensors(model)
         try:
@@ -258,6 +273,8 @@ class _Fusion:
         if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # until the last step
             return []
         modules = [module for module in modules if type(module) not in _IDENTITIES]
+        if self.in_eight_bits and type(modules[0]) in _CONVOLUTIONS and modules[0].weight.isfinite().all():
+            modules[0] = self.abcnets.EightBitConv(modules[0])
         name = self.unused(f"chain_{nodes[0].name.strip('_')}")
         self.fused.add_module(name, self.abcnets.PackedChain(modules))
         for layer in filter(self.is_packed, modules):

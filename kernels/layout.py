@@ -591,10 +591,29 @@ class Floats:
         return units * word_bytes
 
 
+class Bytes(Floats):
+    """The same in eight bits (cpu/eight_bits.py): a unit is a pixel, of at most four channels."""
+
+
 def float_weights(weight_OCK: np.ndarray, block: int) -> np.ndarray:
     """float32 (O, C, *K) -> [blocks][tap, channel][block], 64-byte aligned: the tile's reading order."""
     O, C = weight_OCK.shape[:2]
     blocked_GOk = in_blocks(weight_OCK.reshape(O, C, -1).swapaxes(1, 2).reshape(O, -1), 0, block)
     tiles = aligned_zeros((*blocked_GOk.shape[::2], block), np.float32)
+    tiles[...] = blocked_GOk.swapaxes(1, 2)
+    return tiles
+
+
+def byte_weights(weight_OCK: np.ndarray, block: int) -> np.ndarray:
+    """int8 (O, C, *K), C at most 4 -> int32 [blocks][1 + tap][block], 64-byte aligned: the tile's reading order.
+
+    First where the sums begin, as activations are read 128 too large; then four channels' weights of each tap.
+    """
+    O, C = weight_OCK.shape[:2]
+    weight_OKC = weight_OCK.reshape(O, C, -1).swapaxes(1, 2)
+    pixels_OK = np.pad(weight_OKC, [(0, 0), (0, 0), (0, 4 - C)]).view(np.int32)[..., 0]
+    starts_O = -128 * weight_OCK.reshape(O, -1).astype(np.int32).sum(1, dtype=np.int32)
+    blocked_GOk = in_blocks(np.concatenate([starts_O[:, None], pixels_OK], 1), 0, block)
+    tiles = aligned_zeros((*blocked_GOk.shape[::2], block), np.int32)
     tiles[...] = blocked_GOk.swapaxes(1, 2)
     return tiles

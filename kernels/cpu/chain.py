@@ -1,9 +1,9 @@
 """abcnets::packed_chain on the CPU: layers and pools that read one another's bits, in one native call.
 
 Small float layers are steps too (floats.py): a convolution, and perhaps its max-pool, in front of them, and behind them
-a linear layer.
+a linear layer. The convolution may be one in eight bits (eight_bits.py).
 
-    Chain       what depends on the constants alone: a Layer or FloatLayer (engine.py) for each convolution
+    Chain       what depends on the constants alone: a Layer (engine.py) of some kind for each convolution
     ChainPlan   what also depends on the input's size: a Plan for each convolution, the windows of each pool
     Places      what one running call owns: all buffers between the steps, and the records that describe these
 
@@ -21,7 +21,7 @@ import torch
 from .. import layout
 from ..cache import Beside, Recent
 from . import engine, system
-from .engine import FloatLayer, Layer, Plan, _address, describe, describe_pool
+from .engine import EightBitLayer, FloatLayer, Layer, Plan, _address, describe, describe_pool
 from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
@@ -62,7 +62,8 @@ class Chain:
         self.steps, self.geometries, self.plans = [], [], Recent(engine.PLANS_PER_LAYER)
         (constants,) = tensors
         makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
-                  "max_pool": self._pool_of_floats, "linear": self._linear}  # fmt: skip
+                  "eight_bit_convolution": self._eight_bit_convolution, "max_pool": self._pool_of_floats,
+                  "linear": self._linear}  # fmt: skip
         for name, arguments in engine.plain._chain_steps(program):
             before = self.steps[-1] if self.steps else None
             step, reads, *geometry = makers[name](before, *engine.plain._chain_arguments(arguments, constants))
@@ -85,6 +86,9 @@ class Chain:
 
     def _convolution(self, before, weight, bias, stride, padding, dilation):
         return FloatLayer(weight, bias), NOTHING, stride, padding, dilation
+
+    def _eight_bit_convolution(self, before, weight, scales, bias, stride, padding, dilation):
+        return EightBitLayer(weight, scales, bias), NOTHING, stride, padding, dilation
 
     def _linear(self, before, weight, bias, relu, flatten):
         step = FloatLayer(weight, bias, is_last=True, relu=relu)
@@ -203,10 +207,12 @@ class Places:
             self.job.barrier = pool.barrier
         self.address, self.entry = ctypes.addressof(self.job), steps.chain_kernel().address
 
-    def _buffer(self, image_bytes) -> np.ndarray:
-        """[thread or image][at least so many bytes], zeros; a whole register may be read at its end."""
+    def _buffer(self, image_bytes, blank=0) -> np.ndarray:
+        """[thread or image][at least so many bytes], all `blank`; a whole register may be read at its end."""
         images = self.plan.threads if self.plan.by_thread else self.plan.images
         self.kept.append(layout.aligned_zeros((images, image_bytes // 64 * 64 + 128), np.uint8))
+        if blank:
+            self.kept[-1].fill(blank)
         return self.kept[-1]
 
     def _into(self, buffer, landing=None, pixel_bytes=0) -> dict:
@@ -219,7 +225,8 @@ class Places:
 
     def _layer(self, layer, plan, into, is_first, behind_pool) -> tuple:
         """(record, where the step before writes, in which form)."""
-        words, form = self._buffer(plan.image_bytes), (layer.lanes.image(layer.uniform), layer.lanes.repeats)
+        words = self._buffer(plan.image_bytes, layer.blank)
+        form = layer.lanes.image(layer.uniform), layer.lanes.repeats
         is_copied = isinstance(layer.lanes, layout.LookUp) or (behind_pool and form != AS_BASES)
         pixel_bytes = 8 * layer.P * layer.N
         if is_first:

@@ -126,6 +126,7 @@ class Layer:
     """The tables that depend on a layer's tensors alone."""
 
     is_last = False  # of a chain, which it ends
+    blank, takes_chunks = 0, True  # bytes of the padding; whether an image is packed sixteen pixels at a time
 
     def __init__(self, tensors, channels, groups, out_bases):
         bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips = tensors
@@ -263,6 +264,20 @@ class FloatLayer(Layer):
         return np.tile(self.bias, (len(outside), 1))
 
 
+class EightBitLayer(FloatLayer):
+    """The same of a layer in eight bits (eight_bits.py), the first of a chain. weight: int8, times `scales`."""
+
+    blank, takes_chunks = 128, False
+
+    def __init__(self, weight, scales, bias):
+        super().__init__(weight * scales.view(-1, *[1] * (weight.ndim - 1)), bias)
+        self.runs &= system.multiplies_bytes() and self.channels <= 4
+        self.lanes = layout.Bytes(True, False, self.lanes.registers)
+        self.width, self.pixel_bytes = 1, 4
+        self.weights = layout.byte_weights(_numpy(weight).astype(np.int8), self.lanes.block)
+        self.scales = np.ascontiguousarray(layout.in_blocks(_numpy(scales), 0, self.lanes.block))
+
+
 class Plan:
     """A layer at one input size: the geometry's tables, and the workspaces of calls that ended.
 
@@ -289,7 +304,7 @@ class Plan:
         if image == layout.UNIFORM_WORDS and layer.N == 2:
             self.sums_bytes = -(-(prod(geometry.padded) + 16) // 16) * 64  # sixteen are read and written at a time
             self.words_bytes = -(-self.words_bytes // 64) * 64
-        self.image_bytes = self.words_bytes + self.sums_bytes
+        self.image_bytes = self.words_bytes + self.sums_bytes + (0 if layer.takes_chunks else 4)
 
     def _output_shape(self, layer, B, dimensions):
         size = () if self.linear else self.geometry.output[3 - dimensions :]
@@ -299,7 +314,9 @@ class Plan:
 
     def _make_tables(self, layer, geometry):
         self.pixel_bytes = layer.pixel_bytes
-        self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
+        self.chunks = np.zeros(1, np.int64)
+        if layer.takes_chunks:
+            self.chunks = layout.chunk_starts(geometry.read_pixels, prod(geometry.size), CHUNK)
         units = layer.lanes.offsets(np.arange(0, layer.width, layer.lanes.step), layer.word_bytes)
         self.tap_offsets = (geometry.taps[:, None] * self.pixel_bytes + units).reshape(-1)
         outside, class_of_pixel = geometry.border_classes
@@ -392,6 +409,7 @@ def describe(layer, plan, images, scratch, **places) -> Job:
         repeat=sum(1 << 16 * i for i in range(layer.lanes.repeats)),
         counted=0xFFFF if layer.lanes.repeats > 1 else -1,
         differing=plan.words_bytes if plan.sums_bytes else 0,
+        image_scale=plan.words_bytes,
         chunk_kernel=chunk_kernel,
         block_kernel=block_kernel,
         parts=layer.lanes.block // layout.BLOCK,
@@ -447,8 +465,10 @@ def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes) -> tuple:
     Here Numba is loaded, and compiles or reads its cache.
     """
     start = time.perf_counter()
-    from . import floats, lookup, pack, vector
+    from . import eight_bits, floats, lookup, pack, vector
 
+    if isinstance(lanes, layout.Bytes):
+        return eight_bits.chunk_kernel().address, eight_bits.block_kernel(8, lanes.registers).address
     if isinstance(lanes, layout.Floats):
         block = floats.block_kernel(8 if system.has_long_registers() else 4, lanes.registers)
         return floats.chunk_kernel(lanes.is_first, lanes.relu).address, block.address

@@ -57,10 +57,11 @@ class Job(ctypes.Structure):
             "words_by_thread",  # 1: a thread has one padded image and reuses it; 0: each image has its own
             "repeat",  # a word times this is what the image holds (layout.Lanes)
             "counted",  # word: the channels of a word of the image that are counted once
+            "image_scale",  # of a float layer in eight bits: from an image's words to the size of its step, a float32
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes), or floats.chunk_kernel
+            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes), or floats' or eight_bits'
             # convolution
-            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or lookup's or floats'
+            "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or of another tile's
             "parts",  # of 16 output channels that a tile has
             "tiles",  # of output channels
             "weights",  # units [tile][M][tap, unit][16 parts], or nibbles

@@ -26,6 +26,7 @@ from numba.extending import intrinsic
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F32 = ir.FloatType()
 WORDS_8 = ir.VectorType(I64, 8)  # one 512-bit register of channel words
+WORDS_16 = ir.VectorType(I64, 16)
 FLOATS_8 = ir.VectorType(F32, 8)
 FLOATS_16 = ir.VectorType(F32, 16)
 INTS_16 = ir.VectorType(I32, 16)
@@ -33,7 +34,7 @@ BITS_16 = ir.VectorType(I1, 16)
 
 # Numba's disk cache notices a change in the file that holds a kernel, but not in the files which that one imports.
 # Kernels therefore close over this number: an edit of these files gives them a new cache entry.
-_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "floats", "chain", "steps"
+_NAMES = "primitives", "job", "pack", "store", "vector", "lookup", "pool", "floats", "eight_bits", "chain", "steps"
 _FILES = *(Path(__file__).with_name(f"{name}.py") for name in _NAMES), Path(__file__).parents[1] / "layout.py"
 STAMP = crc32(b"".join(file.read_bytes() for file in _FILES))
 
@@ -146,12 +147,25 @@ class Emitter:
             ints = [self.shuffle(*pair, range(lanes)) for pair in zip(ints[::2], ints[1::2])]
         return ints
 
-    def load_floats_16(self, address, count):
-        """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes."""
+    def add_products_of_bytes(self, sums, unsigned, signed):
+        """The lanes of `sums`, to each of which the products of four uint8 and four int8 are added (VNNI)."""
+        return self.call_llvm("llvm.x86.avx512.vpdpbusd.512", INTS_16, sums, unsigned, signed)
+
+    def load_floats_16(self, address, count, stride=None):
+        """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes.
+
+        Side by side, or `stride` bytes apart.
+        """
         lanes = ir.Constant(INTS_16, list(range(16)))
         wanted = self.builder.icmp_signed("<", lanes, self.splat(self.trunc(count, I32), INTS_16))
-        pointer = self.builder.inttoptr(address, FLOATS_16.as_pointer())
         zeros = self.const(0.0, FLOATS_16)
+        if stride is not None:
+            steps = self.mul(self.splat(stride, WORDS_16), ir.Constant(WORDS_16, list(range(16))))
+            pointers = ir.VectorType(F32.as_pointer(), 16)
+            places = self.builder.inttoptr(self.add(self.splat(address, WORDS_16), steps), pointers)
+            arguments = places, self.const(4, I32), wanted, zeros
+            return self.call_llvm("llvm.masked.gather.v16f32.v16p0", FLOATS_16, *arguments)
+        pointer = self.builder.inttoptr(address, FLOATS_16.as_pointer())
         return self.call_llvm("llvm.masked.load.v16f32.p0", FLOATS_16, pointer, self.const(4, I32), wanted, zeros)
 
     def prefetch(self, address):
@@ -215,6 +229,17 @@ def load_word(typing, address):
 def load_float(typing, address):
     """The float32 at address."""
     return types.float32(types.int64), lambda context, builder, signature, args: Emitter(builder).load(F32, args[0], 4)
+
+
+@intrinsic
+def load_int(typing, address):
+    """The 32 bits at address."""
+
+    def emit(context, builder, signature, args):
+        emitter = Emitter(builder)
+        return emitter.zext(emitter.load(I32, args[0], 4), I64)
+
+    return types.int64(types.int64), emit
 
 
 @intrinsic

@@ -114,6 +114,11 @@ def has_long_registers() -> bool:
     return "avx512f" in features()
 
 
+def multiplies_bytes() -> bool:
+    """Whether an instruction adds up products of bytes in the lanes of a 512-bit register."""
+    return "avx512vnni" in features()
+
+
 def popcount_lanes() -> tuple:
     """Widths of lanes whose bits are best counted: 64, and narrower ones where an instruction counts them."""
     if is_arm():
