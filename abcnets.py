@@ -2134,19 +2134,19 @@ def _pooled(flags: Tensor, flips: Tensor, kernel_size, stride, padding, dilation
 
 
 @torch.no_grad()
-def packed_chain(x: Tensor, constants: Tensor, program: str) -> Tensor:
+def packed_chain(x: Tensor, constants: Tensor, program: str, other: Tensor | None = None) -> Tensor:
     """abcnets::packed_chain: packed convolutions and max-pools one after the other, x in floats (B, C, *S) first.
 
     `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`; or
     of floats, in front of all others "convolution": weight, bias, stride, (low, high) padding, dilation, or
-    "eight_bit_convolution": weight, scales, bias and so on; "max_pool":
-    channels, whether behind a ReLU, and then sizes as packed_max_pool takes them; "linear" (behind all others): weight,
-    bias, whether behind a ReLU and behind flattening. A tensor among them is [where it begins in the bytes of
-    `constants`, its dtype, its shape]. An engine runs all in one call.
+    "eight_bit_convolution": weight, scales, bias and so on; "max_pool": channels, whether behind a ReLU, and then sizes
+    as packed_max_pool takes them; "linear" (behind all others): weight, bias, whether behind a ReLU and behind
+    flattening; "sum" (behind all others), which adds `other`: whether a ReLU follows. A tensor among them is [where it
+    begins in the bytes of `constants`, its dtype, its shape]. An engine runs all in one call.
     """
     for name, arguments in _chain_steps(program):
         step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
-        x = step(x, *_chain_arguments(arguments, constants))
+        x = step(x, *([other] if name == "sum" else []), *_chain_arguments(arguments, constants))
     return x
 
 
@@ -2169,6 +2169,10 @@ def _float_max_pool(x, channels, relu, *sizes):
     return _MAX_POOLS[len(sizes[0]) - 1](x.relu() if relu else x, *sizes)
 
 
+def _float_sum(x, other, relu):
+    return (x + other).relu() if relu else x + other
+
+
 def _float_linear(x, weight, bias, relu, flatten):
     x = x.flatten(1) if flatten else x
     return F.linear(x.relu() if relu else x, weight, bias)
@@ -2176,7 +2180,7 @@ def _float_linear(x, weight, bias, relu, flatten):
 
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _FLOAT_STEPS = {"convolution": _float_convolution, "eight_bit_convolution": _eight_bit_convolution,
-                "max_pool": _float_max_pool, "linear": _float_linear}  # fmt: skip
+                "max_pool": _float_max_pool, "linear": _float_linear, "sum": _float_sum}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -2273,7 +2277,7 @@ def _define_operators() -> None:
         (packed_max_pool, _packed_max_pool_fake,
          "(Tensor words, Tensor flips, int channels, int[] kernel_size, int[] stride, int[] padding, int[] dilation, "
          "bool ceil_mode, bool binary) -> Tensor"),
-        (packed_chain, packed_chain, "(Tensor x, Tensor constants, str program) -> Tensor"),
+        (packed_chain, packed_chain, "(Tensor x, Tensor constants, str program, Tensor? other=None) -> Tensor"),
         (_staircase, _staircase_fake,
          "(Tensor R, Tensor thresholds, Tensor half_steps, bool zero) -> Tensor"),
         (_staircase_backward, _staircase_backward_fake,
@@ -2730,22 +2734,27 @@ class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
     Small float layers are steps too: a convolution, ReLU and max-pool in front of them (or alone), and behind them a
-    max-pool, ReLU, flattening and a linear layer. Their sums are those of torch in another order: a last bit may be
-    another one, and where such a sum lies on a threshold, a bit of the next layer's input.
+    max-pool, ReLU, flattening and a linear layer, or the sum with `other` and a ReLU. Sums over channels are those of
+    torch in another order: a last bit may be another one, and where such a sum lies on a threshold, a bit of the next
+    layer's input.
 
     In one call run float32 batches on a CPU, with the engine there. All else runs step by step: steps with a hook,
     float layers that are trained, autocast, programs that are exported, and where nothing is packed, whatever has a
     gradient. Tensors of the steps that are replaced or changed in place are seen by the next call, as `PackedLayer`
     does, and what torch does not count after `refresh`; a model that was compiled sees neither.
 
-    Shape: as the first step takes and the last one puts out.
+    Args:
+        adds: whether the last step's output is added to another tensor, an argument `other` of each call;
+        relu: whether a ReLU follows then.
+
+    Shape: as the first step takes and the last one puts out; other: as the latter.
     """
 
     _is_abcnets = True
 
-    def __init__(self, steps: list[nn.Module]):
+    def __init__(self, steps: list[nn.Module], adds: bool = False, relu: bool = False):
         super().__init__()
-        self.steps = nn.ModuleList(steps)
+        self.steps, self.adds, self.relu = nn.ModuleList(steps), adds, relu
         first = steps[0]
         is_packed = isinstance(first, PackedLayer)
         self.channels = first.channels if is_packed else first.in_channels
@@ -2768,14 +2777,22 @@ class PackedChain(nn.Module):
                 step.refresh()
         self._kept = None
 
-    def forward(self, input: Tensor) -> Tensor:
-        kept = self._as_one(input)
+    def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
+        if self.adds is (other is None):
+            raise TypeError(f"this chain takes {'two tensors' if self.adds else 'one tensor'}")
+        kept = None if self.adds and not self._can_add(other) else self._as_one(input)
         if kept is not None:
             x = input.detach() if input.requires_grad else input
-            return torch.ops.abcnets.packed_chain.default(x, kept.constants, kept.program)
+            return torch.ops.abcnets.packed_chain.default(x, kept.constants, kept.program, other)
         for step in self.steps:
             input = step(input)
-        return input
+        return _float_sum(input, other, self.relu) if self.adds else input
+
+    def _can_add(self, other: Tensor) -> bool:
+        """Whether one call can add this tensor, of which no gradient is asked."""
+        if other.dtype != torch.float32 or not other.is_cpu or (other.requires_grad and torch.is_grad_enabled()):
+            return False
+        return torch.compiler.is_compiling() or (type(other) is Tensor and not _is_transformed())
 
     def _as_one(self, x: Tensor) -> "_Kept | None":
         """What is kept, if this input can run in one call."""
@@ -2808,7 +2825,8 @@ class PackedChain(nn.Module):
             return kept
         pieces, program, size = [], [], 0
         with torch.inference_mode(False), torch.no_grad():
-            for name, arguments in _chain_steps_of(self.steps, self.channels):
+            sums = [("sum", [self.relu])] if self.adds else []
+            for name, arguments in [*_chain_steps_of(self.steps, self.channels), *sums]:
                 for i, argument in enumerate(arguments):
                     if isinstance(argument, Tensor):
                         flat = argument.detach().contiguous().view(-1).view(torch.uint8)

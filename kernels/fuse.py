@@ -7,10 +7,11 @@ with the comparison. No float tensor is written on the way. Behind any other pro
 residual sum) the same modules fold into the packed layer's own thresholds, if nobody else uses them. A BatchNorm whose
 result is needed in float folds into the scales and bias of the convolution in front of it.
 
-Last, layers and pools that only read one another become the steps of one module, a PackedChain, with the float layers
+Layers and pools that only read one another become the steps of one module, a PackedChain, with the float layers
 at the ends of a network: a convolution of few channels and its max-pool in front of them, behind them a max-pool, ReLU,
 flattening and a linear layer. An engine runs it in one call (cpu/chain.py). The first convolution and its max-pool
-become such a module even alone.
+become such a module even alone. Where what such a module, or a layer, puts out is only read by a sum, it adds the other
+summand itself, and applies the ReLU behind.
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
@@ -34,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .cpu import system
+
 
 def fuse(abcnets, model: nn.Module, rest: str = "float") -> torch.fx.GraphModule:
     """What `abcnets.fuse` documents; abcnets is the module whose packed layers the model is made of."""
@@ -105,6 +107,9 @@ class _Fusion:
             if type(self.module_of(node)) in _BATCH_NORMS:
                 self.fold_norm(node)
         self.chain_steps()
+        for node in list(self.fused.graph.nodes):
+            if node.target in _SUMS:
+                self.fold_sum(node)
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
         for module in self.fused.modules():
@@ -285,6 +290,37 @@ class _Fusion:
         for node in reversed(nodes[:-1]):
             self.fused.graph.erase_node(node)
         return list(nodes)
+
+    def fold_sum(self, node) -> None:
+        """Let the chain, or layer, that a sum alone reads add what else goes into it, and the ReLU behind follow."""
+        if len(node.args) != 2 or node.kwargs or not all(isinstance(value, torch.fx.Node) for value in node.args):
+            return
+        for mine, other in (node.args, node.args[::-1]):
+            chain, source = self.module_of(mine), _argument(mine)
+            is_known = (type(chain) is self.abcnets.PackedChain and not chain.adds) or self.is_step(chain)
+            if not is_known or len(mine.users) > 1 or mine is other or source is None:
+                continue
+            steps = list(chain.steps) if type(chain) is self.abcnets.PackedChain else [chain]
+            puts_out_floats = type(steps[-1]) is self.packed_layer and steps[-1].out_thresholds is None
+            writes_to_other = node.target in _IN_PLACE and mine is not node.args[0]
+            is_constant = self.memory.is_constant(source) and self.memory.is_constant(other)
+            if puts_out_floats and steps[-1].spatial_dims and is_constant and not writes_to_other:
+                break
+        else:
+            return
+        readers, last = list(node.users), node
+        if len(readers) == 1 and type(self.stateless(readers[0])) is nn.ReLU and _argument(readers[0]) is node:
+            last = readers[0]
+        for layer in filter(self.is_packed, steps):
+            layer.folded = True
+        name = self.unused(f"sum_{mine.name.strip('_')}")
+        self.fused.add_module(name, self.abcnets.PackedChain(steps, adds=True, relu=last is not node))
+        with self.fused.graph.inserting_after(last):
+            call = self.fused.graph.call_module(name, (source, other))
+        self.put_in_the_place_of(last, call)
+        if last is not node:
+            self.fused.graph.erase_node(node)
+        self.fused.graph.erase_node(mine)
 
     def put_in_the_place_of(self, node, other) -> None:
         """Let all readers of a node read another one."""
@@ -596,6 +632,7 @@ _MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, *_IDEN
 _BATCH_NORMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}  # over channels of which layers
 _CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
 _RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
+_SUMS = (operator.add, operator.iadd, torch.add)
 _ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
 _POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 

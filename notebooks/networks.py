@@ -40,7 +40,7 @@ class Block(nn.Module):
         y = self.conv2(self.relu2(self.norm2(self.conv1(self.relu1(self.norm1(x))))))
         if self.stride > 1:
             x = F.avg_pool2d(x, self.stride)
-        return y + F.pad(x, (0, 0, 0, 0, 0, self.more_channels))
+        return y + (F.pad(x, (0, 0, 0, 0, 0, self.more_channels)) if self.more_channels else x)
 
 
 def resnet20(channels: int = 3, classes: int = 10) -> nn.Sequential:

@@ -30,7 +30,7 @@ NOTHING = 0, -2  # can be read
 AS_BASES = layout.BASES, 1  # the form of an image: what it holds, and how often a word does
 
 
-def packed_chain(x, constants, program):
+def packed_chain(x, constants, program, other=None):
     """abcnets::packed_chain, as abcnets.py documents it."""
     chain = _chains.get((constants,), program)
     readable, kind = chain.readable(x)
@@ -38,10 +38,11 @@ def packed_chain(x, constants, program):
         threads = system.thread_count()
         key = (x.shape, kind, threads)
         plan = chain.plans.get(key, ChainPlan, chain, x.shape, kind, threads)
-        output, saw_nan = plan.run(chain, readable) if plan.runs else (None, True)
+        output, saw_nan = plan.run(chain, readable, other) if plan.takes(chain, other) else (None, True)
         if not saw_nan:
             return output
-    return engine.plain.packed_chain(x, constants, program)  # what is not computed here, or must be complained about
+    # what is not computed here, or must be complained about
+    return engine.plain.packed_chain(x, constants, program, other)
 
 
 class Pool:
@@ -60,12 +61,18 @@ class Chain:
 
     def __init__(self, tensors, program):
         self.steps, self.geometries, self.plans = [], [], Recent(engine.PLANS_PER_LAYER)
+        self.adds = self.relu = False  # whether another tensor is added at the end, and a ReLU behind
         (constants,) = tensors
         makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
                   "eight_bit_convolution": self._eight_bit_convolution, "max_pool": self._pool_of_floats,
                   "linear": self._linear}  # fmt: skip
         for name, arguments in engine.plain._chain_steps(program):
             before = self.steps[-1] if self.steps else None
+            if name == "sum" and type(before) is Layer and before.kernel and not self.adds:
+                (self.relu,), self.adds = arguments, True
+                continue
+            if self.adds or name not in makers:
+                raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, is not known there")
             step, reads, *geometry = makers[name](before, *engine.plain._chain_arguments(arguments, constants))
             fits = isinstance(step, Layer) if before is None else reads == _behind(before)
             if not fits:
@@ -151,7 +158,13 @@ class ChainPlan:
         self.images = self.plans[0].images
         self.by_thread = threads == 1 or self.images >= 4 * threads
 
-    def run(self, chain, x) -> tuple:
+    def takes(self, chain, other) -> bool:
+        """Whether all is computed here, also what is added."""
+        if other is None or not chain.adds:
+            return self.runs and other is None and not chain.adds
+        return self.runs and other.dtype is torch.float32 and other.shape == self.output_shape
+
+    def run(self, chain, x, other) -> tuple:
         """(output, whether a NaN was seen)."""
         try:
             places = self.waiting.pop()
@@ -160,6 +173,9 @@ class ChainPlan:
         output = system.in_large_pages(torch.empty(self.output_shape, dtype=torch.float32, device="cpu"))
         self.plans[0].point(places.jobs[0], x)
         places.jobs[-1].output, places.job.saw_nan = output.data_ptr(), 0
+        if other is not None:
+            other = other.contiguous()
+            places.jobs[-1].other = other.data_ptr()
         system.run(places.entry, places.address, self.threads)
         saw_nan = places.job.saw_nan
         self.waiting.append(places)
@@ -184,7 +200,8 @@ class Places:
             if isinstance(step, Layer):
                 is_pooled = i < last and isinstance(chain.steps[i + 1], Pool)
                 writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
-                into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form)
+                sums = (chain.adds, chain.relu) if i == last else ()
+                into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
                 job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
             else:
                 job, into = self._pool(step, its_plan, into)

@@ -452,10 +452,12 @@ def _run_kernel() -> int:
 
 
 @functools.cache
-def store_kernel(kind: int, N: int, T: int, image: int = layout.BASES, repeats: int = 1) -> int:
+def store_kernel(
+    kind: int, N: int, T: int, image: int = layout.BASES, repeats: int = 1, adds: bool = False, relu: bool = False
+) -> int:
     from . import store
 
-    return store.store_kernel(kind, N, T, image, repeats).address
+    return store.store_kernel(kind, N, T, image, repeats, adds, relu).address
 
 
 @functools.cache
@@ -549,9 +551,9 @@ pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
 # --------------------------------------------------------------------------- several in one call
 
 
-def packed_chain(x, constants, program):
+def packed_chain(x, constants, program, other=None):
     """abcnets::packed_chain, as abcnets.py documents it."""
-    return _chains().packed_chain(x, constants, program)
+    return _chains().packed_chain(x, constants, program, other)
 
 
 @functools.cache

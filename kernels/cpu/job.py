@@ -84,6 +84,7 @@ class Job(ctypes.Structure):
             "output",
             "output_stride",  # from one image to the next
             "output_by_thread",  # as words_by_thread
+            "other",  # float32 that are added to the output, and lie as it does
             "output_channels",  # O
             "output_thresholds",  # float32 [T of the next layer][block][16]
             "output_flips",  # words [ceil(O / 64)]

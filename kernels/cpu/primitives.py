@@ -151,13 +151,23 @@ class Emitter:
         """The lanes of `sums`, to each of which the products of four uint8 and four int8 are added (VNNI)."""
         return self.call_llvm("llvm.x86.avx512.vpdpbusd.512", INTS_16, sums, unsigned, signed)
 
+    def first_lanes(self, count):
+        """Which of sixteen lanes are among the first `count` (any number)."""
+        lanes = ir.Constant(INTS_16, list(range(16)))
+        return self.builder.icmp_signed("<", lanes, self.splat(self.trunc(count, I32), INTS_16))
+
+    def store_floats_16(self, values, address, count):
+        """Write the first `count` (any number) of sixteen floats."""
+        pointer = self.builder.inttoptr(address, FLOATS_16.as_pointer())
+        arguments = values, pointer, self.const(4, I32), self.first_lanes(count)
+        self.call_llvm("llvm.masked.store.v16f32.p0", ir.VoidType(), *arguments)
+
     def load_floats_16(self, address, count, stride=None):
         """Sixteen floats of which only the first `count` (any number) are read; 0 in the other lanes.
 
         Side by side, or `stride` bytes apart.
         """
-        lanes = ir.Constant(INTS_16, list(range(16)))
-        wanted = self.builder.icmp_signed("<", lanes, self.splat(self.trunc(count, I32), INTS_16))
+        wanted = self.first_lanes(count)
         zeros = self.const(0.0, FLOATS_16)
         if stride is not None:
             steps = self.mul(self.splat(stride, WORDS_16), ir.Constant(WORDS_16, list(range(16))))

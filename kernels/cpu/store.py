@@ -2,7 +2,8 @@
 
 A tile leaves float32 rows [part][pixel][16 channels] in a buffer that stays in the first-level cache. Here they become
 
-    PLANAR        float32 [channel][pixel]: 8 x 8 at a time, turned round in registers
+    PLANAR        float32 [channel][pixel]: 8 x 8 at a time, turned round in registers; perhaps the sum with another
+                  tensor, and what is above 0 of that, while the planes are in the first-level cache
     INTERLEAVED   float32 [pixel][channel]
     WORDS         [pixel][word][base]: sixteen channels are compared with their thresholds at once, and the answers are
                   sixteen bits of the word
@@ -34,18 +35,19 @@ from .primitives import (
 )
 
 
-def store_kernel(kind, N, T, image, repeats):
+def store_kernel(kind, N, T, image, repeats, adds=False, relu=False):
     """Stores a tile's channels at the (at most 64) pixels from `first` on, in the image of `output`.
 
     image: what it holds where these are bits, layout.BASES or UNIFORM_WORDS;  repeats: how often a word holds them
+    adds, relu: of planes, whether to add those of `other`, and whether what is below 0 then becomes 0
     """
     if kind == WORDS:
         return bits_kernel(N, T, int(image == layout.UNIFORM_WORDS), repeats)
-    return planes_kernel() if kind == PLANAR else interleaved_kernel()
+    return planes_kernel(int(adds), int(relu)) if kind == PLANAR else interleaved_kernel()
 
 
 @functools.cache
-def planes_kernel(stamp=STAMP):
+def planes_kernel(adds, relu, stamp=STAMP):
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def store_tile(jobs, output, tile, first, rows):
         job = carray(jobs, 1)[0]
@@ -53,7 +55,11 @@ def planes_kernel(stamp=STAMP):
         count, plane = min(PIXEL_BLOCK, job.output_pixels - first), 4 * job.output_pixels
         for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
             channels = min(job.output_channels - 16 * block, 16)
-            store_planes(rows, count, channels, output + 16 * block * plane + 4 * first, plane)
+            planes = output + 16 * block * plane + 4 * first
+            store_planes(rows, count, channels, planes, plane)
+            if adds:
+                for c in range(channels):
+                    add_floats(planes + c * plane, job.other - job.output, count, relu)
             rows += PART_BYTES
         return 0
 
@@ -112,6 +118,31 @@ def store_planes(rows, count, channels, output, plane):
         for c in range(half, min(half + 8, channels)):
             for pixel in range(done, count):
                 store_float(output + c * plane + 4 * pixel, load_float(rows + 64 * pixel + 4 * c))
+
+
+@intrinsic(prefer_literal=True)
+def add_floats(typing, target, to_other, count, is_relu):
+    """target[i] += other[i], `to_other` bytes further on, and if is_relu 0 where that is below; float32, i < count."""
+    relu = is_relu.literal_value
+
+    def emit(context, builder, signature, args):
+        target, to_other, count, _ = args
+        emitter = Emitter(builder)
+        zeros = emitter.const(0.0, FLOATS_16)
+
+        def sixteen(i, _):
+            at, left = emitter.offset(target, i, 64), emitter.sub(count, emitter.mul(i, emitter.const(16)))
+            values = [emitter.load_floats_16(place, left) for place in (at, emitter.add(at, to_other))]
+            total = builder.fadd(*values)
+            if relu:
+                total = emitter.select(builder.fcmp_ordered("<", total, zeros), zeros, total)  # NaN stays
+            emitter.store_floats_16(total, at, left)
+            return []
+
+        emitter.loop(builder.sdiv(emitter.add(count, emitter.const(15)), emitter.const(16)), [], sixteen)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.int64, is_relu), emit
 
 
 @njit
