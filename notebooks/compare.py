@@ -100,17 +100,21 @@ def _run_torch(model, order, dtype, x):
     return model(x.to(dtype=dtype, memory_format=order)).float()
 
 
-def abcnets_contenders(networks: dict, network: nn.Module, folder: Path) -> list[Contender]:
-    """Each of the `binary_networks`, written and read again, with bits kept between layers."""
+def abcnets_contenders(networks: dict, network: nn.Module, folder: Path, rests=("float",)) -> list[Contender]:
+    """Each of the `binary_networks`, written and read again, with bits kept between layers.
+
+    rests: what to give `abcnets.fuse`.
+    """
     contenders = []
     for (M, N, code), packed in networks.items():
         path = folder / f"{M}-{N}-{code}.safetensors"
         abcnets.save_packed(packed, path)
         loaded = abcnets.load_packed(path, network)
-        for layout, order in LAYOUTS.items():
-            fused = abcnets.fuse(loaded).to(memory_format=order)
+        for (layout, order), rest in itertools.product(LAYOUTS.items(), rests):
+            fused = abcnets.fuse(loaded, rest=rest).to(memory_format=order)
             run = functools.partial(_run_torch, fused, order, torch.float32)
-            contenders.append(Contender("abcnets", layout, path, run, M, N, code))
+            variant = ", ".join([layout] * bool(layout) + ["first layer in int8"] * (rest == "int8"))
+            contenders.append(Contender("abcnets", variant, path, run, M, N, code))
     return contenders
 
 

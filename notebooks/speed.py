@@ -3,8 +3,9 @@
 The nine-layer network on 28x28 images and ResNet-18 on 224x224, with random weights and every layer but the first and
 last binarized, in the forms of compare.py: torch in both memory layouts, also with BatchNorm folded into the
 convolutions that it follows, and with --compile what torch.compile makes of these; onnxruntime in float32 and int8;
-ours packed with bits kept between layers (`abcnets.fuse`), in SETTINGS; and one-bit weights with int8 activations in
-onnxruntime. All contenders of a case run in one process, in turn; the median round counts.
+ours packed with bits kept between layers (`abcnets.fuse`), in SETTINGS, with the first layer in float32 and, where the
+processor can (`rest="int8"`), in int8; and one-bit weights with int8 activations in onnxruntime. All contenders of a
+case run in one process, in turn; the median round counts.
 
 Writes notebooks/results/speed.csv, in which a machine's rows take the place of its earlier ones, and the table of
 networks in kernels/README.md. Says how many bytes each form's file has.
@@ -34,6 +35,7 @@ import abcnets
 from kernels.check import need_engine
 from kernels.clock import instruction_set, machine
 from kernels.command import POSITIVE_OR_0, THREADS, Parser
+from kernels.cpu.system import multiplies_bytes
 from kernels.report import refill
 
 
@@ -84,7 +86,8 @@ def measure(name: str, all_threads: list[int], seconds: float, compile_too: bool
             weights = {setting: bits.pop(setting) for setting in SETTINGS if setting[1] is None}
             theirs = torch_contenders(network, folder, [torch.float32])
             theirs += [compiled(form) for form in theirs] if compile_too else []
-            forms = theirs + abcnets_contenders(bits, network, folder)
+            rests = ("float", "int8") if multiplies_bytes() else ("float",)
+            forms = theirs + abcnets_contenders(bits, network, folder, rests)
             files = onnx_files(network, [images], folder) | int8_files(weights, [images], folder)
         for threads, batch in itertools.product(all_threads, all_batches):
             torch.set_num_threads(threads)
@@ -116,7 +119,7 @@ def fastest(rows: list[dict], kind: str) -> float:
 def table(rows: pd.DataFrame) -> str:
     """Markdown: times as fast as the fastest float32 / int8 form, machine by machine."""
     lines = ["Milliseconds an image of the fastest float32 and int8 forms; and times as fast as the one / as the "
-             "other, in the better memory layout:"]  # fmt: skip
+             "other, in the better memory layout, the first layer in float32 or int8, as is faster:"]  # fmt: skip
     rows = rows.assign(setting=[_setting(*of) for of in zip(rows.M, rows.N, rows.code)])
     for (hardware, isa), here in rows.groupby(MACHINE, sort=False):
         there = set(here.setting) - {""}

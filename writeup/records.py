@@ -209,7 +209,8 @@ def speed_machines() -> list[tuple[str, list[dict]]]:
 
 
 def network_speeds(rows: list[dict], M: int, N: int, code: str, column: str) -> dict[tuple, float]:
-    """{(network, batch, threads): times as fast as float32, or int8}, in the better memory layout.
+    """{(network, batch, threads): times as fast as float32, or int8}, in the better memory layout and form of
+    the first layer.
 
     Where the binary code was not run, that of the thermometer, which takes as long to count.
     """
