@@ -38,7 +38,8 @@ What is in it, from top to bottom:
     save_packed, load_packed                           one file, no pickle
     engines                                            which device runs packed layers how fast
     fuse, fused_for                                    bits from layer to layer
-    PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call
+    PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call,
+    EightBitConv, ChainSum, ChainRead                  of which these are some
     export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
@@ -93,9 +94,9 @@ __version__ = "1.0.0"
 __all__ = [
     "CODES", "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "separate_thresholds", "plan", "convert",
-    "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool",
-    "packed_chain", "pack", "PackedLayer", "PackedPool", "PackedChain", "save_packed", "load_packed", "engines", "fuse",
-    "fused_for", "export_onnx",
+    "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "packed_chain",
+    "pack", "PackedLayer", "PackedPool", "EightBitConv", "PackedChain", "ChainSum", "ChainRead", "save_packed",
+    "load_packed", "engines", "multiplies_bytes", "fuse", "fused_for", "export_onnx",
 ]  # fmt: skip
 
 
@@ -1295,7 +1296,7 @@ _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinea
 
 def _check_own(model: nn.Module) -> None:
     """Layers of another copy of this file would pass for a stranger's here, and be left out without a word."""
-    own = _ABCLayer, PackedLayer, PackedPool, PackedChain
+    own = _ABCLayer, PackedLayer, PackedPool, PackedChain, EightBitConv, ChainSum, ChainRead
     for name, layer in model.named_modules():
         if getattr(layer, "_is_abcnets", False) and not isinstance(layer, own):
             raise ValueError(f"layer {name!r} is of another copy of abcnets ({type(layer).__module__}) than this one "
@@ -1920,7 +1921,7 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
     M = N = code = None
     bits = macs = binary_macs = 0
     engine = ""
-    if isinstance(layer, (_ABCLayer, PackedLayer, *_ABC_OF)):
+    if isinstance(layer, (_ABCLayer, PackedLayer, EightBitConv, *_ABC_OF)):
         if isinstance(layer, PackedLayer):
             kernel, O, per_group = math.prod(layer.kernel_size), layer.out_channels, layer.channels // layer.groups
             M, N, code = _bases_of(layer)
@@ -1945,7 +1946,7 @@ def _summary_row(name: str, layer: nn.Module, output) -> dict:
         macs = places * O * per_group * kernel
         binary_macs = macs * M * N if M and N else 0
         if M is None:
-            packed_bytes = float_bytes
+            packed_bytes = packed_bytes if isinstance(layer, EightBitConv) else float_bytes
         else:
             bits = M * O * kernel * per_group
             packed_bytes = M * O * kernel * -(-per_group // 8) + 4 * (M * O + vs + (N or 0) + zeros + biases)
@@ -2141,12 +2142,23 @@ def packed_chain(x: Tensor, constants: Tensor, program: str, other: Tensor | Non
     of floats, in front of all others "convolution": weight, bias, stride, (low, high) padding, dilation, or
     "eight_bit_convolution": weight, scales, bias and so on; "max_pool": channels, whether behind a ReLU, and then sizes
     as packed_max_pool takes them; "linear" (behind all others): weight, bias, whether behind a ReLU and behind
-    flattening; "sum" (behind all others), which adds `other`: whether a ReLU follows. A tensor among them is [where it
-    begins in the bytes of `constants`, its dtype, its shape]. An engine runs all in one call.
+    flattening. A tensor among them is [where it begins in the bytes of `constants`, its dtype, its shape].
+
+    Values are 0, x; 1, `other`; and from 2 on what "read" ends: it has the next step read another value, its argument.
+    "sum", after the last step that a value comes from, adds one: which, and the other arguments of a `ChainSum`. An
+    engine runs all in one call.
     """
+    values = [x, other]
     for name, arguments in _chain_steps(program):
-        step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
-        x = step(x, *([other] if name == "sum" else []), *_chain_arguments(arguments, constants))
+        if name == "read":
+            values.append(x)
+            x = values[arguments[0]]
+        elif name == "sum":
+            which, relu, in_place = arguments
+            x = ChainSum(which, relu, in_place)(x, values[which])
+        else:
+            step = _FLOAT_STEPS.get(name) or getattr(torch.ops.abcnets, name)
+            x = step(x, *_chain_arguments(arguments, constants))
     return x
 
 
@@ -2155,22 +2167,23 @@ def _float_convolution(x, weight, bias, stride, padding, dilation):
 
 
 def _eight_bit_convolution(x, weight, scales, bias, stride, padding, dilation):
-    """Documented by `EightBitConv`. Whole numbers, of which float32 holds sums of 1040 products, and float64 all."""
+    """Documented by `EightBitConv`; x: a batch. Float32 holds whole numbers that are sums of 1040 products."""
     x = x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-    largest = x.abs().flatten(1).amax(1).clamp(min=1e-30).view(-1, *[1] * (x.ndim - 1))
+    largest = x.abs().flatten(1).amax(1) if x.numel() else x.new_ones(len(x))
+    largest = largest.clamp(min=_SMALLEST).view(-1, *[1] * (x.ndim - 1))
     X = (x * (127 / largest)).round()
     exact = X.dtype if weight[0].numel() <= 1040 else torch.float64
-    sums = _float_convolution(X.to(exact), weight.to(exact), None, stride, padding, dilation).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):  # whose float16 does not hold the sums
+        sums = _float_convolution(X.to(exact), weight.to(exact), None, stride, padding, dilation).to(x.dtype)
     y = sums * (largest / 127 * scales.view(-1, *[1] * (x.ndim - 2)))
     return y if bias is None else y + bias.view(-1, *[1] * (x.ndim - 2))
 
 
+_SMALLEST = 1e-30  # an image's largest |x| counts as at least this, so that 127 over it is a float32 too
+
+
 def _float_max_pool(x, channels, relu, *sizes):
     return _MAX_POOLS[len(sizes[0]) - 1](x.relu() if relu else x, *sizes)
-
-
-def _float_sum(x, other, relu):
-    return (x + other).relu() if relu else x + other
 
 
 def _float_linear(x, weight, bias, relu, flatten):
@@ -2180,7 +2193,7 @@ def _float_linear(x, weight, bias, relu, flatten):
 
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
 _FLOAT_STEPS = {"convolution": _float_convolution, "eight_bit_convolution": _eight_bit_convolution,
-                "max_pool": _float_max_pool, "linear": _float_linear, "sum": _float_sum}  # fmt: skip
+                "max_pool": _float_max_pool, "linear": _float_linear}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -2402,7 +2415,12 @@ def _runs_chains(device: str) -> bool:
     return bool(_engine(device).get("chains"))
 
 
-_runs_chains._dynamo_marked_constant = True
+def multiplies_bytes() -> bool:
+    """Whether the CPU's engine runs an `EightBitConv`."""
+    return bool(_engine("cpu").get("multiplies_bytes"))
+
+
+_runs_chains._dynamo_marked_constant = multiplies_bytes._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -2700,66 +2718,109 @@ class EightBitConv(nn.Module):
     """A convolution of few channels in eight bits, in the place of one of floats: the first step of a `PackedChain`.
 
         y[b, o] = s t_o conv(X, W8)[b, o] + bias[o]
-        X = round(x / s), s = max |x[b]| / 127;    W8 = round(W / t), t_o = max |W[o]| / 127
+        X = round(x / s), s = max(max |x[b]|, 1e-30) / 127;    W8 = round(W / t), t_o = max(max |W[o]|, 1e-30) / 127
 
     Each image has a step s of its own, so nothing needs to be calibrated, and no image matters to another one. Weights
     are off by at most half a 127th of a channel's largest, inputs by half a 127th of an image's. Made by `fuse`.
 
-    Shape: (B, C, *S) -> (B, O, *S'), floats.  No gradient.
+    Shape: (B, C, *S) -> (B, O, *S'), floats; or both without B.  No gradient.
+    Raises: ValueError for a convolution with groups, or padded with something else than zeros.
     """
 
     _is_abcnets = True
 
     def __init__(self, convolution: nn.Module):
         super().__init__()
+        if convolution.groups != 1 or convolution.padding_mode != "zeros":
+            raise ValueError(f"EightBitConv takes a convolution without groups that pads with zeros, got {convolution}")
         self.in_channels, self.out_channels = convolution.in_channels, convolution.out_channels
         self.stride, self.dilation = convolution.stride, convolution.dilation
         self.padding = _padding_pairs(convolution)
         weight = convolution.weight.detach()
-        scales = weight.abs().flatten(1).amax(1) / 127
-        scales = torch.where(scales > 0, scales, 1)
-        self.register_buffer("weight", (weight / scales.view(-1, *[1] * (weight.ndim - 1))).round().to(torch.int8))
-        self.register_buffer("scales", scales)
+        scales = weight.float().abs().flatten(1).amax(1).clamp(min=_SMALLEST) / 127
+        levels = (weight.float() / scales.view(-1, *[1] * (weight.ndim - 1))).round().clamp(-127, 127)
+        self.register_buffer("weight", levels.to(torch.int8))
+        self.register_buffer("scales", scales.to(weight.dtype))
         self.register_buffer("bias", None if convolution.bias is None else convolution.bias.detach().clone())
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        x = x.detach()
+        if x.ndim == self.weight.ndim - 1:
+            return self.forward(x[None])[0]
         return _eight_bit_convolution(x, *self._arguments()).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        size = f"{self.in_channels}, {self.out_channels}, kernel_size={tuple(self.weight.shape[2:])}"
+        return f"{size}, stride={self.stride}, padding={self.padding}, dilation={self.dilation}"
 
     def _arguments(self) -> tuple:
         return self.weight, self.scales, self.bias, self.stride, self.padding, self.dilation
+
+
+class ChainSum(nn.Module):
+    """In a `PackedChain`: one of its values is added to what the step before puts out.
+
+    relu: whether a ReLU follows;  in_place: whether the sum keeps the shape and dtype of what the step before puts out.
+    """
+
+    _is_abcnets = True
+
+    def __init__(self, value: int, relu: bool = False, in_place: bool = False):
+        super().__init__()
+        self.value, self.relu, self.in_place = value, relu, in_place
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        total = x.add_(other) if self.in_place else x + other
+        return total.relu() if self.relu else total
+
+    def extra_repr(self) -> str:
+        return f"{self.value}, relu={self.relu}, in_place={self.in_place}"
+
+
+class ChainRead(nn.Module):
+    """In a `PackedChain`: what the step before puts out is kept as a value, and the next step reads another one."""
+
+    _is_abcnets = True
+
+    def __init__(self, value: int):
+        super().__init__()
+        self.value = value
+
+    def extra_repr(self) -> str:
+        return str(self.value)
 
 
 class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
     Small float layers are steps too: a convolution, ReLU and max-pool in front of them (or alone), and behind them a
-    max-pool, ReLU, flattening and a linear layer, or the sum with `other` and a ReLU. Sums over channels are those of
-    torch in another order: a last bit may be another one, and where such a sum lies on a threshold, a bit of the next
-    layer's input.
+    max-pool, ReLU, flattening and a linear layer. Sums over channels are those of torch in another order: a last bit
+    may be another one, and where such a sum lies on a threshold, a bit of the next layer's input.
+
+    A residual network is a chain of several values: 0, the input; 1, `other`, if a step asks for it; and from 2 on
+    what each `ChainRead` keeps. A `ChainSum` adds one of them.
 
     In one call run float32 batches on a CPU, with the engine there. All else runs step by step: steps with a hook,
-    float layers that are trained, autocast, programs that are exported, and where nothing is packed, whatever has a
-    gradient. Tensors of the steps that are replaced or changed in place are seen by the next call, as `PackedLayer`
-    does, and what torch does not count after `refresh`; a model that was compiled sees neither.
+    float layers that are trained, autocast, programs that are exported, and what a gradient passes: float layers where
+    nothing is packed, and sums. Tensors of the steps that are replaced or changed in place are seen by the next call,
+    as `PackedLayer` does, and what torch does not count after `refresh`; a model that was compiled sees neither.
 
-    Args:
-        adds: whether the last step's output is added to another tensor, an argument `other` of each call;
-        relu: whether a ReLU follows then.
-
-    Shape: as the first step takes and the last one puts out; other: as the latter.
+    Shape: as the first step takes and the last one puts out.
     """
 
     _is_abcnets = True
 
-    def __init__(self, steps: list[nn.Module], adds: bool = False, relu: bool = False):
+    def __init__(self, steps: list[nn.Module]):
         super().__init__()
-        self.steps, self.adds, self.relu = nn.ModuleList(steps), adds, relu
-        first = steps[0]
+        self.steps, first = nn.ModuleList(steps), steps[0]
         is_packed = isinstance(first, PackedLayer)
         self.channels = first.channels if is_packed else first.in_channels
         self.dimensions = first.spatial_dims + 2 if is_packed else first.weight.ndim
-        self.differentiable = not any(isinstance(step, (PackedLayer, EightBitConv)) for step in steps)
+        values = [step.value for step in steps if isinstance(step, (ChainSum, ChainRead))]
+        self.takes_other = 1 in values
+        has_packed = any(isinstance(step, (PackedLayer, EightBitConv)) for step in steps)
+        self.differentiable = not has_packed or any(value != 1 for value in values)
         self._kept = None  # what `_gather` made
 
     def __getstate__(self):
@@ -2778,21 +2839,28 @@ class PackedChain(nn.Module):
         self._kept = None
 
     def forward(self, input: Tensor, other: Tensor | None = None) -> Tensor:
-        if self.adds is (other is None):
-            raise TypeError(f"this chain takes {'two tensors' if self.adds else 'one tensor'}")
-        kept = None if self.adds and not self._can_add(other) else self._as_one(input)
+        if self.takes_other is (other is None):
+            raise TypeError(f"this chain takes {'two tensors' if self.takes_other else 'one tensor'}")
+        kept = None if other is not None and not self._takes(other) else self._as_one(input)
         if kept is not None:
             x = input.detach() if input.requires_grad else input
             return torch.ops.abcnets.packed_chain.default(x, kept.constants, kept.program, other)
+        x, values = input, [input, other]
         for step in self.steps:
-            input = step(input)
-        return _float_sum(input, other, self.relu) if self.adds else input
+            if isinstance(step, ChainRead):
+                values.append(x)
+                x = values[step.value]
+            else:
+                x = step(x, values[step.value]) if isinstance(step, ChainSum) else step(x)
+        return x
 
-    def _can_add(self, other: Tensor) -> bool:
-        """Whether one call can add this tensor, of which no gradient is asked."""
-        if other.dtype != torch.float32 or not other.is_cpu or (other.requires_grad and torch.is_grad_enabled()):
+    def _takes(self, other: Tensor) -> bool:
+        """Whether one call can read what it is given, a tensor of which no gradient is asked."""
+        if not isinstance(other, Tensor) or other.dtype != torch.float32 or other.layout != torch.strided:
             return False
-        return torch.compiler.is_compiling() or (type(other) is Tensor and not _is_transformed())
+        if not other.is_cpu or (other.requires_grad and torch.is_grad_enabled()):
+            return False
+        return torch.compiler.is_compiling() or (type(other) in (Tensor, nn.Parameter) and not _is_transformed())
 
     def _as_one(self, x: Tensor) -> "_Kept | None":
         """What is kept, if this input can run in one call."""
@@ -2823,10 +2891,11 @@ class PackedChain(nn.Module):
         are_known = all(t.device.type == "cpu" and t.dtype in _CHAINED for t in kept.tensors if t is not None)
         if not are_known or any(step._modules for step in self.steps):  # as a parametrized layer has
             return kept
+        if any(isinstance(step, EightBitConv) for step in self.steps) and not multiplies_bytes():
+            return kept
         pieces, program, size = [], [], 0
         with torch.inference_mode(False), torch.no_grad():
-            sums = [("sum", [self.relu])] if self.adds else []
-            for name, arguments in [*_chain_steps_of(self.steps, self.channels), *sums]:
+            for name, arguments in _chain_steps_of(self.steps, self.channels):
                 for i, argument in enumerate(arguments):
                     if isinstance(argument, Tensor):
                         flat = argument.detach().contiguous().view(-1).view(torch.uint8)
@@ -2913,6 +2982,10 @@ def _chain_steps_of(steps: nn.ModuleList, channels: int):
             relu = False
         elif isinstance(step, nn.Linear):
             yield "linear", [step.weight, step.bias, relu, flatten]
+        elif isinstance(step, ChainSum):
+            yield "sum", [step.value, step.relu, step.in_place]
+        elif isinstance(step, ChainRead):
+            yield "read", [step.value]
         else:
             name, arguments = "convolution", (step.weight, step.bias, step.stride, _padding_pairs(step), step.dilation)
             if isinstance(step, EightBitConv):
@@ -3187,9 +3260,8 @@ def fuse(model: nn.Module, *, rest: str = "float") -> "torch.fx.GraphModule":
     Args:
         model: what `pack` or `load_packed` returned, in float32; it is not touched.
         rest: "float", or "int8": where a convolution of at most four channels, that of an image, begins a chain, it
-            becomes an `EightBitConv`, whose outputs are not the same. That pays where the stem is large, as in
-            ResNet-18, whose time it shortens by a fifth. It takes an x86 processor with AVX-512 VNNI; elsewhere a
-            warning says that the layer stays float.
+            becomes an `EightBitConv`, whose outputs are not the same. That pays where this layer is large, as in
+            ResNet-18. It takes an x86 processor with AVX-512 VNNI. Where nothing becomes one, a warning says so.
 
     Returns: a torch.fx.GraphModule with the same outputs (but for `rest`), to rounding. NaN in the input raises
         ValueError where it would have to become bits, and so does input without a batch where a norm or a pool was

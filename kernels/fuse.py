@@ -11,7 +11,8 @@ Layers and pools that only read one another become the steps of one module, a Pa
 at the ends of a network: a convolution of few channels and its max-pool in front of them, behind them a max-pool, ReLU,
 flattening and a linear layer. An engine runs it in one call (cpu/chain.py). The first convolution and its max-pool
 become such a module even alone. Where what such a module, or a layer, puts out is only read by a sum, it adds the other
-summand itself, and applies the ReLU behind.
+summand itself, and applies the ReLU behind. At the end those that read one another's floats, as blocks of a residual
+network do, become one: a network, or what of it lies between other operations, is one call.
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
@@ -34,29 +35,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .cpu import system
-
 
 def fuse(abcnets, model: nn.Module, rest: str = "float") -> torch.fx.GraphModule:
     """What `abcnets.fuse` documents; abcnets is the module whose packed layers the model is made of."""
     if rest not in ("float", "int8"):
         raise ValueError(f'rest should be "float" or "int8", got {rest!r}')
-    if rest == "int8" and not _multiplies_bytes():
-        warnings.warn('rest="int8" changes nothing here: it takes an x86 processor with AVX-512 VNNI, and numba',
-                      stacklevel=3)  # fmt: skip
-        rest = "float"
     try:
         model = copy.deepcopy(model).eval()
     except Exception as error:
         raise ValueError(f"fuse works on a copy of the model, which can't be made: {error}") from error
     return _Fusion(abcnets, model, rest == "int8").run()
-
-
-def _multiplies_bytes() -> bool:
-    try:
-        return system.multiplies_bytes()
-    except ImportError:  # no numba
-        return False
 
 
 class _Fusion:
@@ -110,6 +98,10 @@ class _Fusion:
         for node in list(self.fused.graph.nodes):
             if node.target in _SUMS:
                 self.fold_sum(node)
+        self.join_chains()
+        if self.in_eight_bits and not any(isinstance(m, self.abcnets.EightBitConv) for m in self.fused.modules()):
+            needs = "a convolution of at most four channels that begins a chain, AVX-512 VNNI, and numba"
+            warnings.warn(f'fuse: rest="int8" changes nothing here: it takes {needs}', stacklevel=4)
         self.fused.delete_all_unused_submodules()
         self.fused.recompile()
         for module in self.fused.modules():
@@ -278,8 +270,7 @@ class _Fusion:
         if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # until the last step
             return []
         modules = [module for module in modules if type(module) not in _IDENTITIES]
-        if self.in_eight_bits and type(modules[0]) in _CONVOLUTIONS and modules[0].weight.isfinite().all():
-            modules[0] = self.abcnets.EightBitConv(modules[0])
+        modules[0] = self.in_its_form(modules[0])
         name = self.unused(f"chain_{nodes[0].name.strip('_')}")
         self.fused.add_module(name, self.abcnets.PackedChain(modules))
         for layer in filter(self.is_packed, modules):
@@ -291,13 +282,20 @@ class _Fusion:
             self.fused.graph.erase_node(node)
         return list(nodes)
 
+    def in_its_form(self, module) -> nn.Module:
+        """The first step of a chain: where it is a convolution of floats, perhaps one in eight bits."""
+        if not self.in_eight_bits or type(module) not in _CONVOLUTIONS or module.weight.dtype != torch.float32:
+            return module
+        fits = module.weight.is_cpu and self.abcnets.multiplies_bytes() and module.weight.isfinite().all()
+        return self.abcnets.EightBitConv(module) if fits else module
+
     def fold_sum(self, node) -> None:
         """Let the chain, or layer, that a sum alone reads add what else goes into it, and the ReLU behind follow."""
         if len(node.args) != 2 or node.kwargs or not all(isinstance(value, torch.fx.Node) for value in node.args):
             return
         for mine, other in (node.args, node.args[::-1]):
             chain, source = self.module_of(mine), _argument(mine)
-            is_known = (type(chain) is self.abcnets.PackedChain and not chain.adds) or self.is_step(chain)
+            is_known = type(chain) is self.abcnets.PackedChain or self.is_step(chain)
             if not is_known or len(mine.users) > 1 or mine is other or source is None:
                 continue
             steps = list(chain.steps) if type(chain) is self.abcnets.PackedChain else [chain]
@@ -314,13 +312,74 @@ class _Fusion:
         for layer in filter(self.is_packed, steps):
             layer.folded = True
         name = self.unused(f"sum_{mine.name.strip('_')}")
-        self.fused.add_module(name, self.abcnets.PackedChain(steps, adds=True, relu=last is not node))
+        total = self.abcnets.ChainSum(1, relu=last is not node, in_place=node.target in _IN_PLACE)
+        self.fused.add_module(name, self.abcnets.PackedChain([*steps, total]))
         with self.fused.graph.inserting_after(last):
             call = self.fused.graph.call_module(name, (source, other))
         self.put_in_the_place_of(last, call)
         if last is not node:
             self.fused.graph.erase_node(node)
         self.fused.graph.erase_node(mine)
+
+    def join_chains(self) -> None:
+        """Let chains, layers and first convolutions that read one another's floats be one chain."""
+        nodes = list(self.fused.graph.nodes)
+        parts = {node: steps for node in nodes if (steps := self.part(node))}
+        taken = set()
+        for first in nodes:
+            if first in parts and first not in taken:
+                given, members = self.members_from(first, [node for node in nodes if node in parts.keys() - taken])
+                if len(members) > 1:
+                    taken.update(members)
+                    self.join(given, members, parts)
+
+    def part(self, node) -> list:
+        """The steps of a chain, a layer or a small first convolution that puts out floats; [] for anything else."""
+        module = self.module_of(node)
+        if type(module) is self.abcnets.PackedChain:
+            return list(module.steps)
+        if self.is_step(module):
+            return [module] if module.spatial_dims and module.out_thresholds is None else []
+        return [module] if self.is_small_convolution(module) else []
+
+    def members_from(self, first, nodes) -> tuple[list, list]:
+        """What a chain that begins here is given, at most two values, and of `nodes` all that it consists of.
+
+        As many as there can be, of which only the last one is read by others.
+        """
+        given, members = list(first.all_input_nodes), [first]
+        found = given, members
+        for node in nodes[nodes.index(first) + 1 :]:
+            new = [value for value in node.all_input_nodes if value not in members and value not in given]
+            if len(given) + len(new) > 2 or not all(map(self.memory.is_constant, given + new)):
+                continue
+            given, members = given + new, [*members, node]
+            if all(member.users.keys() <= set(members) for member in members[:-1]):
+                found = given, members
+        return found
+
+    def join(self, given, members, parts) -> None:
+        """Let one chain be in the place of these nodes, the first of which reads the first of `given`."""
+        values, steps = dict(zip(given, range(2))), []
+        for i, node in enumerate(members):
+            source, *other = node.args
+            if i:
+                values[members[i - 1]] = i + 1
+                steps.append(self.abcnets.ChainRead(values[source]))
+            for step in parts[node]:
+                if isinstance(step, self.abcnets.ChainSum):
+                    step = self.abcnets.ChainSum(values[other[0]], step.relu, step.in_place)
+                steps.append(step)
+            for layer in filter(self.is_packed, parts[node]):
+                layer.folded = True
+        steps[0], last = self.in_its_form(steps[0]), members[-1]
+        name = self.unused(f"chain_{members[0].name.removeprefix('chain_').strip('_')}_to_{last.name.strip('_')}")
+        self.fused.add_module(name, self.abcnets.PackedChain(steps))
+        with self.fused.graph.inserting_after(last):
+            call = self.fused.graph.call_module(name, tuple(given))
+        self.put_in_the_place_of(last, call)
+        for node in reversed(members[:-1]):
+            self.fused.graph.erase_node(node)
 
     def put_in_the_place_of(self, node, other) -> None:
         """Let all readers of a node read another one."""
@@ -362,13 +421,17 @@ class _Fusion:
         while link is not None and len(link.users) == 1:
             stock, relu = self.module_of(link), self.stateless(link)
             if _CONVOLUTIONS.get(type(stock)) == dims:
-                is_plain = stock.groups == 1 and stock.padding_mode == "zeros" and self.is_own(stock)
-                is_small = stock.in_channels <= FEW_CHANNELS and stock.weight.numel() <= FEW_WEIGHTS
-                return [(link, stock), *relus] if is_small and is_plain else []
+                return [(link, stock), *relus] if self.is_small_convolution(stock) else []
             if not is_pool or type(relu) not in (nn.ReLU, *_IDENTITIES):
                 return []
             link, relus = _argument(link), [(link, relu), *relus]
         return []
+
+    def is_small_convolution(self, module) -> bool:
+        if type(module) not in _CONVOLUTIONS or not self.is_own(module):
+            return False
+        is_small = module.in_channels <= FEW_CHANNELS and module.weight.numel() <= FEW_WEIGHTS
+        return is_small and module.groups == 1 and module.padding_mode == "zeros"
 
     def float_steps_behind(self, node, is_flat: bool) -> list:
         """ReLUs, flattening and a small stock linear layer that a chain alone feeds, if all are there."""
@@ -417,14 +480,16 @@ class _Memory:
         self._fresh = set()  # values in memory of their own
         self._owned = set()  # values whose memory only their one reader can reach
         group = {}  # value -> all that may share its memory
-        self._written = set()
+        self._written, arguments = set(), []  # of forward, which may be one tensor
         for node in fusion.fused.graph.nodes:
             group[node] = {node}
             source = self._source_of(node)
+            if node.op == "placeholder":
+                arguments.append(node)
             if self._is_fresh(node) or (self._works_in_place(node) and source in self._owned):
                 self._fresh.add(node)
             else:
-                for other in node.all_input_nodes:
+                for other in arguments if node.op == "placeholder" else node.all_input_nodes:
                     group[node] |= group[other]
                 for value in group[node]:
                     group[value] = group[node]

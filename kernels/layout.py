@@ -48,6 +48,7 @@ so that 1-D, 2-D and 3-D are one case.
                          uint16 ...        [P][16]               16 (a + 16 b) of two words' nibbles: offsets of tables
     look-up tiles        uint8 [block of O][M][tap, nibble][Q][lanes]   nibbles that index these tables; 128: unseen
     image, tiles of floats   float32 [B][padded S][C], [block of O][tap, channel][Q][16]
+    image, tiles in eight bits   uint8 [B][padded S][4], int32 [block of O][1 + tap][Q][16]
 """
 
 import math
@@ -611,7 +612,7 @@ def byte_weights(weight_OCK: np.ndarray, block: int) -> np.ndarray:
     """
     O, C = weight_OCK.shape[:2]
     weight_OKC = weight_OCK.reshape(O, C, -1).swapaxes(1, 2)
-    pixels_OK = np.pad(weight_OKC, [(0, 0), (0, 0), (0, 4 - C)]).view(np.int32)[..., 0]
+    pixels_OK = np.ascontiguousarray(np.pad(weight_OKC, [(0, 0), (0, 0), (0, 4 - C)])).view(np.int32)[..., 0]
     starts_O = -128 * weight_OCK.reshape(O, -1).astype(np.int32).sum(1, dtype=np.int32)
     blocked_GOk = in_blocks(np.concatenate([starts_O[:, None], pixels_OK], 1), 0, block)
     tiles = aligned_zeros((*blocked_GOk.shape[::2], block), np.int32)

@@ -22,7 +22,8 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         forked: whether this process was forked from one that may have used torch's threads.
 
     Returns: {"engine": its name and how it counts, "pays": a function (M, N, thresholds, spatial_dims, groups) ->
-        whether bits are faster there than one float convolution, "chains": whether it has `packed_chain`}, or
+        whether bits are faster there than one float convolution, "chains": whether it has `packed_chain`,
+        "multiplies_bytes": whether that runs a layer in eight bits}, or
         {"missing": why there is no engine, "install": what would help, or ""}. An engine is tried before it is
         registered, and registering twice is harmless.
     """
@@ -38,7 +39,10 @@ def register(abcnets, device: str, forked: bool = False) -> dict:
         return {"missing": reason[0], "install": NEEDS[device]}
     implement(device, engine, abcnets)
     tile = f" ({engine.tile()})" if hasattr(engine, "tile") else ""
-    return {"engine": NAMES[device] + tile, "pays": engine.pays, "chains": hasattr(engine, "packed_chain")}
+    return {
+        "engine": NAMES[device] + tile, "pays": engine.pays, "chains": hasattr(engine, "packed_chain"),
+        "multiplies_bytes": getattr(engine, "multiplies_bytes", bool)(),
+    }  # fmt: skip
 
 
 def implement(device: str, engine, abcnets) -> None:

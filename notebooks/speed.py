@@ -35,7 +35,6 @@ import abcnets
 from kernels.check import need_engine
 from kernels.clock import instruction_set, machine
 from kernels.command import POSITIVE_OR_0, THREADS, Parser
-from kernels.cpu.system import multiplies_bytes
 from kernels.report import refill
 
 
@@ -90,7 +89,7 @@ def measure(name: str, all_threads: list[int], seconds: float, compile_too: bool
             weights = {setting: bits.pop(setting) for setting in SETTINGS if setting[1] is None}
             theirs = torch_contenders(network, folder, [torch.float32])
             theirs += [compiled(form) for form in theirs] if compile_too else []
-            rests = ("float", "int8") if multiplies_bytes() else ("float",)
+            rests = ("float", "int8") if abcnets.multiplies_bytes() else ("float",)
             forms = theirs + abcnets_contenders(bits, network, folder, rests)
             files = onnx_files(network, [images], folder) | int8_files(weights, [images], folder)
         for threads, batch in itertools.product(all_threads, all_batches):

@@ -45,7 +45,7 @@ def random_chain(seed):
     torch.manual_seed(seed)
     dims, C = draw.choice([1, 2, 2, 3]), draw.choice([1, 2, 3, 4])
     geometry = dict(stride=draw.choice([1, 2]), padding=draw.choice([0, 1, 3]), dilation=draw.choice([1, 2]))
-    stock = STOCK[dims](C, draw.choice([5, 16, 40, 64]), draw.choice([1, 3]), **geometry, bias=draw.random() < 0.5)
+    stock = STOCK[dims](C, draw.choice([1, 5, 16, 40, 64]), draw.choice([1, 3]), **geometry, bias=draw.random() < 0.5)
     if draw.random() < 0.3:
         stock.weight.data[0] = 0
     pools = [POOLS[dims - 1](draw.choice([2, 3]), 2, 1) for _ in range(draw.choice([0, 1]))]
@@ -110,15 +110,17 @@ def test_other_kinds_of_numbers(dtype):
 @needs_vnni
 def test_fuse_makes_one_of_the_first_convolution():
     torch.manual_seed(0)
-    packed, x = abcnets.pack(Residual().eval(), engine="bits"), torch.rand(5, 3, 12, 12)
+    model = Residual().eval()
+    model.norm = nn.Identity()
+    packed, x = abcnets.pack(model, engine="bits"), torch.rand(5, 3, 12, 12)
     fused = abcnets.fuse(packed, rest="int8")
     chains = [each for each in fused.modules() if isinstance(each, PackedChain)]
-    kinds = sorted([type(step).__name__ for step in chain.steps] for chain in chains)
-    assert kinds == [["EightBitConv", "ReLU", "MaxPool2d"], ["PackedLayer"], ["PackedLayer", "PackedLayer"]]
-    first = next(chain for chain in chains if len(chain.steps) == 3)
-    assert torch.equal(in_one_call(first, x), one_by_one(first, x))
-    reference = abcnets.fuse(packed).get_submodule(next(n for n, each in fused.named_modules() if each is first))(x)
-    assert 0 < (first(x) - reference).abs().max() < 0.02 * reference.abs().max()
+    first = next(chain for chain in chains if type(chain.steps[0]) is EightBitConv)
+    stem = [PackedChain([*chain.steps][:3]) for chain in (first, PackedChain([packed.first, packed.relu, packed.pool]))]
+    assert torch.equal(in_one_call(stem[0], x), one_by_one(stem[0], x))
+    in_one_call(first, x)
+    reference = stem[1](x)
+    assert 0 < (stem[0](x) - reference).abs().max() < 0.02 * reference.abs().max()
     assert not fused(x.requires_grad_()).isnan().any()
 
 
@@ -137,12 +139,92 @@ def test_bits_behind_it(threads):
 
 def test_fuse_leaves_what_it_can_not_make(monkeypatch):
     packed = abcnets.pack(nn.Sequential(nn.Conv2d(3, 8, 3), binary(8)).eval(), engine="bits")
-    with pytest.raises(ValueError, match='rest should be "float" or "int8", got "bits"'.replace('"bits"', "'bits'")):
+    with pytest.raises(ValueError, match="rest should be \"float\" or \"int8\", got 'bits'"):
         abcnets.fuse(packed, rest="bits")
-    monkeypatch.setattr(system, "multiplies_bytes", lambda: False)
-    with pytest.warns(UserWarning, match="changes nothing here"):
-        fused = abcnets.fuse(packed, rest="int8")
-    assert not any(isinstance(each, EightBitConv) for each in fused.modules())
-    monkeypatch.setattr(system, "multiplies_bytes", lambda: True)
-    packed[0].weight.data[0, 0, 0, 0] = float("inf")
-    assert not any(isinstance(each, EightBitConv) for each in abcnets.fuse(packed, rest="int8").modules())
+    infinite = copy.deepcopy(packed)
+    infinite[0].weight.data[0, 0, 0, 0] = float("inf")
+    monkeypatch.setattr(abcnets, "multiplies_bytes", lambda: True)
+    no_stem = abcnets.pack(nn.Sequential(binary(8), binary(8)).eval(), engine="bits")
+    for model in (infinite, no_stem, None):
+        if model is None:  # no such instruction here
+            monkeypatch.setattr(abcnets, "multiplies_bytes", lambda: False)
+        with pytest.warns(UserWarning, match="changes nothing here"):
+            fused = abcnets.fuse(model or packed, rest="int8")
+        assert not any(isinstance(each, EightBitConv) for each in fused.modules())
+
+
+def test_where_it_is_not_one_call(monkeypatch):
+    """As of a model that was fused where the processor has the instruction, and is used where it has not."""
+    chain, x = random_chain(3)
+    monkeypatch.setattr(abcnets, "multiplies_bytes", lambda: False)
+    with pytest.raises(AssertionError):
+        in_one_call(chain, x)
+    assert torch.equal(chain(x), one_by_one(chain, x))
+
+
+@pytest.mark.parametrize("C, O", [(3, 8), (3, 3), (3, 1), (1, 4)])
+def test_images_without_a_batch_and_without_pixels(C, O):
+    torch.manual_seed(0)
+    stock, x = nn.Conv2d(C, O, 3, padding=2), torch.randn(2, C, 9, 9) * torch.tensor([1.0, 40]).view(2, 1, 1, 1)
+    conv = EightBitConv(stock)
+    assert torch.equal(conv(x[1]), conv(x)[1])
+    torch.testing.assert_close(conv(x), stock(x), rtol=0, atol=0.05 * 40)
+    assert conv(x[:0]).shape == (0, O, 11, 11) and conv(x[:, :, :0]).shape == (2, O, 2, 11)
+    chain = PackedChain([conv, nn.MaxPool2d(2)])
+    assert torch.equal(chain(x), one_by_one(chain, x)) and chain(x[:0]).shape == (0, O, 5, 5)
+
+
+def test_numbers_of_weights():
+    torch.manual_seed(0)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        stock = nn.Conv2d(3, 64, 3).to(dtype)
+        conv = EightBitConv(stock)
+        assert (conv.weight.sign() * stock.weight.sign()).min() >= 0 and conv.weight.abs().max() == 127
+    stock = nn.Conv2d(3, 1, 1)
+    stock.weight.data[:] = torch.tensor([190.0, 1, -190]).view(1, 3, 1, 1) * 1.4e-45
+    assert EightBitConv(stock).weight.abs().max() == 0
+    with torch.autocast("cpu", torch.float16):
+        assert EightBitConv(nn.Conv2d(3, 8, 7))(torch.ones(1, 3, 9, 9)).isfinite().all()
+    for wrong in (nn.Conv2d(3, 3, 3, groups=3), nn.Conv2d(3, 3, 3, padding=1, padding_mode="reflect")):
+        with pytest.raises(ValueError, match="without groups"):
+            EightBitConv(wrong)
+
+
+def test_no_gradient():
+    chain, x = random_chain(3)
+    for run in (chain, lambda x: one_by_one(chain, x)):
+        assert not run(x.clone().requires_grad_()).requires_grad
+        y, tangent = torch.func.jvp(run, (x,), (torch.ones_like(x),))
+        assert not tangent.any()
+
+
+@needs_vnni
+def test_tables_of_the_wrong_size_are_refused():
+    for name, wrong in (("scales", torch.ones(1)), ("bias", torch.ones(1))):
+        conv = EightBitConv(nn.Conv2d(3, 40, 3))
+        setattr(conv, name, wrong)
+        with pytest.raises(ValueError, match="do(es)? not fit"):
+            PackedChain([conv, nn.MaxPool2d(2)])(torch.randn(1, 3, 9, 9))
+    wide = EightBitConv(nn.Conv2d(6, 8, 3))  # which fuse would not take
+    chain, x = PackedChain([wide, nn.MaxPool2d(2)]), torch.randn(1, 6, 9, 9)
+    assert torch.equal(chain(x), one_by_one(chain, x))
+    long = EightBitConv(nn.Conv1d(4, 2, 20_000))  # whose sums 32 bits do not hold
+    long.weight.fill_(127)
+    chain, x = PackedChain([long, nn.MaxPool1d(2)]), torch.ones(1, 4, 20_003)
+    assert torch.equal(chain(x), one_by_one(chain, x))
+
+
+@needs_vnni
+def test_what_else_takes_a_model_with_it(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.MaxPool2d(2), binary(8)).eval()
+    packed, x = abcnets.pack(model, engine="bits"), torch.randn(5, 3, 12, 12)
+    fused = abcnets.fuse(packed, rest="int8")
+    rows = [{row["layer"].split(".")[-1]: row for row in abcnets.summary(each, x)} for each in (packed, fused)]
+    assert rows[1]["0"]["kind"] == "EightBitConv" and rows[1]["0"]["packed_bytes"] == 8 * 27 + 8 * 8
+    for what in ("parameters", "float_bytes", "macs"):
+        assert rows[1]["0"][what] == rows[0]["0"][what]
+    abcnets.export_onnx(fused, x, tmp_path / "model.onnx")
+    (y,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(None, {"input": x.numpy()})
+    assert torch.allclose(torch.from_numpy(y), fused(x), atol=1e-4)

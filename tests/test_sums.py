@@ -1,6 +1,8 @@
-"""Chains that add another tensor put out what the chain and torch's sum do, and fuse makes them where it may."""
+"""Residual networks in one call put out what their layers and sums do, and fuse joins what it may."""
 
 import copy
+import random
+import threading
 
 import pytest
 import torch
@@ -8,10 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 import abcnets
-from abcnets import PackedChain, PackedLayer
+from abcnets import ChainRead, ChainSum, PackedChain, PackedLayer
 
 pytest.importorskip("numba")
-from test_chain import binary, in_one_call, nearly_all_close, one_by_one, random_chain
+from networks import import_torchvision, resnet20
+from test_chain import KINDS, STOCK, binary, in_one_call, nearly_all_close, one_by_one, random_chain, random_layer
+from test_kernels_cpu import HERE, counting
 
 
 def chain_that_adds(seed, relu) -> tuple:
@@ -25,7 +29,7 @@ def chain_that_adds(seed, relu) -> tuple:
             except (ValueError, RuntimeError):  # an image has become smaller than the next kernel
                 y = None
             if y is not None:
-                return PackedChain(steps, adds=True, relu=relu).eval(), y, x
+                return PackedChain([*steps, ChainSum(1, relu)]).eval(), y, x
         seed += 1000
 
 
@@ -51,7 +55,7 @@ def test_a_chain_that_adds(seed, relu, threads):
 
 def test_what_it_leaves_to_torch():
     chain, y, x = chain_that_adds(1, True)
-    for other in (torch.randn(y.shape[1:]), torch.randn(2, *y.shape), torch.randn_like(y).double()):
+    for other in (torch.randn(2, *y.shape), torch.randn_like(y).double()):
         result = chain(x, other)
         assert result.dtype == other.dtype and torch.equal(result, added(y, other, True))
     with pytest.raises(RuntimeError, match="size"):
@@ -59,7 +63,7 @@ def test_what_it_leaves_to_torch():
     with pytest.raises(TypeError, match="two tensors"):
         chain(x)
     with pytest.raises(TypeError, match="one tensor"):
-        PackedChain([*chain.steps])(x, y)
+        PackedChain([*chain.steps][:-1])(x, y)
     other = torch.randn_like(y).requires_grad_()
     chain(x, other).sum().backward()
     assert torch.equal(other.grad, (y + other > 0).float())
@@ -130,7 +134,7 @@ def test_fuse_lets_chains_add(total, is_folded, layers):
     model.layers[-1].running_mean.normal_(), model.layers[-1].weight.data.normal_()
     packed, x = abcnets.pack(model, engine="bits"), torch.randn(5, 8, 9, 9)
     fused = abcnets.fuse(packed)
-    sums = [each for each in fused.modules() if isinstance(each, PackedChain) and each.adds]
+    sums = [each for each in fused.modules() if any(isinstance(step, ChainSum) for step in getattr(each, "steps", []))]
     first = [each for each in sums if torch.equal(each.steps[0].bits, packed.layers[0].bits)]
     assert bool(first) is is_folded
     assert nearly_all_close(fused(x), packed(x))
@@ -149,6 +153,273 @@ def test_a_sum_of_two_chains():
     torch.manual_seed(0)
     packed, x = abcnets.pack(Two().eval(), engine="bits"), torch.randn(5, 8, 9, 9)
     fused = abcnets.fuse(packed)
-    assert sorted(each.adds for each in fused.modules() if isinstance(each, PackedChain)) == [False, True]
+    (chain,) = [each for each in fused.modules() if isinstance(each, PackedChain)]
+    assert [type(step).__name__ for step in chain.steps][2:4] == ["ChainRead", "PackedLayer"]
     assert nearly_all_close(fused(x), packed(x))
     assert abcnets.summary(fused, x)
+
+
+def step_by_step(chain, *given):
+    """What the steps put out, by the book: values are what was given, x and `other`, and what each read keeps."""
+    values, x = [given[0], given[1] if len(given) > 1 else None], given[0]
+    for step in chain.steps:
+        if isinstance(step, ChainRead):
+            values.append(x)
+            x = values[step.value]
+        elif isinstance(step, ChainSum):
+            x = x + values[step.value]
+            x = x.relu() if step.relu else x
+        else:
+            x = step(x)
+    return x
+
+
+def residual_chain(seed):
+    """(a chain of blocks with sums, what it is given): of any dimensions, with 1 or 2 inputs."""
+    draw, g = random.Random(seed), torch.Generator().manual_seed(seed)
+    dims, C = draw.choice([1, 2, 2, 3]), draw.choice([8, 40, 70])
+    size = {1: (33,), 2: (13, 11), 3: (6, 5, 7)}[dims]
+
+    def layers(count):
+        kinds = [*(draw.choice(KINDS) for _ in range(count)), None]
+        made = []
+        while len(made) < count:
+            layer = random_layer(draw, g, dims, C, C, *kinds[len(made) : len(made) + 2])
+            padding = tuple(p for k in layer.kernel_size for p in [(k - 1) // 2] * 2)
+            if set(layer.stride) == {1} and set(layer.kernel_size) <= {1, 3} and tuple(layer.padding) == padding:
+                made.append(layer)
+        return made
+
+    given = [torch.randn(9, C, *size, generator=g)]
+    steps, values = [], [0]
+    if draw.random() < 0.5:
+        stock = STOCK[dims](draw.choice([1, 3]), C, 3, padding=1)
+        for parameter in stock.parameters():  # whose sums are exact
+            parameter.data = torch.randint(-4, 5, parameter.shape, generator=g).float()
+        given = [torch.randint(-4, 5, (9, stock.in_channels, *size), generator=g).float()]
+        steps, values = [stock], []
+    if draw.random() < 0.5:
+        given.append(torch.randn(9, C, *size, generator=g))
+        values.append(1)
+    for block in range(draw.choice([2, 3, 4])):
+        if steps:
+            last = 2 + sum(isinstance(step, ChainRead) for step in steps)
+            values.append(last)
+            steps.append(ChainRead(draw.choice(values) if block else values[-1]))
+        steps += layers(draw.choice([1, 2]))
+        if draw.random() < 0.8 and values:
+            steps.append(ChainSum(draw.choice(values), draw.random() < 0.5, draw.random() < 0.5))
+    if len(given) > 1 and not any(getattr(step, "value", 0) == 1 for step in steps):
+        steps.append(ChainRead(1))
+        steps += layers(1)
+    return PackedChain(steps).eval().requires_grad_(False), given
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_blocks_in_one_call(seed, threads):
+    torch.set_num_threads(1)
+    chain, given = residual_chain(seed)
+    expected = step_by_step(chain, *given)
+    assert torch.equal(one_call_or_steps(chain, given), expected)
+    torch.set_num_threads(threads)
+    for count in (9, 1, 2):
+        assert torch.equal(in_one_call(chain, *(x[:count] for x in given)), expected[:count])
+    other_order = [x.movedim(1, -1).contiguous().movedim(-1, 1) for x in given]
+    assert torch.equal(in_one_call(chain, *other_order), expected)
+    for x in given:
+        x.view(-1)[5] = float("nan")
+    for run in (chain, step_by_step):
+        try:
+            results = chain(*given) if run is chain else step_by_step(chain, *given)
+        except ValueError as error:
+            assert "NaN" in str(error)
+        else:
+            assert results.isnan().any()
+
+
+@pytest.mark.parametrize("tile", [tile for tile in HERE if tile.endswith("look-up")])
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_of_layers_that_look_up(seed, tile, threads):
+    torch.set_num_threads(threads)
+    with counting(tile):
+        chain, given = residual_chain(seed)
+        assert torch.equal(in_one_call(chain, *given), step_by_step(chain, *given))
+
+
+def one_call_or_steps(chain, given):
+    """As a hook on a step makes it."""
+    hook = chain.steps[0].register_forward_hook(lambda module, inputs, output: None)
+    try:
+        return chain(*given)
+    finally:
+        hook.remove()
+
+
+def test_several_python_threads():
+    torch.set_num_threads(1)
+    chain, given = residual_chain(3)
+    expected, results = step_by_step(chain, *given), {}
+
+    def work(i):
+        for _ in range(20):
+            results[i] = chain(*given)
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(results[i], expected) for i in range(4))
+
+
+def test_gradients_and_changes_pass_blocks():
+    chain, given = residual_chain(0)
+    while not any(isinstance(step, ChainSum) and step.value != 1 for step in chain.steps):
+        raise AssertionError("this seed has no sum")
+    x = given[0].clone().requires_grad_()
+    (y, z) = (chain(x, *given[1:]), step_by_step(chain, x, *given[1:]))
+    assert torch.equal(y, z) and y.requires_grad == z.requires_grad
+    before = chain(*given)
+    for step in chain.steps:
+        if isinstance(step, PackedLayer):
+            step.bits.bitwise_xor_(1)
+    assert torch.equal(chain(*given), step_by_step(chain, *given)) and not torch.equal(chain(*given), before)
+    assert torch.equal(copy.deepcopy(chain)(*given), chain(*given))
+    assert torch.equal(torch.compile(chain, backend="aot_eager")(*given), chain(*given))
+
+
+@pytest.mark.parametrize("wrong", [
+    [["read", [3]]], [["sum", [2, False, False]]], [["read", [-1]]], [["sum", [0, False, False]], "again"],
+    [["sum", [0, False, False]], ["sum", [0, False, False]]],
+])  # fmt: skip
+def test_programs_that_are_none(wrong):
+    chain, x = random_chain(2)
+    chain(x)
+    program = abcnets.json.loads(chain._kept.program)
+    steps = [program[-1] if step == "again" else step for step in wrong]
+    with pytest.raises(ValueError, match="packed_chain"):
+        torch.ops.abcnets.packed_chain(x, chain._kept.constants, abcnets.json.dumps(program + steps), x)
+
+
+def chains_of(model):
+    return [each for each in model.modules() if isinstance(each, PackedChain)]
+
+
+def test_a_network_is_one_call():
+    torch.manual_seed(0)
+    import_torchvision()
+    from torchvision.models import resnet18
+
+    model, x = abcnets.convert(resnet18(num_classes=10), 1, 1).eval(), torch.randn(2, 3, 64, 64)
+    packed = abcnets.pack(model, engine="bits")
+    fused = abcnets.fuse(packed)
+    (chain,) = chains_of(fused)
+    kinds = [type(step) for step in chain.steps]
+    assert kinds[:3] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d] and kinds.count(PackedLayer) == 19
+    assert kinds.count(ChainSum) == 8 and kinds.count(ChainRead) == 8 + 3
+    assert nearly_all_close(fused(x), packed(x))
+    macs = [sum(row["binary_macs"] for row in abcnets.summary(each, x)) for each in (packed, fused)]
+    assert macs[0] == macs[1] > 0
+
+
+def test_what_lies_between_other_operations_is_one_call():
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(abcnets.convert(resnet20(3), 1, 1).eval(), engine="bits"), torch.randn(3, 3, 32, 32)
+    fused = abcnets.fuse(packed)
+    assert [sum(isinstance(step, ChainSum) for step in chain.steps) for chain in chains_of(fused)] == [3, 3, 3]
+    assert [chain.takes_other for chain in chains_of(fused)] == [False, True, True]
+    assert nearly_all_close(fused(x), packed(x))
+    assert nearly_all_close(fused(x[:1]), packed(x[:1]))
+
+
+class Read(nn.Module):
+    """A value within is read by somebody else, or there are three that come from outside."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.read, self.layers = read, nn.ModuleList(binary(8) for _ in range(4))
+
+    def forward(self, x):
+        a = self.layers[0](x) + x
+        b = self.layers[1](a) + a
+        return self.read(self.layers, x, a, b)
+
+
+READ = [
+    ("two values are returned", lambda layers, x, a, b: (layers[2](b) + b, a), [[1], [1, 1]]),
+    ("one is changed", lambda layers, x, a, b: (layers[2](b) + b.mul_(2),), [[1, 1], [0]]),
+    ("three from outside", lambda layers, x, a, b: layers[2](b) + x.sin() + (layers[3](a) + x.cos()), None),
+    ("both branches", lambda layers, x, a, b: layers[2](b) + layers[3](a), [[1, 1, 0, 1]]),
+    ("read by torch", lambda layers, x, a, b: layers[2](b) + a.tanh(), None),
+]
+
+
+@pytest.mark.parametrize("read, expected", [case[1:] for case in READ], ids=[case[0] for case in READ])
+def test_values_that_others_read(read, expected):
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(Read(read).eval(), engine="bits"), torch.randn(5, 8, 9, 9)
+    fused = abcnets.fuse(packed)
+    outputs = [model(x.clone()) for model in (packed, fused)]
+    outputs = [output if isinstance(output, tuple) else (output,) for output in outputs]
+    for one, other in zip(*outputs):
+        assert nearly_all_close(one, other)
+    assert len(chains_of(fused)) < 4
+
+
+def test_one_tensor_as_two_arguments():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = binary(8)
+
+        def forward(self, x, z):
+            y = self.layer(x)
+            z.mul_(-1)
+            return y + x
+
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(Two().eval(), engine="bits"), torch.randn(5, 8, 9, 9)
+    one, other = x.clone(), x.clone()
+    assert nearly_all_close(abcnets.fuse(packed)(one, one), packed(other, other))
+
+
+@pytest.mark.parametrize("other", [1.5, torch.tensor(2.0), torch.randn(8, 1, 1), nn.Parameter(torch.randn(8, 9, 9))])
+def test_what_is_added_may_be_anything(other):
+    class Added(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(binary(8), binary(8))
+
+        def forward(self, x, other):
+            return self.layers(x) + other + x.size(0)
+
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(Added().eval(), engine="bits"), torch.randn(5, 8, 9, 9)
+    assert nearly_all_close(abcnets.fuse(packed)(x, other), packed(x, other))
+
+
+def test_a_sum_in_place_keeps_its_kind():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = binary(8)
+
+        def forward(self, x, other):
+            y = self.layer(x)
+            y += other
+            return y
+
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(InPlace().eval(), engine="bits"), torch.randn(5, 8, 9, 9)
+    fused = abcnets.fuse(packed)
+    assert fused(x, x.double()).dtype == packed(x, x.double()).dtype == torch.float32
+    for model in (packed, fused):
+        with pytest.raises(RuntimeError, match="shape"):
+            model(x, torch.randn(2, 5, 8, 9, 9))
+
+
+def test_what_is_broadcast_is_one_call():
+    chain, y, x = chain_that_adds(1, False)
+    for shape in ((y.shape[1], *[1] * (y.ndim - 2)), (1, *y.shape[1:]), y.shape[1:], ()):
+        other = torch.randn(shape)
+        assert torch.equal(in_one_call(chain, x, other), y + other)

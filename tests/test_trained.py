@@ -10,9 +10,6 @@ from training import accuracy, load_weights
 
 import abcnets
 
-pytest.importorskip("numba")
-from kernels.cpu import system
-
 NETWORKS = {"fashion-mnist": (nine_layer, ROOT / "data/FashionMNIST"),
             "cifar10-jpeg": (lambda: resnet20(3), ROOT / "data/cifar10-jpeg")}  # fmt: skip
 ROWS = {trained_file(row["run"]): row for dataset in NETWORKS for row in main_runs(RESULTS, dataset).to_dict("records")}
@@ -25,7 +22,7 @@ def load(path):
     return abcnets.load_packed(path, network()) if M or N else load_weights(network(), path)
 
 
-@pytest.mark.skipif(not system.multiplies_bytes(), reason="no AVX-512 VNNI")
+@pytest.mark.skipif(not abcnets.multiplies_bytes(), reason="no AVX-512 VNNI")
 @pytest.mark.parametrize("path", [path for path in FILES if "-N" in path.stem], ids=lambda path: path.stem)
 @pytest.mark.usefixtures("one_thread")
 def test_the_first_layer_in_int8_costs_next_to_nothing(path):
@@ -33,7 +30,9 @@ def test_the_first_layer_in_int8_costs_next_to_nothing(path):
     if not folder.exists():
         pytest.skip(f"{folder.relative_to(ROOT)} is missing")
     model, data = load(path), load_data(ROWS[path]["dataset"])
-    percent = [accuracy(abcnets.fuse(model, rest=rest), data) for rest in ("float", "int8")]
+    whole, eight_bits = (abcnets.fuse(model, rest=rest) for rest in ("float", "int8"))
+    assert any(isinstance(module, abcnets.EightBitConv) for module in eight_bits.modules())
+    percent = [accuracy(each, data) for each in (whole, eight_bits)]
     assert percent[1] == pytest.approx(percent[0], abs=0.2)
 
 

@@ -25,6 +25,7 @@ from .engine import EightBitLayer, FloatLayer, Layer, Plan, _address, describe, 
 from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
+X, OTHER = 0, 1  # the values that a call is given
 FLOATS, POOLED_FLOATS = 0, -1  # in the place of a number of bases: as a layer puts them out, and as a pool does
 NOTHING = 0, -2  # can be read
 AS_BASES = layout.BASES, 1  # the form of an image: what it holds, and how often a word does
@@ -33,12 +34,13 @@ AS_BASES = layout.BASES, 1  # the form of an image: what it holds, and how often
 def packed_chain(x, constants, program, other=None):
     """abcnets::packed_chain, as abcnets.py documents it."""
     chain = _chains.get((constants,), program)
-    readable, kind = chain.readable(x)
+    readable, kind = chain.readable(x, other)
     if kind is not None:
         threads = system.thread_count()
-        key = (x.shape, kind, threads)
-        plan = chain.plans.get(key, ChainPlan, chain, x.shape, kind, threads)
-        output, saw_nan = plan.run(chain, readable, other) if plan.takes(chain, other) else (None, True)
+        added = None if other is None else other.shape
+        key = (x.shape, kind, threads, added)
+        plan = chain.plans.get(key, ChainPlan, chain, x.shape, kind, threads, added)
+        output, saw_nan = plan.run(chain, readable, other) if plan.runs else (None, True)
         if not saw_nan:
             return output
     # what is not computed here, or must be complained about
@@ -57,29 +59,68 @@ class Pool:
 
 
 class Chain:
-    """The steps, and the tables that depend on their constants alone."""
+    """The segments of a program, and the tables that depend on its constants alone."""
 
     def __init__(self, tensors, program):
-        self.steps, self.geometries, self.plans = [], [], Recent(engine.PLANS_PER_LAYER)
-        self.adds = self.relu = False  # whether another tensor is added at the end, and a ReLU behind
         (constants,) = tensors
+        self.segments, self.plans = [Segment(0, 1)], Recent(engine.PLANS_PER_LAYER)
+        for name, arguments in engine.plain._chain_steps(program):
+            if name == "read":
+                self.segments.append(Segment(*arguments, 1 + len(self.segments)))
+            elif name == "sum":
+                self.segments[-1].sum(*arguments)
+            else:
+                self.segments[-1].append(name, engine.plain._chain_arguments(arguments, constants))
+        self.runs = all(segment.runs and _behind(segment.steps[-1])[1] <= 0 for segment in self.segments)
+        reads = [segment.reads for segment in self.segments] + [segment.adds for segment in self.segments]
+        self.reads_again, self.reads_other = reads.count(X) > 1, OTHER in reads
+
+    def readable(self, x, other) -> tuple:
+        """(x as the first step can read it, the order of its pixels and channels); order None: that is not computed."""
+        if not self.runs or x.dtype is not torch.float32 or self.reads_other is (other is None):
+            return x, None
+        if other is not None and other.dtype is not torch.float32:
+            return x, None
+        return self.segments[0].steps[0].readable(x.contiguous() if self.reads_again else x)
+
+
+class Segment:
+    """Steps that only read one another, from one value to the next: values are x, `other`, what a segment puts out.
+
+    Attributes:
+        reads: which value;  adds: which one is added at the end, or None;  relu: whether a ReLU is behind.
+    """
+
+    def __init__(self, reads, known):
+        self.reads, self.adds, self.relu = reads, None, False
+        self.steps, self.geometries, self.runs = [], [], True
+        self.known = known  # the last value that there is
+        self._check(reads)
+
+    def _check(self, value) -> None:
+        if type(value) is not int or not 0 <= value <= self.known:
+            raise ValueError(f"packed_chain: a segment can't read value {value}")
+
+    def sum(self, adds, relu, in_place) -> None:
+        self._check(adds)
+        if not self.steps or type(self.steps[-1]) is not Layer or not self.steps[-1].kernel or self.adds is not None:
+            raise ValueError(f"packed_chain: step {len(self.steps)}, sum, does not fit the one before it")
+        self.relu, self.adds = relu, adds
+
+    def append(self, name, arguments) -> None:
         makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
                   "eight_bit_convolution": self._eight_bit_convolution, "max_pool": self._pool_of_floats,
                   "linear": self._linear}  # fmt: skip
-        for name, arguments in engine.plain._chain_steps(program):
-            before = self.steps[-1] if self.steps else None
-            if name == "sum" and type(before) is Layer and before.kernel and not self.adds:
-                (self.relu,), self.adds = arguments, True
-                continue
-            if self.adds or name not in makers:
-                raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, is not known there")
-            step, reads, *geometry = makers[name](before, *engine.plain._chain_arguments(arguments, constants))
+        before = self.steps[-1] if self.steps else None
+        fits = name in makers and self.adds is None
+        if fits:
+            step, reads, *geometry = makers[name](before, *arguments)
             fits = isinstance(step, Layer) if before is None else reads == _behind(before)
-            if not fits:
-                raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
-            self.steps.append(step)
-            self.geometries.append(tuple(map(tuple, geometry)))
-        self.runs = all(not isinstance(step, Layer) or step.runs for step in self.steps)
+        if not fits:
+            raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
+        self.steps.append(step)
+        self.geometries.append(tuple(map(tuple, geometry)))
+        self.runs &= not isinstance(step, Layer) or step.runs
 
     # A step, what it reads (`_behind`), and of a layer stride, padding, dilation.
 
@@ -111,12 +152,6 @@ class Chain:
     def _pool_of_floats(self, before, channels, relu, *sizes):
         return Pool(channels, sizes, relu=relu), (channels, FLOATS)
 
-    def readable(self, x) -> tuple:
-        first, last = self.steps[0], self.steps[-1]
-        if not self.runs or x.dtype is not torch.float32 or _behind(last)[1] > 0:
-            return x, None
-        return first.readable(x)
-
 
 def _behind(step) -> tuple:
     """Of what a step puts out: how many channels, and how many bases of them, or in which way they are floats."""
@@ -133,15 +168,62 @@ _chains = Beside(Chain, CHAINS)
 class ChainPlan:
     """A chain at one input size."""
 
-    def __init__(self, chain, shape, kind, threads):
-        self.threads, self.waiting = threads, []
-        self.plans, B = [], shape[0]  # a Plan of each layer, (input size, output size, sources) of each pool
-        for step, geometry in zip(chain.steps, chain.geometries):
+    def __init__(self, chain, shape, kind, threads, added):
+        self.threads, self.waiting, self.runs = threads, [], True
+        self.plans, values = [], [shape, added]  # of each segment; the shapes of values
+        for segment in chain.segments:
+            is_last = segment is chain.segments[-1]
+            plan = SegmentPlan(segment, values[segment.reads], kind if segment.reads == X else PLANAR, threads)
+            self.runs = plan.runs and values[segment.reads][:1] == shape[:1] and (is_last or plan.is_planar)
+            is_read = any(segment.reads == OTHER for segment in chain.segments)
+            if self.runs and segment.adds == OTHER and not is_read and _widens(values[OTHER], plan.output_shape):
+                values[OTHER] = plan.output_shape
+            self.runs = self.runs and (segment.adds is None or values[segment.adds] == plan.output_shape)
+            if not self.runs:  # torch says what is wrong
+                return
+            self.plans.append(plan)
+            values.append(plan.output_shape)
+        self.values = values
+        self.images = self.plans[0].plans[0].images
+        self.by_thread = threads == 1 or self.images >= 4 * threads
+
+    def run(self, chain, x, other) -> tuple:
+        """(output, whether a NaN was seen)."""
+        try:
+            places = self.waiting.pop()
+        except IndexError:
+            places = Places(chain, self)
+        output = system.in_large_pages(torch.empty(self.values[-1], dtype=torch.float32, device="cpu"))
+        other = None if other is None else other.expand(self.values[OTHER]).contiguous()  # lives until all is done
+        places.point(x, other)
+        places.jobs[-1].output, places.job.saw_nan = output.data_ptr(), 0
+        system.run(places.entry, places.address, self.threads)
+        saw_nan = places.job.saw_nan
+        self.waiting.append(places)
+        return output, saw_nan
+
+
+def _widens(shape, wanted) -> bool:
+    """Whether a tensor of that shape is broadcast to the wanted one."""
+    try:
+        return torch.broadcast_shapes(shape, wanted) == wanted
+    except RuntimeError:
+        return False
+
+
+class SegmentPlan:
+    """A segment at one input size: a Plan of each layer, (input size, output size, sources) of each pool."""
+
+    def __init__(self, segment, shape, kind, threads):
+        self.input_shape, self.plans, self.runs, B = shape, [], True, shape[0]
+        for step, geometry in zip(segment.steps, segment.geometries):
             if isinstance(step, Layer):
-                if step.is_last and prod(shape[1:]) != step.channels:
-                    self.runs = False  # torch says what is wrong
-                    return
                 is_flat = step.is_last and len(shape) > 2
+                if kind != WORDS:
+                    found, wanted = (len(shape) - 2, shape[1]), (len(step.kernel), step.channels)
+                    self.runs = prod(shape[1:]) == step.channels if step.is_last else found == wanted
+                if not self.runs:
+                    return
                 if is_flat:  # its image is one pixel
                     shape, geometry, kind = (B, step.channels, 1), ((1,), (0, 0), (1,)), PLANAR
                 self.plans.append(Plan(step, shape, kind, threads, *geometry))
@@ -154,32 +236,9 @@ class ChainPlan:
                 kind = WORDS if step.bases else PLANAR
                 shape = (B, *size, *shape[-2:]) if step.bases else (B, step.channels, *size)
         self.output_shape = shape
+        last = self.plans[-1]
+        self.is_planar = not isinstance(last, Plan) or not last.linear
         self.runs = all(isinstance(plan, Plan) or plan[2] is not None for plan in self.plans)
-        self.images = self.plans[0].images
-        self.by_thread = threads == 1 or self.images >= 4 * threads
-
-    def takes(self, chain, other) -> bool:
-        """Whether all is computed here, also what is added."""
-        if other is None or not chain.adds:
-            return self.runs and other is None and not chain.adds
-        return self.runs and other.dtype is torch.float32 and other.shape == self.output_shape
-
-    def run(self, chain, x, other) -> tuple:
-        """(output, whether a NaN was seen)."""
-        try:
-            places = self.waiting.pop()
-        except IndexError:
-            places = Places(chain, self)
-        output = system.in_large_pages(torch.empty(self.output_shape, dtype=torch.float32, device="cpu"))
-        self.plans[0].point(places.jobs[0], x)
-        places.jobs[-1].output, places.job.saw_nan = output.data_ptr(), 0
-        if other is not None:
-            other = other.contiguous()
-            places.jobs[-1].other = other.data_ptr()
-        system.run(places.entry, places.address, self.threads)
-        saw_nan = places.job.saw_nan
-        self.waiting.append(places)
-        return output, saw_nan
 
 
 class Places:
@@ -189,24 +248,15 @@ class Places:
         from . import steps
 
         self.plan, self.kept, self.jobs = plan, [], []
-        sums_bytes = max(each.sums_bytes for each in plan.plans if isinstance(each, Plan))
+        sums_bytes = max(each.sums_bytes for part in plan.plans for each in part.plans if isinstance(each, Plan))
         self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
-        last = len(chain.steps) - 1
-        form = AS_BASES  # of the image that a step writes
-        into = {"output_stride": 4 * prod(plan.output_shape[1:])}
-        for i in reversed(range(last + 1)):  # the place that a step writes to is the place that the next one reads
-            step, its_plan = chain.steps[i], plan.plans[i]
-            behind_pool = i > 0 and isinstance(chain.steps[i - 1], Pool)
-            if isinstance(step, Layer):
-                is_pooled = i < last and isinstance(chain.steps[i + 1], Pool)
-                writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
-                sums = (chain.adds, chain.relu) if i == last else ()
-                into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
-                job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
-            else:
-                job, into = self._pool(step, its_plan, into)
-            self.jobs.insert(0, job)
-        kinds = [CONVOLUTION if isinstance(step, Layer) else POOL for step in chain.steps]
+        self.readers, self.adders = [], []  # (record, Plan) that read x or `other`; records that add it; and which
+        values = [None, None]  # where those lie that are made here
+        for segment, part in zip(chain.segments, plan.plans):
+            is_last = segment is chain.segments[-1]
+            values.append(None if is_last else self._buffer(4 * prod(part.output_shape[1:])))
+            self._segment(segment, part, values)
+        kinds = [CONVOLUTION if isinstance(step, Layer) else POOL for part in chain.segments for step in part.steps]
         self.tables = np.array([kinds, [job.address for job in self.jobs]], np.int64)
         self.job = ChainJob(
             steps=len(kinds),
@@ -223,6 +273,52 @@ class Places:
             self.job.thread_number, self.job.thread_count = pool.thread_number, pool.thread_count
             self.job.barrier = pool.barrier
         self.address, self.entry = ctypes.addressof(self.job), steps.chain_kernel().address
+
+    def point(self, x, other) -> None:
+        """Let the records read these."""
+        given = x, other
+        for which, job, plan in self.readers:
+            plan.point(job, given[which])
+        for which, job in self.adders:
+            job.other, job.other_stride = given[which].data_ptr(), 4 * given[which].stride(0)
+
+    def _segment(self, segment, part, values) -> None:
+        """Records for the steps between two values."""
+        last, jobs = len(segment.steps) - 1, []
+        form = AS_BASES  # of the image that a step writes
+        if values[-1] is None:
+            into = {"output_stride": 4 * prod(part.output_shape[1:])}
+        else:
+            into = self._into(values[-1])
+        for i in reversed(range(last + 1)):  # the place that a step writes to is the place that the next one reads
+            step, its_plan = segment.steps[i], part.plans[i]
+            behind_pool = i > 0 and isinstance(segment.steps[i - 1], Pool)
+            if isinstance(step, Layer):
+                is_pooled = i < last and isinstance(segment.steps[i + 1], Pool)
+                writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
+                sums = (segment.adds is not None, segment.relu) if i == last else ()
+                into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
+                job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
+            else:
+                job, into = self._pool(step, its_plan, into)
+            jobs.insert(0, job)
+        self._connect(segment, part, values, jobs)
+        self.jobs += jobs
+
+    def _connect(self, segment, part, values, jobs) -> None:
+        """Let the first record read, and the last one add, the segment's values."""
+        source, added = values[segment.reads], None if segment.adds is None else values[segment.adds]
+        if source is None:
+            self.readers.append((segment.reads, jobs[0], part.plans[0]))
+        else:
+            jobs[0].input, jobs[0].image_stride = _address(source), source.strides[0]
+            jobs[0].input_by_thread = self.plan.by_thread
+            jobs[0].channel_stride, jobs[0].pixel_stride = 4 * prod(part.input_shape[2:]), 4
+        if added is not None:
+            jobs[-1].other, jobs[-1].other_stride = _address(added), added.strides[0]
+            jobs[-1].other_by_thread = self.plan.by_thread
+        elif segment.adds is not None:
+            self.adders.append((segment.adds, jobs[-1]))
 
     def _buffer(self, image_bytes, blank=0) -> np.ndarray:
         """[thread or image][at least so many bytes], all `blank`; a whole register may be read at its end."""

@@ -1,7 +1,7 @@
 """A convolution of few channels in eight bits, for the first layer of a chain, which has no bits.
 
     y[b, o, p] = s t_o (sum over taps and channels of X W8) + bias[o]
-    X = round(x / s), s = the image's largest |x| / 127
+    X = round(x / s), s = the image's largest |x| (at least 1e-30) / 127
 
 where the layer's weights are W8 t_o, W8 in -127..127 (abcnets.EightBitConv). The sums are integers, exact in any order.
 
@@ -40,7 +40,7 @@ from .primitives import (
 )
 
 WHOLE = 12582912.0  # 1.5 * 2^23: a float32 of at most 2^22 plus this is rounded to a whole number, in its low bits
-SMALLEST = 1e-30  # an image's largest |x| counts as at least this: then 127 over it is a float32 too
+SMALLEST = 1e-30  # an image's largest |x| counts as at least this, as in abcnets.EightBitConv
 
 
 @intrinsic(prefer_literal=True)
@@ -107,7 +107,7 @@ def block_kernel(P, Q, stamp=STAMP):
 
 @functools.cache
 def chunk_kernel(stamp=STAMP):
-    """Rounds an image into the padded one at `words`; non-zero where a number is NaN or so large that sums overflow."""
+    """Rounds an image, whatever `first` is, into the padded one at `words`; non-zero where a number is NaN or large."""
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
     def round_image(jobs, number, first, words, scratch):
@@ -192,5 +192,6 @@ def round_16(typing, source, channel_stride, pixel_stride, count, channels, step
 
 @njit
 def send_16(source, count, words, landing):
+    """The first `count` int32 at source, each to its pixel."""
     for i in range(count):
         store_int(words + 4 * load_word(landing + 8 * i), load_int(source + 4 * i))

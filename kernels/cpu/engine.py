@@ -52,6 +52,9 @@ def pays(M, N, thresholds, spatial_dims, groups) -> bool:
     return is_compiled_for(N, thresholds) and 0 < M * N <= BITS_PAY_UP_TO[system.tile()]
 
 
+multiplies_bytes = system.multiplies_bytes
+
+
 def use(abcnets) -> None:
     """Let the operators of this abcnets module run what is not computed here."""
     global plain
@@ -126,7 +129,8 @@ class Layer:
     """The tables that depend on a layer's tensors alone."""
 
     is_last = False  # of a chain, which it ends
-    blank, takes_chunks = 0, True  # bytes of the padding; whether an image is packed sixteen pixels at a time
+    blank, takes_chunks = 0, True  # bytes of the padding; whether an image is packed sixteen pixels at a time, or as
+    #                                a whole, behind which its step is kept, a float32
 
     def __init__(self, tensors, channels, groups, out_bases):
         bits, alphas, betas, thresholds, flips, bias, zero, out_thresholds, out_flips = tensors
@@ -237,6 +241,9 @@ class FloatLayer(Layer):
 
     def __init__(self, weight, bias, is_last=False, relu=False):
         self.is_last = is_last
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"packed_chain: a bias of shape {tuple(bias.shape)} does not fit weights of shape "
+                             f"{tuple(weight.shape)}")  # fmt: skip
         weight, bias = _numpy(weight), _numpy(bias)
         (self.O, self.channels), self.kernel = weight.shape[:2], weight.shape[2:]
         self.M = self.groups = 1
@@ -270,12 +277,17 @@ class EightBitLayer(FloatLayer):
     blank, takes_chunks = 128, False
 
     def __init__(self, weight, scales, bias):
+        if weight.dtype is not torch.int8 or scales.shape != weight.shape[:1]:
+            raise ValueError(f"packed_chain: scales of shape {tuple(scales.shape)} do not fit weights of shape "
+                             f"{tuple(weight.shape)}, or these are not int8 but {weight.dtype}")  # fmt: skip
         super().__init__(weight * scales.view(-1, *[1] * (weight.ndim - 1)), bias)
-        self.runs &= system.multiplies_bytes() and self.channels <= 4
-        self.lanes = layout.Bytes(True, False, self.lanes.registers)
-        self.width, self.pixel_bytes = 1, 4
-        self.weights = layout.byte_weights(_numpy(weight).astype(np.int8), self.lanes.block)
-        self.scales = np.ascontiguousarray(layout.in_blocks(_numpy(scales), 0, self.lanes.block))
+        fits = self.channels <= 4 and weight[0].numel() * 255 * 127 < 2**31
+        self.runs &= system.multiplies_bytes() and fits
+        if self.runs:
+            self.lanes = layout.Bytes(True, False, self.lanes.registers)
+            self.width, self.pixel_bytes = 1, 4
+            self.weights = layout.byte_weights(weight.numpy(), self.lanes.block)
+            self.scales = np.ascontiguousarray(layout.in_blocks(_numpy(scales), 0, self.lanes.block))
 
 
 class Plan:

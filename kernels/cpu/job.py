@@ -23,7 +23,8 @@ PLANE_BYTES = 64 * CHUNK * 4  # [64 channels][pixel] a copy of the input where a
 COLUMN_BYTES = 8 * CHUNK * 8  # [base][pixel] the words that a chunk was packed to, before they are sent to pixels;
 COUNTERS = ROWS_BYTES + PLANE_BYTES + COLUMN_BYTES  # where 16-bit counters begin, of a tile that counts in bytes,
 COUNTERS_BYTES = 24 * 64 * 2  # of at most 24 registers
-SCRATCH_BYTES = COUNTERS + COUNTERS_BYTES
+ADDED = COUNTERS + COUNTERS_BYTES  # where the image lies that is added to the one under way
+SCRATCH_BYTES = ADDED + 64
 
 
 class Job(ctypes.Structure):
@@ -84,7 +85,9 @@ class Job(ctypes.Structure):
             "output",
             "output_stride",  # from one image to the next
             "output_by_thread",  # as words_by_thread
-            "other",  # float32 that are added to the output, and lie as it does
+            "other",  # float32 [image][channel][pixel] that are added to the output; 0: nothing is
+            "other_stride",
+            "other_by_thread",
             "output_channels",  # O
             "output_thresholds",  # float32 [T of the next layer][block][16]
             "output_flips",  # words [ceil(O / 64)]

@@ -18,7 +18,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import PART_BYTES, PIXEL_BLOCK, PLANAR, WORDS
+from .job import ADDED, PART_BYTES, PIXEL_BLOCK, PLANAR, WORDS
 from .pack import JOB
 from .primitives import (
     FLOATS_16,
@@ -53,13 +53,14 @@ def planes_kernel(adds, relu, stamp=STAMP):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
         count, plane = min(PIXEL_BLOCK, job.output_pixels - first), 4 * job.output_pixels
+        other = load_word(rows + ADDED)
         for block in range(tile * job.parts, min((tile + 1) * job.parts, job.blocks)):
             channels = min(job.output_channels - 16 * block, 16)
             planes = output + 16 * block * plane + 4 * first
             store_planes(rows, count, channels, planes, plane)
             if adds:
                 for c in range(channels):
-                    add_floats(planes + c * plane, job.other - job.output, count, relu)
+                    add_floats(planes + c * plane, other - output, count, relu)
             rows += PART_BYTES
         return 0
 

@@ -44,7 +44,7 @@ from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .. import layout
-from .job import COUNTERS, PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
+from .job import ADDED, COUNTERS, PART_BYTES, PIXEL_BLOCK, SCRATCH_BYTES
 from .pack import JOB
 from .primitives import (
     FLOATS_16,
@@ -59,6 +59,7 @@ from .primitives import (
     call_kernel,
     ir,
     load_word,
+    store_word,
 )
 
 
@@ -283,6 +284,8 @@ def convolve_share(job, thread, begin, end):
             summed = image
         last = call_kernel(job.block_kernel, job.address, words, tile, first, rows)
         output = job.output + job.output_stride * (thread if job.output_by_thread else image)
+        if job.other != 0:
+            store_word(rows + ADDED, job.other + job.other_stride * (thread if job.other_by_thread else image))
         call_kernel(job.store_kernel, job.address, output, tile, first, rows)
         first = last
         if first == output_pixels:
