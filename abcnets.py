@@ -39,7 +39,7 @@ What is in it, from top to bottom:
     engines                                            which device runs packed layers how fast
     fuse, fused_for                                    bits from layer to layer
     PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call,
-    EightBitConv, ChainSum, ChainRead                  of which these are some
+    EightBitConv, ChainSum, ChainRead, ChainAverage    of which these are some
     export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is
@@ -95,8 +95,8 @@ __all__ = [
     "CODES", "even_shifts", "gaussian_shifts", "weight_bases", "fit_weight", "quantize_weight", "quantize_activation",
     "ABCConv1d", "ABCConv2d", "ABCConv3d", "ABCLinear", "binarize", "separate_thresholds", "plan", "convert",
     "calibrate", "summary", "Summary", "pack_bits", "unpack_bits", "packed_conv", "packed_max_pool", "packed_chain",
-    "pack", "PackedLayer", "PackedPool", "EightBitConv", "PackedChain", "ChainSum", "ChainRead", "save_packed",
-    "load_packed", "engines", "multiplies_bytes", "fuse", "fused_for", "export_onnx",
+    "pack", "PackedLayer", "PackedPool", "EightBitConv", "PackedChain", "ChainSum", "ChainRead", "ChainAverage",
+    "save_packed", "load_packed", "engines", "multiplies_bytes", "fuse", "fused_for", "export_onnx",
 ]  # fmt: skip
 
 
@@ -1296,7 +1296,7 @@ _ABC_OF = {cls._stock: cls for cls in (ABCConv1d, ABCConv2d, ABCConv3d, ABCLinea
 
 def _check_own(model: nn.Module) -> None:
     """Layers of another copy of this file would pass for a stranger's here, and be left out without a word."""
-    own = _ABCLayer, PackedLayer, PackedPool, PackedChain, EightBitConv, ChainSum, ChainRead
+    own = _ABCLayer, PackedLayer, PackedPool, PackedChain, EightBitConv, ChainSum, ChainRead, ChainAverage
     for name, layer in model.named_modules():
         if getattr(layer, "_is_abcnets", False) and not isinstance(layer, own):
             raise ValueError(f"layer {name!r} is of another copy of abcnets ({type(layer).__module__}) than this one "
@@ -2141,8 +2141,9 @@ def packed_chain(x: Tensor, constants: Tensor, program: str, other: Tensor | Non
     `program` is a list of steps [name, arguments] as JSON, without x: those of `packed_conv` or `packed_max_pool`; or
     of floats, in front of all others "convolution": weight, bias, stride, (low, high) padding, dilation, or
     "eight_bit_convolution": weight, scales, bias and so on; "max_pool": channels, whether behind a ReLU, and then sizes
-    as packed_max_pool takes them; "linear" (behind all others): weight, bias, whether behind a ReLU and behind
-    flattening. A tensor among them is [where it begins in the bytes of `constants`, its dtype, its shape].
+    as packed_max_pool takes them; "average": the arguments of a `ChainAverage`; "linear" (behind all others): weight,
+    bias, whether behind a ReLU and behind flattening. A tensor among them is [where it begins in the bytes of
+    `constants`, its dtype, its shape].
 
     Values are 0, x; 1, `other`; and from 2 on what "read" ends: it has the next step read another value, its argument.
     "sum", after the last step that a value comes from, adds one: which, and the other arguments of a `ChainSum`. An
@@ -2186,14 +2187,24 @@ def _float_max_pool(x, channels, relu, *sizes):
     return _MAX_POOLS[len(sizes[0]) - 1](x.relu() if relu else x, *sizes)
 
 
+def _float_average(x, extra, kernel, scale, shift, relu):
+    dims = x.ndim - 2
+    if scale is not None:
+        x = x * scale.view(-1, *[1] * dims) + shift.view(-1, *[1] * dims)
+    x = x.relu() if relu else x
+    x = x.mean(tuple(range(2, x.ndim)), keepdim=True) if kernel is None else _AVERAGE_POOLS[dims - 1](x, kernel)
+    return F.pad(x, (0, 0) * dims + (0, extra)) if extra else x
+
+
 def _float_linear(x, weight, bias, relu, flatten):
     x = x.flatten(1) if flatten else x
     return F.linear(x.relu() if relu else x, weight, bias)
 
 
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
+_AVERAGE_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _FLOAT_STEPS = {"convolution": _float_convolution, "eight_bit_convolution": _eight_bit_convolution,
-                "max_pool": _float_max_pool, "linear": _float_linear}  # fmt: skip
+                "max_pool": _float_max_pool, "average": _float_average, "linear": _float_linear}  # fmt: skip
 
 
 @functools.lru_cache(maxsize=64)
@@ -2791,6 +2802,31 @@ class ChainRead(nn.Module):
         return str(self.value)
 
 
+class ChainAverage(nn.Module):
+    """In a `PackedChain`: means over windows, side by side, of what a norm and a ReLU may have changed.
+
+    extra: how many channels of zeros follow;  kernel: of the windows, or None for whole images;  scale, shift: of each
+    channel, or None;  relu: whether it is behind these.
+    """
+
+    _is_abcnets = True
+
+    def __init__(self, extra: int, kernel: list[int] | None, scale=None, shift=None, relu: bool = False):
+        super().__init__()
+        self.extra, self.kernel, self.relu = extra, kernel, relu
+        self.register_buffer("scale", scale)
+        self.register_buffer("shift", shift)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _float_average(x, *self._arguments())
+
+    def _arguments(self) -> tuple:
+        return self.extra, self.kernel, self.scale, self.shift, self.relu
+
+    def extra_repr(self) -> str:
+        return f"extra={self.extra}, kernel={self.kernel}, scaled={self.scale is not None}, relu={self.relu}"
+
+
 class PackedChain(nn.Module):
     """Packed layers and pools that only read one another: `steps`, run in one call where an engine can. Made by `fuse`.
 
@@ -2799,7 +2835,7 @@ class PackedChain(nn.Module):
     may be another one, and where such a sum lies on a threshold, a bit of the next layer's input.
 
     A residual network is a chain of several values: 0, the input; 1, `other`, if a step asks for it; and from 2 on
-    what each `ChainRead` keeps. A `ChainSum` adds one of them.
+    what each `ChainRead` keeps. A `ChainSum` adds one of them, a `ChainAverage` makes smaller images of one.
 
     In one call run float32 batches on a CPU, with the engine there. All else runs step by step: steps with a hook,
     float layers that are trained, autocast, programs that are exported, and what a gradient passes: float layers where
@@ -2986,6 +3022,8 @@ def _chain_steps_of(steps: nn.ModuleList, channels: int):
             yield "sum", [step.value, step.relu, step.in_place]
         elif isinstance(step, ChainRead):
             yield "read", [step.value]
+        elif isinstance(step, ChainAverage):
+            yield "average", list(step._arguments())
         else:
             name, arguments = "convolution", (step.weight, step.bias, step.stride, _padding_pairs(step), step.dilation)
             if isinstance(step, EightBitConv):

@@ -30,6 +30,7 @@ import inspect
 import math
 import operator
 import warnings
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -172,10 +173,8 @@ class _Fusion:
         dims = layer.spatial_dims if is_packed else _CONVOLUTIONS.get(type(layer), 0)
         if dims == 0 or self.statistics(node, dims, layer.out_channels) is None:
             return
-        mean, var, weight, bias = self.statistics(node, dims, layer.out_channels)
-        scale = (var + norm.eps).rsqrt() * (1 if weight is None else weight)
-        shift = (0 if bias is None else bias) - mean * scale
-        if not (scale.isfinite() & shift.isfinite()).all():
+        scale, shift = _scales_of(norm, *self.statistics(node, dims, layer.out_channels))
+        if scale is None:
             return
         if is_packed:
             layer.alphas = layer.alphas * scale
@@ -323,54 +322,61 @@ class _Fusion:
 
     def join_chains(self) -> None:
         """Let chains, layers and first convolutions that read one another's floats be one chain."""
-        nodes = list(self.fused.graph.nodes)
-        parts = {node: steps for node in nodes if (steps := self.part(node))}
-        taken = set()
-        for first in nodes:
-            if first in parts and first not in taken:
-                given, members = self.members_from(first, [node for node in nodes if node in parts.keys() - taken])
-                if len(members) > 1:
-                    taken.update(members)
-                    self.join(given, members, parts)
+        tried = set()
+        while True:
+            parts = {node: part for node in self.fused.graph.nodes if (part := self.part(node))}
+            inner = {node for part in parts.values() for node in part.nodes[:-1]}
+            parts = {node: parts[node] for node in parts if node not in inner}
+            firsts = [node for node in parts if node not in tried and parts[node].can_begin]
+            if not firsts:
+                return
+            tried.add(firsts[0])
+            given, members = self.members_from(firsts[0], parts)
+            if len(members) > 1:
+                tried.add(self.join(given, members, parts))
 
-    def part(self, node) -> list:
-        """The steps of a chain, a layer or a small first convolution that puts out floats; [] for anything else."""
-        module = self.module_of(node)
+    def part(self, node) -> "_Part | None":
+        """A chain, a layer, a small first convolution or means of floats, which end at a node and put out floats."""
+        module, source = self.module_of(node), _argument(node)
         if type(module) is self.abcnets.PackedChain:
-            return list(module.steps)
+            is_joined = any(isinstance(step, self.abcnets.ChainRead) for step in module.steps)
+            return None if is_joined else _Part(list(module.steps), [node], list(node.args))
         if self.is_step(module):
-            return [module] if module.spatial_dims and module.out_thresholds is None else []
-        return [module] if self.is_small_convolution(module) else []
+            puts_out_planes = module.spatial_dims > 0 and module.out_thresholds is None
+            return _Part([module], [node], [source]) if puts_out_planes and source is not None else None
+        if self.is_small_convolution(module):
+            return _Part([module], [node], [source]) if source is not None else None
+        return self.shrunk_shortcut(node) or self.averages(node)
 
-    def members_from(self, first, nodes) -> tuple[list, list]:
-        """What a chain that begins here is given, at most two values, and of `nodes` all that it consists of.
+    def members_from(self, first, parts) -> tuple[list, list]:
+        """What a chain that begins here is given, at most two values, and all nodes of `parts` that it consists of.
 
         As many as there can be, of which only the last one is read by others.
         """
-        given, members = list(first.all_input_nodes), [first]
-        found = given, members
-        for node in nodes[nodes.index(first) + 1 :]:
-            new = [value for value in node.all_input_nodes if value not in members and value not in given]
+        given, members = list(dict.fromkeys(parts[first].reads)), [first]
+        found, inner = (given, members), set(parts[first].nodes)
+        for node in list(parts)[list(parts).index(first) + 1 :]:
+            new = [value for value in dict.fromkeys(parts[node].reads) if value not in (*members, *given)]
             if len(given) + len(new) > 2 or not all(map(self.memory.is_constant, given + new)):
                 continue
-            given, members = given + new, [*members, node]
-            if all(member.users.keys() <= set(members) for member in members[:-1]):
+            given, members, inner = given + new, [*members, node], inner | set(parts[node].nodes)
+            if all(member.users.keys() <= inner for member in members[:-1]):
                 found = given, members
         return found
 
-    def join(self, given, members, parts) -> None:
-        """Let one chain be in the place of these nodes, the first of which reads the first of `given`."""
+    def join(self, given, members, parts) -> torch.fx.Node:
+        """Let one chain, the node returned, be in the place of these, the first of which reads the first of `given`."""
         values, steps = dict(zip(given, range(2))), []
         for i, node in enumerate(members):
-            source, *other = node.args
+            source, *other = parts[node].reads
             if i:
                 values[members[i - 1]] = i + 1
                 steps.append(self.abcnets.ChainRead(values[source]))
-            for step in parts[node]:
+            for step in parts[node].steps:
                 if isinstance(step, self.abcnets.ChainSum):
                     step = self.abcnets.ChainSum(values[other[0]], step.relu, step.in_place)
                 steps.append(step)
-            for layer in filter(self.is_packed, parts[node]):
+            for layer in filter(self.is_packed, parts[node].steps):
                 layer.folded = True
         steps[0], last = self.in_its_form(steps[0]), members[-1]
         name = self.unused(f"chain_{members[0].name.removeprefix('chain_').strip('_')}_to_{last.name.strip('_')}")
@@ -378,8 +384,65 @@ class _Fusion:
         with self.fused.graph.inserting_after(last):
             call = self.fused.graph.call_module(name, tuple(given))
         self.put_in_the_place_of(last, call)
-        for node in reversed(members[:-1]):
+        for node in reversed([node for member in members for node in parts[member].nodes if node is not last]):
             self.fused.graph.erase_node(node)
+        return call
+
+    def shrunk_shortcut(self, node) -> "_Part | None":
+        """Average pooling of images, and channels of zeros behind those that there are."""
+        is_usual = node.kwargs in ({}, {"mode": "constant", "value": None})
+        if node.op != "call_function" or node.target is not F.pad or len(node.args) != 2 or not is_usual:
+            return None
+        pool, padding = node.args
+        if not isinstance(pool, torch.fx.Node) or len(pool.users) > 1 or not isinstance(padding, (tuple, list)):
+            return None
+        if len(padding) != 6 or any(padding[:5]) or not isinstance(padding[5], int) or padding[5] < 0:
+            return None
+        kernel = self.average_pool_of(pool)
+        if kernel is None or not self.memory.is_constant(pool):
+            return None
+        return _Part([self.abcnets.ChainAverage(padding[-1], kernel)], [pool, node], [pool.args[0]], False)
+
+    def average_pool_of(self, node) -> list | None:
+        """The sizes of average pooling's windows, where these lie side by side in two dimensions."""
+        module, options = self.module_of(node), ()
+        if type(module) is nn.AvgPool2d and self.is_plain(module) and _argument(node) is not None:
+            is_known = not module.ceil_mode and module.padding in (0, (0, 0)) and module.divisor_override is None
+            options = (module.kernel_size, module.stride) if is_known else ()
+        elif node.op == "call_function" and node.target is F.avg_pool2d and not node.kwargs:
+            source, *options = node.args
+            options = [options[0], options[-1]] if 1 <= len(options) <= 2 and isinstance(source, torch.fx.Node) else ()
+        sizes = [[size, size] if isinstance(size, int) else list(size) for size in options]
+        return sizes[0] if sizes and sizes[0] == sizes[1] and all(isinstance(size, int) for size in sizes[0]) else None
+
+    def averages(self, node) -> "_Part | None":
+        """An average over whole images, perhaps behind BatchNorm and ReLU and in front of a small linear layer."""
+        nodes, behind, link = [], [], node
+        if type(self.module_of(node)) is nn.Linear:
+            linear = self.module_of(node)
+            flatten = _argument(node)
+            if not self.is_own(linear) or linear.weight.numel() > FEW_WEIGHTS or flatten is None:
+                return None
+            if type(self.stateless(flatten)) is not nn.Flatten or len(flatten.users) > 1:
+                return None
+            nodes, behind, link = [flatten, node], [self.stateless(flatten), linear], flatten.args[0]
+            if len(link.users) > 1:
+                return None
+        pool = self.module_of(link)
+        if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)) or not self.is_plain(pool):
+            return None
+        source, scales, relu, nodes = _argument(link), (None, None), False, [link, *nodes]
+        if source is not None and type(self.stateless(source)) is nn.ReLU and len(source.users) == 1:
+            nodes, relu, source = [source, *nodes], True, _argument(source)
+            norm = None if source is None else self.module_of(source)
+            if type(norm) is nn.BatchNorm2d and len(source.users) == 1:
+                statistics = self.statistics(source, 2, norm.num_features)
+                scales = _scales_of(norm, *statistics) if statistics else scales
+                if scales[0] is not None:
+                    nodes, source = [source, *nodes], _argument(source)
+        if source is None or not all(map(self.memory.is_constant, nodes[:-1])):
+            return None
+        return _Part([self.abcnets.ChainAverage(0, None, *scales, relu), *behind], nodes, [source], False)
 
     def put_in_the_place_of(self, node, other) -> None:
         """Let all readers of a node read another one."""
@@ -465,6 +528,23 @@ class _Fusion:
     def is_step(self, layer) -> bool:
         is_known = type(layer) is self.packed_layer and layer.activation_bases is not None and self.is_own(layer)
         return is_known and layer.runs_bits() and layer.padding_mode == "zeros"
+
+
+@dataclass
+class _Part:
+    """What a chain may consist of: its steps, the nodes that they are in the place of, and what these read."""
+
+    steps: list
+    nodes: list
+    reads: list  # the source, and what is added
+    can_begin: bool = True  # a chain
+
+
+def _scales_of(norm, mean, var, weight, bias) -> tuple:
+    """(scale, shift) of a BatchNorm, or (None, None) where they are not finite."""
+    scale = (var + norm.eps).rsqrt() * (1 if weight is None else weight)
+    shift = (0 if bias is None else bias) - mean * scale
+    return (scale, shift) if (scale.isfinite() & shift.isfinite()).all() else (None, None)
 
 
 class _Memory:

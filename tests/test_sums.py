@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import abcnets
-from abcnets import ChainRead, ChainSum, PackedChain, PackedLayer
+from abcnets import ChainAverage, ChainRead, ChainSum, PackedChain, PackedLayer
 
 pytest.importorskip("numba")
 from networks import import_torchvision, resnet20
@@ -316,20 +316,112 @@ def test_a_network_is_one_call():
     (chain,) = chains_of(fused)
     kinds = [type(step) for step in chain.steps]
     assert kinds[:3] == [nn.Conv2d, nn.ReLU, nn.MaxPool2d] and kinds.count(PackedLayer) == 19
-    assert kinds.count(ChainSum) == 8 and kinds.count(ChainRead) == 8 + 3
+    assert kinds.count(ChainSum) == 8 and kinds.count(ChainRead) == 8 + 3 + 1 and kinds[-1] is nn.Linear
     assert nearly_all_close(fused(x), packed(x))
     macs = [sum(row["binary_macs"] for row in abcnets.summary(each, x)) for each in (packed, fused)]
     assert macs[0] == macs[1] > 0
 
 
-def test_what_lies_between_other_operations_is_one_call():
+def test_a_small_residual_network_is_one_call():
+    """Shortcuts that shrink, and the norm, ReLU, mean and linear layer at the end."""
     torch.manual_seed(0)
-    packed, x = abcnets.pack(abcnets.convert(resnet20(3), 1, 1).eval(), engine="bits"), torch.randn(3, 3, 32, 32)
+    model = abcnets.convert(resnet20(3), 1, 1).eval()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2), norm.weight.data.normal_()
+    packed, x = abcnets.pack(model, engine="bits"), torch.randn(3, 3, 32, 32)
     fused = abcnets.fuse(packed)
-    assert [sum(isinstance(step, ChainSum) for step in chain.steps) for chain in chains_of(fused)] == [3, 3, 3]
-    assert [chain.takes_other for chain in chains_of(fused)] == [False, True, True]
+    assert [node.op for node in fused.graph.nodes] == ["placeholder", "call_module", "output"]
+    (chain,) = chains_of(fused)
+    kinds = [type(step) for step in chain.steps]
+    assert kinds.count(ChainSum) == 9 and kinds.count(ChainAverage) == 3 and kinds[-1] is nn.Linear
+    assert torch.allclose(fused(x), packed(x), rtol=1e-3, atol=1e-3)
+    assert torch.allclose(in_one_call(chain, x[:1]), packed(x[:1]), rtol=1e-3, atol=1e-3)
+
+
+def test_what_lies_between_other_operations_is_one_call():
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(binary(8) for _ in range(6))
+
+        def forward(self, x):
+            for a, b in zip(self.layers[::2], self.layers[1::2]):
+                x = torch.sigmoid(b(a(x) + x) + x) - 0.5
+            return x
+
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(Between().eval(), engine="bits"), torch.randn(3, 8, 9, 9)
+    fused = abcnets.fuse(packed)
+    assert [sum(isinstance(step, ChainSum) for step in chain.steps) for chain in chains_of(fused)] == [2, 2, 2]
     assert nearly_all_close(fused(x), packed(x))
-    assert nearly_all_close(fused(x[:1]), packed(x[:1]))
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("size, kernel", [
+    ((23,), None), ((9, 11), None), ((6, 7, 5), None), ((23,), [2]), ((9, 11), [2, 3]), ((9, 11), [1, 1]),
+    ((6, 7, 5), [2, 2, 2]), ((2, 2), [2, 2]),
+])  # fmt: skip
+def test_averages(size, kernel, scaled, threads):
+    torch.set_num_threads(threads)
+    draw, g, layer = random.Random(0), torch.Generator().manual_seed(0), None
+    while layer is None or set(layer.stride) != {1} or set(layer.kernel_size) != {1}:
+        layer = random_layer(draw, g, len(size), 16, 40, KINDS[0], None)
+    scales = (torch.randn(40, generator=g), torch.randn(40, generator=g)) if scaled else (None, None)
+    x = torch.randn(9, 16, *size, generator=g)
+    for extra, value in ((0, 2), (5, 2), (3, 0)):
+        average = ChainAverage(extra, kernel, *(scales if value == 2 else (None, None)), relu=scaled)
+        chain = PackedChain([layer, ChainRead(value), average])
+        expected = step_by_step(chain, x)
+        for count in (9, 1):
+            y = in_one_call(chain, x[:count])
+            torch.testing.assert_close(y, expected[:count], rtol=1e-5, atol=1e-5)
+        linear = nn.Linear(expected[0].numel(), 7).requires_grad_(False)
+        chain = PackedChain([*chain.steps, nn.Flatten(), linear])
+        torch.testing.assert_close(in_one_call(chain, x), step_by_step(chain, x), rtol=1e-4, atol=1e-4)
+
+
+HEADS = [
+    ("all", lambda m, x: m.linear(m.pool(torch.relu(m.norm(x))).flatten(1)), "Linear"),
+    ("modules", lambda m, x: m.linear(m.flatten(m.pool(m.relu(m.norm(x))))), "Linear"),
+    ("no norm", lambda m, x: m.linear(m.pool(m.relu(x)).flatten(1)), "Linear"),
+    ("no ReLU", lambda m, x: m.linear(m.pool(m.norm(x)).flatten(1)), None),
+    ("no linear", lambda m, x: m.pool(m.relu(m.norm(x))), "ChainAverage"),
+    ("read between", lambda m, x: (lambda y: m.linear(m.pool(y).flatten(1)) + y.mean())(m.relu(m.norm(x))), None),
+    ("from 2", lambda m, x: m.linear(m.pool(m.relu(m.norm(x))).flatten(2).mean(2)), "ChainAverage"),
+    ("shortcut", lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8)), "ChainAverage"),
+    ("shortcut as module", lambda m, x: F.pad(m.average(x), (0, 0, 0, 0, 0, 8)), "ChainAverage"),
+    ("padded pixels", lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 1, 0, 0, 0, 8)), None),
+    ("padded with ones", lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8), value=1.0), None),
+    ("overlapping", lambda m, x: F.pad(F.avg_pool2d(x, 3, 2), (0, 0, 0, 0, 0, 8)), None),
+    ("windows in two sizes", lambda m, x: F.pad(F.avg_pool2d(x, (2, 3), (2, 3)), (0, 0, 0, 0, 0, 8)), "ChainAverage"),
+]
+
+
+@pytest.mark.parametrize("head, last", [case[1:] for case in HEADS], ids=[case[0] for case in HEADS])
+def test_fuse_takes_averages(head, last):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.norm, self.relu = nn.ModuleList([binary(8), binary(8)]), nn.BatchNorm2d(8), nn.ReLU()
+            self.pool, self.flatten, self.linear = nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)
+            self.average = nn.AvgPool2d(2)
+
+        def forward(self, x):
+            y = self.layers[0](x) + x
+            return head(self, self.layers[1](y) + y)
+
+    torch.manual_seed(0)
+    model = Model().eval()
+    model.norm.running_mean.normal_(), model.norm.running_var.uniform_(0.5, 2), model.norm.weight.data.normal_()
+    packed, x = abcnets.pack(model, engine="bits"), torch.randn(5, 8, 8, 9)
+    fused = abcnets.fuse(packed)
+    (chain,) = chains_of(fused)
+    assert (type(chain.steps[-1]).__name__ == last) if last else (type(chain.steps[-1]) is ChainSum)
+    torch.testing.assert_close(fused(x), packed(x), rtol=1e-4, atol=1e-4)
+    in_one_call(chain, x)
+    rows = [sum(row["macs"] for row in abcnets.summary(each, x)) for each in (packed, fused)]
+    assert rows[0] == rows[1]
 
 
 class Read(nn.Module):
@@ -346,16 +438,17 @@ class Read(nn.Module):
 
 
 READ = [
-    ("two values are returned", lambda layers, x, a, b: (layers[2](b) + b, a), [[1], [1, 1]]),
-    ("one is changed", lambda layers, x, a, b: (layers[2](b) + b.mul_(2),), [[1, 1], [0]]),
-    ("three from outside", lambda layers, x, a, b: layers[2](b) + x.sin() + (layers[3](a) + x.cos()), None),
-    ("both branches", lambda layers, x, a, b: layers[2](b) + layers[3](a), [[1, 1, 0, 1]]),
-    ("read by torch", lambda layers, x, a, b: layers[2](b) + a.tanh(), None),
+    ("two values are returned", lambda layers, x, a, b: (layers[2](b) + b, a), 2),
+    ("one is changed", lambda layers, x, a, b: (layers[2](b) + b.mul_(2),), 1),
+    ("three from outside", lambda layers, x, a, b: layers[2](b) + x.sin() + (layers[3](a) + x.cos()), 3),
+    ("both branches", lambda layers, x, a, b: layers[2](b) + layers[3](a), 1),
+    ("read by torch", lambda layers, x, a, b: layers[2](b) + a.tanh(), 2),
+    ("a view is changed", lambda layers, x, a, b: (a.view(-1).mul_(2), layers[2](b) + a)[1], 1),
 ]
 
 
-@pytest.mark.parametrize("read, expected", [case[1:] for case in READ], ids=[case[0] for case in READ])
-def test_values_that_others_read(read, expected):
+@pytest.mark.parametrize("read, count", [case[1:] for case in READ], ids=[case[0] for case in READ])
+def test_values_that_others_read(read, count):
     torch.manual_seed(0)
     packed, x = abcnets.pack(Read(read).eval(), engine="bits"), torch.randn(5, 8, 9, 9)
     fused = abcnets.fuse(packed)
@@ -363,7 +456,7 @@ def test_values_that_others_read(read, expected):
     outputs = [output if isinstance(output, tuple) else (output,) for output in outputs]
     for one, other in zip(*outputs):
         assert nearly_all_close(one, other)
-    assert len(chains_of(fused)) < 4
+    assert len(chains_of(fused)) == count
 
 
 def test_one_tensor_as_two_arguments():

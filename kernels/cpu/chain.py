@@ -22,7 +22,7 @@ from .. import layout
 from ..cache import Beside, Recent
 from . import engine, system
 from .engine import EightBitLayer, FloatLayer, Layer, Plan, _address, describe, describe_pool
-from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob
+from .job import CONVOLUTION, INTERLEAVED, LANDED, PLANAR, POOL, SCRATCH_BYTES, WORDS, ChainJob, PoolJob
 
 CHAINS = 4  # of one tensor of constants: it makes one, in one process
 X, OTHER = 0, 1  # the values that a call is given
@@ -58,6 +58,16 @@ class Pool:
         self.flips = None if flips is None else layout.flip_words(flips.numpy())
 
 
+class Average:
+    """Means over windows (kernel None: whole images) of relu(scale x + shift), and channels of zeros behind."""
+
+    is_last, bases, channels = False, 0, None
+
+    def __init__(self, extra, kernel, scale, shift, relu):
+        self.extra, self.kernel, self.relu = extra, kernel and tuple(kernel), relu
+        self.scales = None if scale is None else np.stack([scale.numpy(), shift.numpy()]).astype(np.float32)
+
+
 class Chain:
     """The segments of a program, and the tables that depend on its constants alone."""
 
@@ -71,6 +81,8 @@ class Chain:
                 self.segments[-1].sum(*arguments)
             else:
                 self.segments[-1].append(name, engine.plain._chain_arguments(arguments, constants))
+        if not isinstance(self.segments[0].steps[0], Layer):
+            raise ValueError("packed_chain: the first step is no convolution")
         self.runs = all(segment.runs and _behind(segment.steps[-1])[1] <= 0 for segment in self.segments)
         reads = [segment.reads for segment in self.segments] + [segment.adds for segment in self.segments]
         self.reads_again, self.reads_other = reads.count(X) > 1, OTHER in reads
@@ -110,12 +122,12 @@ class Segment:
     def append(self, name, arguments) -> None:
         makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
                   "eight_bit_convolution": self._eight_bit_convolution, "max_pool": self._pool_of_floats,
-                  "linear": self._linear}  # fmt: skip
+                  "average": self._average, "linear": self._linear}  # fmt: skip
         before = self.steps[-1] if self.steps else None
         fits = name in makers and self.adds is None
         if fits:
             step, reads, *geometry = makers[name](before, *arguments)
-            fits = isinstance(step, Layer) if before is None else reads == _behind(before)
+            fits = isinstance(step, (Layer, Average)) if before is None else reads == _behind(before)
         if not fits:
             raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
         self.steps.append(step)
@@ -137,6 +149,9 @@ class Segment:
 
     def _eight_bit_convolution(self, before, weight, scales, bias, stride, padding, dilation):
         return EightBitLayer(weight, scales, bias), NOTHING, stride, padding, dilation
+
+    def _average(self, before, *arguments):
+        return Average(*arguments), (NOTHING if before is None else None)
 
     def _linear(self, before, weight, bias, relu, flatten):
         step = FloatLayer(weight, bias, is_last=True, relu=relu)
@@ -229,6 +244,14 @@ class SegmentPlan:
                 self.plans.append(Plan(step, shape, kind, threads, *geometry))
                 shape, kind = self.plans[-1].output_shape, WORDS if step.out_bases else INTERLEAVED
                 shape = shape[:2] if is_flat else shape
+            elif isinstance(step, Average):
+                kernel, dims = step.kernel or tuple(shape[2:]), len(shape) - 2
+                self.runs = len(kernel) == dims > 0 and (step.scales is None or step.scales.shape[1] == shape[1])
+                if not self.runs:
+                    return
+                size, sources = engine.pool_sources(shape[2:], kernel, kernel, (0,) * dims, (1,) * dims, False)
+                self.plans.append((shape[2:], size, sources))
+                shape, kind = (B, shape[1] + step.extra, *size), PLANAR
             else:
                 input_size = shape[1:-2] if step.bases else shape[2:]
                 size, sources = engine.pool_sources(input_size, *step.sizes)
@@ -278,7 +301,10 @@ class Places:
         """Let the records read these."""
         given = x, other
         for which, job, plan in self.readers:
-            plan.point(job, given[which])
+            if isinstance(plan, Plan):
+                plan.point(job, given[which])
+            else:
+                job.input, job.input_stride = given[which].data_ptr(), 4 * given[which].stride(0)
         for which, job in self.adders:
             job.other, job.other_stride = given[which].data_ptr(), 4 * given[which].stride(0)
 
@@ -299,6 +325,8 @@ class Places:
                 sums = (segment.adds is not None, segment.relu) if i == last else ()
                 into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
                 job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
+            elif isinstance(step, Average):
+                job = self._average(step, its_plan, part.input_shape[1], into)
             else:
                 job, into = self._pool(step, its_plan, into)
             jobs.insert(0, job)
@@ -311,9 +339,12 @@ class Places:
         if source is None:
             self.readers.append((segment.reads, jobs[0], part.plans[0]))
         else:
-            jobs[0].input, jobs[0].image_stride = _address(source), source.strides[0]
-            jobs[0].input_by_thread = self.plan.by_thread
-            jobs[0].channel_stride, jobs[0].pixel_stride = 4 * prod(part.input_shape[2:]), 4
+            jobs[0].input, jobs[0].input_by_thread = _address(source), self.plan.by_thread
+            if isinstance(jobs[0], PoolJob):
+                jobs[0].input_stride = source.strides[0]
+            else:
+                jobs[0].image_stride = source.strides[0]
+                jobs[0].channel_stride, jobs[0].pixel_stride = 4 * prod(part.input_shape[2:]), 4
         if added is not None:
             jobs[-1].other, jobs[-1].other_stride = _address(added), added.strides[0]
             jobs[-1].other_by_thread = self.plan.by_thread
@@ -381,3 +412,12 @@ class Places:
             channels=pool.channels, **words, **into,
         )  # fmt: skip
         return job, before
+
+    def _average(self, average, plan, channels, into):
+        input_size, _, sources = plan
+        kernel = engine.average_kernel(average.scales is not None, average.relu)
+        scales = 0 if average.scales is None else _address(average.scales)
+        return describe_pool(
+            self.plan.images, sources, self.plan.threads, kernel, channels=channels, extra=average.extra,
+            input_pixels=prod(input_size), scales=scales, **into,
+        )  # fmt: skip

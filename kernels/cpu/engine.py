@@ -557,6 +557,14 @@ def pool_kernel(N: int, binary: bool, relu: bool = False) -> int:
     return pool.words_kernel(N, int(binary and N > 1)).address  # one bit's maximum is an OR
 
 
+@functools.cache
+def average_kernel(has_scales: bool, relu: bool) -> int:
+    """Address of the function that averages floats."""
+    from . import pool
+
+    return pool.average_kernel(int(has_scales), int(relu)).address
+
+
 pool_sources = functools.lru_cache(maxsize=64)(layout.pool_sources)
 
 

@@ -111,13 +111,13 @@ JOB_DTYPE = np.dtype(Job)
 
 
 class PoolJob(ctypes.Structure):
-    """One max-pooling, of words or of floats."""
+    """One max-pooling, of words or of floats; or averaging of floats."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             "address",  # of this record
-            "input",  # words [image][pixel][P][N], or float32 [image][pixel][channels]
+            "input",  # words [image][pixel][P][N], or float32 [image][pixel][channels], averaged: [channels][pixel]
             "input_stride",  # from one image to the next
             "input_by_thread",  # 1: one image for each thread, 0: one for each image
             "output",  # words [image][pixel][P][N], or float32 [image][channels][pixel]
@@ -130,6 +130,9 @@ class PoolJob(ctypes.Structure):
             "channels",
             "channel_words",  # P
             "flips",  # words [P]
+            "input_pixels",  # averaged:
+            "extra",  # channels of zeros behind the others
+            "scales",  # float32 [scale, shift][channels], or 0
             "sources",  # input pixel of each [output pixel][tap]
             "taps",
             "kernel",  # address of pool.words_kernel() or pool.floats_kernel()

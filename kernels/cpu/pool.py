@@ -1,4 +1,4 @@
-"""Max-pooling on the CPU: of packed words, and of floats at the ends of a chain.
+"""Pooling on the CPU: maxima of packed words, and of floats at the ends of a chain; averages of floats.
 
 The maximum reaches a threshold where any of its window does, so on bits it is an OR, once the channels whose comparison
 was turned round (flips) are turned back:
@@ -15,11 +15,25 @@ window: a maximum does not mind seeing a pixel twice, so there are no borders to
 import functools
 
 import numba
+import numpy as np
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
 from .job import PIXEL_BLOCK, POOL_JOB_DTYPE
-from .primitives import FLOATS_16, I64, STAMP, Emitter, c_function, call_int, call_kernel, load_word, store_word
+from .primitives import (
+    FLOATS_16,
+    I64,
+    STAMP,
+    Emitter,
+    array_at,
+    c_function,
+    call_int,
+    call_kernel,
+    load_float,
+    load_word,
+    store_float,
+    store_word,
+)
 from .store import store_planes
 
 POOL_JOB = types.CPointer(numba.from_dtype(POOL_JOB_DTYPE))
@@ -183,3 +197,53 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+@functools.cache
+def average_kernel(has_scales, relu, stamp=STAMP):
+    """Averages floats, perhaps scaled and shifted, of which those below 0 are perhaps 0: pixels as `words_kernel`."""
+
+    @c_function(types.int64(POOL_JOB, *[types.int64] * 4))
+    def average(jobs, source, target, pixels, scratch):
+        job = carray(jobs, 1)[0]
+        _ = stamp
+        begin, end, taps = pixels >> 32, pixels & 0xFFFFFFFF, job.taps
+        for c in range(job.channels + job.extra):
+            plane, averages = source + 4 * job.input_pixels * c, target + 4 * job.output_pixels * c
+            if c >= job.channels:
+                for pixel in range(begin, end):
+                    store_float(averages + 4 * pixel, 0.0)
+                continue
+            scale, shift = np.float32(1), np.float32(0)
+            if has_scales:
+                scale, shift = load_float(job.scales + 4 * c), load_float(job.scales + 4 * (job.channels + c))
+            for pixel in range(begin, end):
+                if taps == job.input_pixels:
+                    total = sum_plane(array_at(plane, taps, types.float32), scale, shift, has_scales, relu)
+                else:
+                    total = np.float32(0)
+                    for tap in range(taps):
+                        at = plane + 4 * load_word(job.sources + 8 * (taps * pixel + tap))
+                        total += transformed(load_float(at), scale, shift, has_scales, relu)
+                store_float(averages + 4 * pixel, total / np.float32(taps))
+        return 0
+
+    return average
+
+
+@njit
+def transformed(value, scale, shift, has_scales, relu):
+    if has_scales:
+        value = value * scale + shift
+    if relu and value < 0:  # NaN stays
+        value = np.float32(0)
+    return value
+
+
+@njit(fastmath={"reassoc", "nsz", "contract"})
+def sum_plane(values, scale, shift, has_scales, relu):
+    """The sum of transformed float32, in any order."""
+    total = np.float32(0)
+    for value in values:
+        total += transformed(value, scale, shift, has_scales, relu)
+    return total
