@@ -2146,14 +2146,16 @@ def packed_chain(x: Tensor, constants: Tensor, program: str, other: Tensor | Non
     `constants`, its dtype, its shape].
 
     Values are 0, x; 1, `other`; and from 2 on what "read" ends: it has the next step read another value, its argument.
-    "sum", after the last step that a value comes from, adds one: which, and the other arguments of a `ChainSum`. An
-    engine runs all in one call.
+    After the last step that a value comes from, "sum" adds one: which, and the other arguments of a `ChainSum`; "relu"
+    makes what is below 0 in it 0. An engine runs all in one call.
     """
     values = [x, other]
     for name, arguments in _chain_steps(program):
         if name == "read":
             values.append(x)
             x = values[arguments[0]]
+        elif name == "relu":
+            x = x.relu()
         elif name == "sum":
             which, relu, in_place = arguments
             x = ChainSum(which, relu, in_place)(x, values[which])
@@ -2188,12 +2190,12 @@ def _float_max_pool(x, channels, relu, *sizes):
 
 
 def _float_average(x, extra, kernel, scale, shift, relu):
-    dims = x.ndim - 2
+    dtype = x.dtype
     if scale is not None:
-        x = x * scale.view(-1, *[1] * dims) + shift.view(-1, *[1] * dims)
+        x = (x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(dtype)
     x = x.relu() if relu else x
-    x = x.mean(tuple(range(2, x.ndim)), keepdim=True) if kernel is None else _AVERAGE_POOLS[dims - 1](x, kernel)
-    return F.pad(x, (0, 0) * dims + (0, extra)) if extra else x
+    x = F.adaptive_avg_pool2d(x, 1) if kernel is None else F.avg_pool2d(x, kernel)
+    return F.pad(x, (0, 0, 0, 0, 0, extra)) if extra else x
 
 
 def _float_linear(x, weight, bias, relu, flatten):
@@ -2202,7 +2204,6 @@ def _float_linear(x, weight, bias, relu, flatten):
 
 
 _MAX_POOLS = (F.max_pool1d, F.max_pool2d, F.max_pool3d)
-_AVERAGE_POOLS = (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)
 _FLOAT_STEPS = {"convolution": _float_convolution, "eight_bit_convolution": _eight_bit_convolution,
                 "max_pool": _float_max_pool, "average": _float_average, "linear": _float_linear}  # fmt: skip
 
@@ -2790,7 +2791,7 @@ class ChainSum(nn.Module):
 
 
 class ChainRead(nn.Module):
-    """In a `PackedChain`: what the step before puts out is kept as a value, and the next step reads another one."""
+    """In a `PackedChain`, which does it: what the step before puts out is a value, and the next step reads another."""
 
     _is_abcnets = True
 
@@ -2803,7 +2804,7 @@ class ChainRead(nn.Module):
 
 
 class ChainAverage(nn.Module):
-    """In a `PackedChain`: means over windows, side by side, of what a norm and a ReLU may have changed.
+    """In a `PackedChain`: means over windows of images, side by side, of what a norm and a ReLU may have changed.
 
     extra: how many channels of zeros follow;  kernel: of the windows, or None for whole images;  scale, shift: of each
     channel, or None;  relu: whether it is behind these.
@@ -2839,8 +2840,9 @@ class PackedChain(nn.Module):
 
     In one call run float32 batches on a CPU, with the engine there. All else runs step by step: steps with a hook,
     float layers that are trained, autocast, programs that are exported, and what a gradient passes: float layers where
-    nothing is packed, and sums. Tensors of the steps that are replaced or changed in place are seen by the next call,
-    as `PackedLayer` does, and what torch does not count after `refresh`; a model that was compiled sees neither.
+    nothing is packed, and chains of several values. Tensors of the steps that are replaced or changed in place are seen
+    by the next call, as `PackedLayer` does, and what torch does not count after `refresh`; a model that was compiled
+    sees neither.
 
     Shape: as the first step takes and the last one puts out.
     """
@@ -2855,6 +2857,7 @@ class PackedChain(nn.Module):
         self.dimensions = first.spatial_dims + 2 if is_packed else first.weight.ndim
         values = [step.value for step in steps if isinstance(step, (ChainSum, ChainRead))]
         self.takes_other = 1 in values
+        self.reads_other = any(isinstance(step, ChainRead) and step.value == 1 for step in steps)
         has_packed = any(isinstance(step, (PackedLayer, EightBitConv)) for step in steps)
         self.differentiable = not has_packed or any(value != 1 for value in values)
         self._kept = None  # what `_gather` made
@@ -2895,6 +2898,8 @@ class PackedChain(nn.Module):
         if not isinstance(other, Tensor) or other.dtype != torch.float32 or other.layout != torch.strided:
             return False
         if not other.is_cpu or (other.requires_grad and torch.is_grad_enabled()):
+            return False
+        if self.reads_other and other.ndim != self.dimensions:
             return False
         return torch.compiler.is_compiling() or (type(other) in (Tensor, nn.Parameter) and not _is_transformed())
 
@@ -3003,7 +3008,10 @@ _POOL_DIMENSIONS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
 
 
 def _chain_steps_of(steps: nn.ModuleList, channels: int):
-    """(name, arguments) of the steps that `packed_chain` knows; ReLU and flattening are a part of the next one."""
+    """(name, arguments) of the steps that `packed_chain` knows; ReLU and flattening are a part of the next one.
+
+    But for a ReLU at the end of a value.
+    """
     relu = flatten = False
     for step in steps:
         if isinstance(step, (nn.ReLU, nn.Flatten)):
@@ -3018,10 +3026,14 @@ def _chain_steps_of(steps: nn.ModuleList, channels: int):
             relu = False
         elif isinstance(step, nn.Linear):
             yield "linear", [step.weight, step.bias, relu, flatten]
+            relu = flatten = False
         elif isinstance(step, ChainSum):
             yield "sum", [step.value, step.relu, step.in_place]
         elif isinstance(step, ChainRead):
+            if relu:
+                yield "relu", []
             yield "read", [step.value]
+            relu = False
         elif isinstance(step, ChainAverage):
             yield "average", list(step._arguments())
         else:
@@ -3031,6 +3043,8 @@ def _chain_steps_of(steps: nn.ModuleList, channels: int):
             *tensors, stride, padding, dilation = arguments
             yield name, [*tensors, *([int(size) for size in sizes] for sizes in (stride, padding, dilation))]
             channels = step.out_channels
+    if relu:
+        yield "relu", []
 
 
 def _padding_pairs(layer: nn.Module) -> tuple[int, ...]:

@@ -12,7 +12,8 @@ at the ends of a network: a convolution of few channels and its max-pool in fron
 flattening and a linear layer. An engine runs it in one call (cpu/chain.py). The first convolution and its max-pool
 become such a module even alone. Where what such a module, or a layer, puts out is only read by a sum, it adds the other
 summand itself, and applies the ReLU behind. At the end those that read one another's floats, as blocks of a residual
-network do, become one: a network, or what of it lies between other operations, is one call.
+network do, become one, with shortcuts that average and the mean at the end: a network, or what of it lies between other
+operations, is one call.
 
 The folded thresholds are found by bisection over the floats with the very modules they replace, so that they decide as
 those do, to the last bit.
@@ -340,32 +341,45 @@ class _Fusion:
         module, source = self.module_of(node), _argument(node)
         if type(module) is self.abcnets.PackedChain:
             is_joined = any(isinstance(step, self.abcnets.ChainRead) for step in module.steps)
-            return None if is_joined else _Part(list(module.steps), [node], list(node.args))
+            is_flat = self.is_packed(module.steps[0]) and module.steps[0].spatial_dims == 0
+            return None if is_joined or is_flat else _Part(list(module.steps), [node], list(node.args))
+        if source is None:
+            return self.shrunk_shortcut(node) or self.averages(node)
         if self.is_step(module):
             puts_out_planes = module.spatial_dims > 0 and module.out_thresholds is None
-            return _Part([module], [node], [source]) if puts_out_planes and source is not None else None
+            return _Part([module], [node], [source]) if puts_out_planes else None
         if self.is_small_convolution(module):
-            return _Part([module], [node], [source]) if source is not None else None
-        return self.shrunk_shortcut(node) or self.averages(node)
+            return _Part([module], [node], [source])
+        if type(self.stateless(node)) is nn.ReLU and len(source.users) == 1:
+            before = self.part(source)
+            takes_it = before is not None and type(before.steps[-1]) in (self.packed_layer, *_CONVOLUTIONS)
+            return _Part([*before.steps, nn.ReLU()], [*before.nodes, node], before.reads) if takes_it else None
+        return self.averages(node)
 
     def members_from(self, first, parts) -> tuple[list, list]:
         """What a chain that begins here is given, at most two values, and all nodes of `parts` that it consists of.
 
-        As many as there can be, of which only the last one is read by others.
+        As many as can be taken in the order in which they are computed, of which only the last one is read by others.
         """
         given, members = list(dict.fromkeys(parts[first].reads)), [first]
         found, inner = (given, members), set(parts[first].nodes)
         for node in list(parts)[list(parts).index(first) + 1 :]:
             new = [value for value in dict.fromkeys(parts[node].reads) if value not in (*members, *given)]
+            read = [parts[value] for value in parts[node].reads if value in members]
+            if any(type(part.steps[-1]) is nn.Linear for part in read):  # which puts out rows
+                continue
             if len(given) + len(new) > 2 or not all(map(self.memory.is_constant, given + new)):
                 continue
             given, members, inner = given + new, [*members, node], inner | set(parts[node].nodes)
-            if all(member.users.keys() <= inner for member in members[:-1]):
+            if all(member.users.keys() <= inner and self.memory.is_constant(member) for member in members[:-1]):
                 found = given, members
         return found
 
     def join(self, given, members, parts) -> torch.fx.Node:
-        """Let one chain, the node returned, be in the place of these, the first of which reads the first of `given`."""
+        """Let one chain, the node returned, be in the place of these.
+
+        given: values 0 and 1, of which the first node reads the former.
+        """
         values, steps = dict(zip(given, range(2))), []
         for i, node in enumerate(members):
             source, *other = parts[node].reads
@@ -411,23 +425,26 @@ class _Fusion:
             options = (module.kernel_size, module.stride) if is_known else ()
         elif node.op == "call_function" and node.target is F.avg_pool2d and not node.kwargs:
             source, *options = node.args
-            options = [options[0], options[-1]] if 1 <= len(options) <= 2 and isinstance(source, torch.fx.Node) else ()
+            is_known = 1 <= len(options) <= 2 and isinstance(source, torch.fx.Node)
+            options = [options[0], options[-1] or options[0]] if is_known else ()
+        if not all(isinstance(size, (int, tuple, list)) for size in options):
+            return None
         sizes = [[size, size] if isinstance(size, int) else list(size) for size in options]
-        return sizes[0] if sizes and sizes[0] == sizes[1] and all(isinstance(size, int) for size in sizes[0]) else None
+        is_known = sizes and sizes[0] == sizes[1] and [type(size) for size in sizes[0]] == [int, int]
+        return sizes[0] if is_known else None
 
     def averages(self, node) -> "_Part | None":
         """An average over whole images, perhaps behind BatchNorm and ReLU and in front of a small linear layer."""
         nodes, behind, link = [], [], node
         if type(self.module_of(node)) is nn.Linear:
-            linear = self.module_of(node)
-            flatten = _argument(node)
-            if not self.is_own(linear) or linear.weight.numel() > FEW_WEIGHTS or flatten is None:
+            linear, flatten = self.module_of(node), _argument(node)
+            if flatten is None or not self.is_own(linear) or not _is_small(linear):
                 return None
-            if type(self.stateless(flatten)) is not nn.Flatten or len(flatten.users) > 1:
+            link = flatten.args[0] if flatten.args else None
+            is_flatten = type(self.stateless(flatten)) is nn.Flatten and len(flatten.users) == 1
+            if not is_flatten or not isinstance(link, torch.fx.Node) or len(link.users) > 1:
                 return None
-            nodes, behind, link = [flatten, node], [self.stateless(flatten), linear], flatten.args[0]
-            if len(link.users) > 1:
-                return None
+            nodes, behind = [flatten, node], [self.stateless(flatten), linear]
         pool = self.module_of(link)
         if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)) or not self.is_plain(pool):
             return None
@@ -440,7 +457,7 @@ class _Fusion:
                 scales = _scales_of(norm, *statistics) if statistics else scales
                 if scales[0] is not None:
                     nodes, source = [source, *nodes], _argument(source)
-        if source is None or not all(map(self.memory.is_constant, nodes[:-1])):
+        if source is None or not all(map(self.memory.is_constant, [source, *nodes[:-1]])):
             return None
         return _Part([self.abcnets.ChainAverage(0, None, *scales, relu), *behind], nodes, [source], False)
 
@@ -493,7 +510,7 @@ class _Fusion:
     def is_small_convolution(self, module) -> bool:
         if type(module) not in _CONVOLUTIONS or not self.is_own(module):
             return False
-        is_small = module.in_channels <= FEW_CHANNELS and module.weight.numel() <= FEW_WEIGHTS
+        is_small = module.in_channels <= FEW_CHANNELS and _is_small(module)
         return is_small and module.groups == 1 and module.padding_mode == "zeros"
 
     def float_steps_behind(self, node, is_flat: bool) -> list:
@@ -504,7 +521,7 @@ class _Fusion:
             module, stateless = self.module_of(node), self.stateless(node)
             if type(module) is nn.Linear:
                 is_fed = is_flat and self.is_own(module) and _argument(node) is before
-                return [*steps, (node, module)] if is_fed and module.weight.numel() <= FEW_WEIGHTS else []
+                return [*steps, (node, module)] if is_fed and _is_small(module) else []
             if stateless is None:
                 return []
             steps.append((node, stateless))
@@ -537,7 +554,7 @@ class _Part:
     steps: list
     nodes: list
     reads: list  # the source, and what is added
-    can_begin: bool = True  # a chain
+    can_begin: bool = True  # whether a chain may begin with them
 
 
 def _scales_of(norm, mean, var, weight, bias) -> tuple:
@@ -719,6 +736,11 @@ def _require_constants(abcnets, graph, constants: dict) -> None:
         node.target = name
         with graph.inserting_after(node):
             graph.call_function(abcnets.fused_for, (name, node, constants[name]))
+
+
+def _is_small(layer: nn.Module) -> bool:
+    """Whether a layer of floats is worth a step of a chain."""
+    return layer.weight.numel() <= FEW_WEIGHTS and layer.weight.dtype == torch.float32
 
 
 def _is_watched(module: nn.Module) -> bool:

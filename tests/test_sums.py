@@ -288,17 +288,21 @@ def test_gradients_and_changes_pass_blocks():
     assert torch.equal(torch.compile(chain, backend="aot_eager")(*given), chain(*given))
 
 
+ADD = ["sum", [0, False, False]]
+
+
 @pytest.mark.parametrize("wrong", [
-    [["read", [3]]], [["sum", [2, False, False]]], [["read", [-1]]], [["sum", [0, False, False]], "again"],
-    [["sum", [0, False, False]], ["sum", [0, False, False]]],
+    [["read", [0]]], [["read", [0]], ["read", [0]], "again"], [["relu", []], ["relu", []]], [["read", [3]]],
+    [["sum", [2, False, False]]], [["read", [-1]]], [ADD, "again"], [ADD, ADD],
 ])  # fmt: skip
 def test_programs_that_are_none(wrong):
     chain, x = random_chain(2)
     chain(x)
     program = abcnets.json.loads(chain._kept.program)
     steps = [program[-1] if step == "again" else step for step in wrong]
-    with pytest.raises(ValueError, match="packed_chain"):
-        torch.ops.abcnets.packed_chain(x, chain._kept.constants, abcnets.json.dumps(program + steps), x)
+    for wrong_program in (program + steps, [["read", [0]], *program]):
+        with pytest.raises(ValueError, match="packed_chain"):
+            torch.ops.abcnets.packed_chain(x, chain._kept.constants, abcnets.json.dumps(wrong_program), x)
 
 
 def chains_of(model):
@@ -358,15 +362,12 @@ def test_what_lies_between_other_operations_is_one_call():
 
 
 @pytest.mark.parametrize("scaled", [False, True])
-@pytest.mark.parametrize("size, kernel", [
-    ((23,), None), ((9, 11), None), ((6, 7, 5), None), ((23,), [2]), ((9, 11), [2, 3]), ((9, 11), [1, 1]),
-    ((6, 7, 5), [2, 2, 2]), ((2, 2), [2, 2]),
-])  # fmt: skip
+@pytest.mark.parametrize("size, kernel", [((9, 11), None), ((9, 11), [2, 3]), ((9, 11), [1, 1]), ((2, 2), [2, 2])])
 def test_averages(size, kernel, scaled, threads):
     torch.set_num_threads(threads)
     draw, g, layer = random.Random(0), torch.Generator().manual_seed(0), None
     while layer is None or set(layer.stride) != {1} or set(layer.kernel_size) != {1}:
-        layer = random_layer(draw, g, len(size), 16, 40, KINDS[0], None)
+        layer = random_layer(draw, g, 2, 16, 40, KINDS[0], None)
     scales = (torch.randn(40, generator=g), torch.randn(40, generator=g)) if scaled else (None, None)
     x = torch.randn(9, 16, *size, generator=g)
     for extra, value in ((0, 2), (5, 2), (3, 0)):
@@ -379,6 +380,8 @@ def test_averages(size, kernel, scaled, threads):
         linear = nn.Linear(expected[0].numel(), 7).requires_grad_(False)
         chain = PackedChain([*chain.steps, nn.Flatten(), linear])
         torch.testing.assert_close(in_one_call(chain, x), step_by_step(chain, x), rtol=1e-4, atol=1e-4)
+    half = average(x.bfloat16())
+    assert half.dtype == torch.bfloat16 and average(x[0]).shape == average(x)[0].shape
 
 
 HEADS = [
@@ -394,6 +397,9 @@ HEADS = [
     ("padded pixels", lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 1, 0, 0, 0, 8)), None),
     ("padded with ones", lambda m, x: F.pad(F.avg_pool2d(x, 2), (0, 0, 0, 0, 0, 8), value=1.0), None),
     ("overlapping", lambda m, x: F.pad(F.avg_pool2d(x, 3, 2), (0, 0, 0, 0, 0, 8)), None),
+    ("a stride that is None", lambda m, x: F.pad(F.avg_pool2d(x, 2, None), (0, 0, 0, 0, 0, 8)), "ChainAverage"),
+    ("windows of a third", lambda m, x: F.pad(F.avg_pool2d(x, x.size(2) // 4), (0, 0, 0, 0, 0, 8)), None),
+    ("by name", lambda m, x: m.linear(m.flatten(input=m.pool(x))), "ChainAverage"),
     ("windows in two sizes", lambda m, x: F.pad(F.avg_pool2d(x, (2, 3), (2, 3)), (0, 0, 0, 0, 0, 8)), "ChainAverage"),
 ]
 
@@ -516,3 +522,101 @@ def test_what_is_broadcast_is_one_call():
     for shape in ((y.shape[1], *[1] * (y.ndim - 2)), (1, *y.shape[1:]), y.shape[1:], ()):
         other = torch.randn(shape)
         assert torch.equal(in_one_call(chain, x, other), y + other)
+
+
+def both(model, *given):
+    """(what the packed model puts out, what the fused one does)."""
+    torch.manual_seed(0)
+    packed = abcnets.pack(model.eval(), engine="bits")
+    return packed(*(x.clone() for x in given)), abcnets.fuse(packed)(*(x.clone() for x in given))
+
+
+@pytest.mark.parametrize("tail", [
+    [binary(16, 16, 0), nn.Linear(16, 4)], [nn.ReLU(), binary(16, 16, 0), nn.Linear(16, 4)],
+    [binary(16, 16, 0), binary(16, 16, 0)],
+])  # fmt: skip
+def test_rows_are_the_pixels_of_one_image(tail):
+    """Layers of rows are in no chain of several values."""
+    for front in ([], [nn.ReLU()], [nn.AdaptiveAvgPool2d(1)]):
+        flat = nn.Linear(8 if front and type(front[0]) is nn.AdaptiveAvgPool2d else 288, 16)
+        model = nn.Sequential(binary(8), *front, nn.Flatten(), flat, *copy.deepcopy(tail))
+        y, fused = both(model, torch.randn(5, 8, 6, 6))
+        assert nearly_all_close(fused, y)
+
+
+def test_one_tensor_broadcast_to_two_shapes():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (
+                abcnets.ABCConv2d(8, 8, k, padding=p, weight_bases=1, activation_bases=1, active=True)
+                for k, p in ((6, 0), (3, 1), (6, 0))
+            )
+
+        def forward(self, x, z):
+            v = self.a(x) + z
+            return self.c(self.b(x) + z) + v
+
+    y, fused = both(Model(), torch.randn(5, 8, 6, 6), torch.randn(5, 8, 1, 1))
+    assert nearly_all_close(fused, y)
+
+
+def test_a_relu_that_writes_over_what_another_reads():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.d, self.relu = binary(8), binary(8), binary(8), nn.ReLU(inplace=True)
+            self.pool = nn.AdaptiveAvgPool2d(1)
+            self.d.vs.data[:] = 1.5
+
+        def forward(self, x):
+            h = self.a(x) + x
+            q = self.pool(self.relu(h))
+            return self.c(q) + self.d(h)
+
+    y, fused = both(Model(), torch.randn(5, 8, 6, 6))
+    assert nearly_all_close(fused, y)
+
+
+class Cifar(nn.Module):
+    """As ResNets for small images begin: a convolution, BatchNorm and a ReLU that two read; and no batch, perhaps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.relu = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True)
+        self.a, self.b, self.pool, self.linear = binary(8), binary(8), nn.AdaptiveAvgPool2d(1), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.relu(self.norm(self.first(x)))
+        x = self.relu(self.b(self.relu(self.a(x))) + x)
+        return self.linear(self.pool(x).flatten(1))
+
+
+@pytest.mark.parametrize("rest", ["float", "int8"])
+def test_a_first_convolution_whose_relu_two_read(rest):
+    if rest == "int8" and not abcnets.multiplies_bytes():
+        pytest.skip("no AVX-512 VNNI")
+    torch.manual_seed(0)
+    packed, x = abcnets.pack(Cifar().eval(), engine="bits"), torch.randn(5, 3, 9, 9)
+    fused = abcnets.fuse(packed, rest=rest)
+    (chain,) = chains_of(fused)
+    first = abcnets.EightBitConv if rest == "int8" else nn.Conv2d
+    assert [type(step) for step in chain.steps][:3] == [first, nn.ReLU, ChainRead]
+    assert [node.op for node in fused.graph.nodes] == ["placeholder", "call_module", "output"]
+    torch.testing.assert_close(in_one_call(chain, x), step_by_step(chain, x), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(fused(x), packed(x), rtol=0.05, atol=0.05)
+
+
+def test_averages_of_images_without_a_batch():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.c, self.pool = binary(8), binary(8, 12), nn.AdaptiveAvgPool2d(1)
+
+        def forward(self, x):
+            h = self.a(x) + x
+            return self.pool(self.c(h) + F.pad(F.avg_pool2d(h, 1), (0, 0, 0, 0, 0, 4)))
+
+    for x in (torch.randn(8, 6, 6), torch.randn(5, 8, 6, 6)):
+        y, fused = both(Model(), x)
+        assert fused.shape == y.shape and torch.allclose(fused, y, atol=1e-3)

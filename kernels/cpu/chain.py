@@ -1,10 +1,13 @@
 """abcnets::packed_chain on the CPU: layers and pools that read one another's bits, in one native call.
 
 Small float layers are steps too (floats.py): a convolution, and perhaps its max-pool, in front of them, and behind them
-a linear layer. The convolution may be one in eight bits (eight_bits.py).
+a linear layer. The convolution may be one in eight bits (eight_bits.py). In a residual network averages are steps
+(pool.py); sums with other values, and ReLUs, are a part of a layer's storing (store.py).
 
-    Chain       what depends on the constants alone: a Layer (engine.py) of some kind for each convolution
-    ChainPlan   what also depends on the input's size: a Plan for each convolution, the windows of each pool
+    Chain       what depends on the constants alone: a Layer (engine.py) of some kind for each convolution. Its Segments
+                lead from a value to the next one
+    ChainPlan   what also depends on the input's size: a SegmentPlan each, with a Plan for each convolution and the
+                windows of each pool
     Places      what one running call owns: all buffers between the steps, and the records that describe these
 
 A layer compares its sums with the next layer's thresholds and stores the bits in the padded image that this one reads,
@@ -77,10 +80,12 @@ class Chain:
         for name, arguments in engine.plain._chain_steps(program):
             if name == "read":
                 self.segments.append(Segment(*arguments, 1 + len(self.segments)))
-            elif name == "sum":
-                self.segments[-1].sum(*arguments)
+            elif name in ("sum", "relu"):
+                self.segments[-1].finish(name, *arguments)
             else:
                 self.segments[-1].append(name, engine.plain._chain_arguments(arguments, constants))
+        if not all(segment.steps for segment in self.segments):
+            raise ValueError("packed_chain: a value comes from no step")
         if not isinstance(self.segments[0].steps[0], Layer):
             raise ValueError("packed_chain: the first step is no convolution")
         self.runs = all(segment.runs and _behind(segment.steps[-1])[1] <= 0 for segment in self.segments)
@@ -103,28 +108,31 @@ class Segment:
         reads: which value;  adds: which one is added at the end, or None;  relu: whether a ReLU is behind.
     """
 
-    def __init__(self, reads, known):
+    def __init__(self, reads, last_value):
         self.reads, self.adds, self.relu = reads, None, False
-        self.steps, self.geometries, self.runs = [], [], True
-        self.known = known  # the last value that there is
+        self.steps, self.geometries, self.runs, self.is_finished = [], [], True, False
+        self.last_value = last_value  # that there is
         self._check(reads)
 
     def _check(self, value) -> None:
-        if type(value) is not int or not 0 <= value <= self.known:
+        if type(value) is not int or not 0 <= value <= self.last_value:
             raise ValueError(f"packed_chain: a segment can't read value {value}")
 
-    def sum(self, adds, relu, in_place) -> None:
-        self._check(adds)
-        if not self.steps or type(self.steps[-1]) is not Layer or not self.steps[-1].kernel or self.adds is not None:
-            raise ValueError(f"packed_chain: step {len(self.steps)}, sum, does not fit the one before it")
-        self.relu, self.adds = relu, adds
+    def finish(self, name, adds=None, relu=True, in_place=False) -> None:
+        """What is done to the last step's sums; in place or not, as shapes are equal and all numbers float32."""
+        if adds is not None:
+            self._check(adds)
+        last = self.steps[-1] if self.steps else None
+        if not isinstance(last, Layer) or last.is_last or not last.kernel or self.is_finished:
+            raise ValueError(f"packed_chain: step {len(self.steps)}, {name}, does not fit the one before it")
+        self.relu, self.adds, self.is_finished = relu, adds, True
 
     def append(self, name, arguments) -> None:
         makers = {"packed_conv": self._layer, "packed_max_pool": self._pool_of_bits, "convolution": self._convolution,
                   "eight_bit_convolution": self._eight_bit_convolution, "max_pool": self._pool_of_floats,
                   "average": self._average, "linear": self._linear}  # fmt: skip
         before = self.steps[-1] if self.steps else None
-        fits = name in makers and self.adds is None
+        fits = name in makers and not self.is_finished
         if fits:
             step, reads, *geometry = makers[name](before, *arguments)
             fits = isinstance(step, (Layer, Average)) if before is None else reads == _behind(before)
@@ -186,12 +194,13 @@ class ChainPlan:
     def __init__(self, chain, shape, kind, threads, added):
         self.threads, self.waiting, self.runs = threads, [], True
         self.plans, values = [], [shape, added]  # of each segment; the shapes of values
+        uses = [use for segment in chain.segments for use in (segment.reads, segment.adds)].count(OTHER)
         for segment in chain.segments:
-            is_last = segment is chain.segments[-1]
-            plan = SegmentPlan(segment, values[segment.reads], kind if segment.reads == X else PLANAR, threads)
-            self.runs = plan.runs and values[segment.reads][:1] == shape[:1] and (is_last or plan.is_planar)
-            is_read = any(segment.reads == OTHER for segment in chain.segments)
-            if self.runs and segment.adds == OTHER and not is_read and _widens(values[OTHER], plan.output_shape):
+            self.runs = values[segment.reads][:1] == shape[:1]
+            if self.runs:
+                plan = SegmentPlan(segment, values[segment.reads], kind if segment.reads == X else PLANAR, threads)
+                self.runs = plan.runs and (len(chain.segments) == 1 or not plan.is_linear)
+            if self.runs and segment.adds == OTHER and uses == 1 and _widens(values[OTHER], plan.output_shape):
                 values[OTHER] = plan.output_shape
             self.runs = self.runs and (segment.adds is None or values[segment.adds] == plan.output_shape)
             if not self.runs:  # torch says what is wrong
@@ -245,11 +254,11 @@ class SegmentPlan:
                 shape, kind = self.plans[-1].output_shape, WORDS if step.out_bases else INTERLEAVED
                 shape = shape[:2] if is_flat else shape
             elif isinstance(step, Average):
-                kernel, dims = step.kernel or tuple(shape[2:]), len(shape) - 2
-                self.runs = len(kernel) == dims > 0 and (step.scales is None or step.scales.shape[1] == shape[1])
+                kernel = step.kernel or tuple(shape[2:])
+                self.runs = len(shape) == 4 and (step.scales is None or step.scales.shape[1] == shape[1])
                 if not self.runs:
                     return
-                size, sources = engine.pool_sources(shape[2:], kernel, kernel, (0,) * dims, (1,) * dims, False)
+                size, sources = engine.pool_sources(shape[2:], kernel, kernel, (0, 0), (1, 1), False)
                 self.plans.append((shape[2:], size, sources))
                 shape, kind = (B, shape[1] + step.extra, *size), PLANAR
             else:
@@ -259,8 +268,7 @@ class SegmentPlan:
                 kind = WORDS if step.bases else PLANAR
                 shape = (B, *size, *shape[-2:]) if step.bases else (B, step.channels, *size)
         self.output_shape = shape
-        last = self.plans[-1]
-        self.is_planar = not isinstance(last, Plan) or not last.linear
+        self.is_linear = any(isinstance(plan, Plan) and plan.linear for plan in self.plans)
         self.runs = all(isinstance(plan, Plan) or plan[2] is not None for plan in self.plans)
 
 
@@ -273,7 +281,7 @@ class Places:
         self.plan, self.kept, self.jobs = plan, [], []
         sums_bytes = max(each.sums_bytes for part in plan.plans for each in part.plans if isinstance(each, Plan))
         self.scratch = layout.aligned_zeros((plan.threads, SCRATCH_BYTES + sums_bytes), np.uint8)
-        self.readers, self.adders = [], []  # (record, Plan) that read x or `other`; records that add it; and which
+        self.readers, self.adders = [], []  # (which, record, plan) that read, (which, record) that add x or `other`
         values = [None, None]  # where those lie that are made here
         for segment, part in zip(chain.segments, plan.plans):
             is_last = segment is chain.segments[-1]
@@ -322,7 +330,7 @@ class Places:
             if isinstance(step, Layer):
                 is_pooled = i < last and isinstance(segment.steps[i + 1], Pool)
                 writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
-                sums = (segment.adds is not None, segment.relu) if i == last else ()
+                sums = (segment.adds is not None, segment.relu) if i == last else ()  # what `finish` asked for
                 into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
                 job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
             elif isinstance(step, Average):

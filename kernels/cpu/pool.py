@@ -188,17 +188,6 @@ def largest_floats_16(typing, first, pixel_bytes, sources, taps, output, is_relu
     return types.void(*[types.int64] * 5, is_relu), emit
 
 
-def main() -> None:
-    from ..check import pool_rung
-    from . import engine
-
-    pool_rung("pool", engine)
-
-
-if __name__ == "__main__":
-    main()
-
-
 @functools.cache
 def average_kernel(has_scales, relu, stamp=STAMP):
     """Averages floats, perhaps scaled and shifted, of which those below 0 are perhaps 0: pixels as `words_kernel`."""
@@ -233,6 +222,7 @@ def average_kernel(has_scales, relu, stamp=STAMP):
 
 @njit
 def transformed(value, scale, shift, has_scales, relu):
+    """relu(scale * value + shift), as far as it is asked for."""
     if has_scales:
         value = value * scale + shift
     if relu and value < 0:  # NaN stays
@@ -247,3 +237,14 @@ def sum_plane(values, scale, shift, has_scales, relu):
     for value in values:
         total += transformed(value, scale, shift, has_scales, relu)
     return total
+
+
+def main() -> None:
+    from ..check import pool_rung
+    from . import engine
+
+    pool_rung("pool", engine)
+
+
+if __name__ == "__main__":
+    main()

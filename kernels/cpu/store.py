@@ -39,7 +39,7 @@ def store_kernel(kind, N, T, image, repeats, adds=False, relu=False):
     """Stores a tile's channels at the (at most 64) pixels from `first` on, in the image of `output`.
 
     image: what it holds where these are bits, layout.BASES or UNIFORM_WORDS;  repeats: how often a word holds them
-    adds, relu: of planes, whether to add those of `other`, and whether what is below 0 then becomes 0
+    adds, relu: of planes, whether to add those of `other`, and whether what is below 0 (then) becomes 0
     """
     if kind == WORDS:
         return bits_kernel(N, T, int(image == layout.UNIFORM_WORDS), repeats)
@@ -58,9 +58,9 @@ def planes_kernel(adds, relu, stamp=STAMP):
             channels = min(job.output_channels - 16 * block, 16)
             planes = output + 16 * block * plane + 4 * first
             store_planes(rows, count, channels, planes, plane)
-            if adds:
+            if adds or relu:
                 for c in range(channels):
-                    add_floats(planes + c * plane, other - output, count, relu)
+                    finish_floats(planes + c * plane, other - output, count, adds, relu)
             rows += PART_BYTES
         return 0
 
@@ -122,19 +122,20 @@ def store_planes(rows, count, channels, output, plane):
 
 
 @intrinsic(prefer_literal=True)
-def add_floats(typing, target, to_other, count, is_relu):
+def finish_floats(typing, target, to_other, count, adds, is_relu):
     """target[i] += other[i], `to_other` bytes further on, and if is_relu 0 where that is below; float32, i < count."""
-    relu = is_relu.literal_value
+    has_other, relu = adds.literal_value, is_relu.literal_value
 
     def emit(context, builder, signature, args):
-        target, to_other, count, _ = args
+        target, to_other, count = args[:3]
         emitter = Emitter(builder)
         zeros = emitter.const(0.0, FLOATS_16)
 
         def sixteen(i, _):
             at, left = emitter.offset(target, i, 64), emitter.sub(count, emitter.mul(i, emitter.const(16)))
-            values = [emitter.load_floats_16(place, left) for place in (at, emitter.add(at, to_other))]
-            total = builder.fadd(*values)
+            total = emitter.load_floats_16(at, left)
+            if has_other:
+                total = builder.fadd(total, emitter.load_floats_16(emitter.add(at, to_other), left))
             if relu:
                 total = emitter.select(builder.fcmp_ordered("<", total, zeros), zeros, total)  # NaN stays
             emitter.store_floats_16(total, at, left)
@@ -143,7 +144,7 @@ def add_floats(typing, target, to_other, count, is_relu):
         emitter.loop(builder.sdiv(emitter.add(count, emitter.const(15)), emitter.const(16)), [], sixteen)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.int64, types.int64, is_relu), emit
+    return types.void(types.int64, types.int64, types.int64, adds, is_relu), emit
 
 
 @njit
