@@ -169,7 +169,7 @@ def test_a_foreign_folder_beside_the_file_is_left_alone(tmp_path):
 def test_versions_that_do_not_fit_are_said_and_floats_are_run(tmp_path):
     copy_to(tmp_path, "abcnets.py", "kernels")
     init = tmp_path / "kernels/__init__.py"
-    init.write_text(init.read_text().replace("INTERFACE = 6 ", "INTERFACE = 99 "))
+    init.write_text(init.read_text().replace("INTERFACE = 7 ", "INTERFACE = 99 "))
     said = run(tmp_path, FAST)
     assert "has interface 99" in said and "different versions" in said and "engine: float convolutions" in said
 
@@ -181,9 +181,9 @@ def test_two_copies_in_one_process_share_their_operators_or_say_that_they_differ
     both = FAST + FAST.replace("import torch, abcnets", "from mine import abcnets")
     assert run(tmp_path, both).count("engine: numba") == 2
     other = tmp_path / "mine/abcnets.py"
-    other.write_text(other.read_text().replace("_INTERFACE = 6 ", "_INTERFACE = 7 "))
+    other.write_text(other.read_text().replace("_INTERFACE = 7 ", "_INTERFACE = 8 "))
     code = FAST + "try:\n    import mine.abcnets\nexcept ImportError as error:\n    print('refused:', error)"
-    assert "refused: this process has loaded another version of abcnets, whose operators have interface 6" in run(
+    assert "refused: this process has loaded another version of abcnets, whose operators have interface 7" in run(
         tmp_path, code
     )
 
