@@ -19,6 +19,9 @@ REPAIRS = {  # a column of calibration.csv: its name in the figure
 STYLE = Path(__file__).resolve().parent.parent / "notebooks" / "abcnets.mplstyle"
 
 
+NEAR = 1.5  # points behind the most accurate form, of those that are drawn
+
+
 def figure_data() -> dict:
     """The numbers of each figure, as plain JSON: {figure: data}."""
     M = 5
@@ -30,6 +33,8 @@ def figure_data() -> dict:
         for form in records.competitors()
         if form["name"] != records.IN_INT8 or not form["N"]  # those with bits on both sides gain nothing there
     ]
+    most = max((form["accuracy"] for form in forms), default=0)
+    forms = [form for form in forms if form["accuracy"] > most - NEAR]  # one far below would press the others together
     measured = {}
     for machine, rows in records.cpu_machines():
         fewest_of_it = min(records.cpu_threads(rows))

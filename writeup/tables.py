@@ -244,20 +244,20 @@ def _once(machine: str, rows: list[list[str]]) -> str:
 
 
 def network_table() -> str:
-    """Whole networks: milliseconds of the fastest float32 and int8, and times as fast as these in a few settings."""
+    """Whole networks on one thread: milliseconds of the fastest float32 and int8, and times as fast as these."""
     settings = [(1, 1, "thermometer"), (2, 2, "binary,uniform"), (2, 2, "binary"), (3, 3, "binary")]
     cells = []
     for machine, here in records.speed_machines():
         speeds = [[records.network_speeds(here, *setting, column) for column in ("times_float32", "times_int8")]
                   for setting in settings]  # fmt: skip
-        for case in dict.fromkeys((row["network"], row["batch"], row["threads"]) for row in here):
+        for case in dict.fromkeys((row["network"], row["batch"], 1) for row in here):
             same = [row for row in here if (row["network"], row["batch"], row["threads"]) == case]
             best = [min((row["ms_per_image"] for row in same if row["form"].endswith(kind)), default=None)
                     for kind in ("float32", "onnxruntime int8")]  # fmt: skip
             times = [" / ".join(f"{by[case]:.2f}" if case in by else "–" for by in both) for both in speeds]
             best = ("–" if ms is None else f"{ms:.3g}" for ms in best)
-            cells.append([_once(machine, cells), *map(str, case), *best, *times])
-    head = ["machine", "network", "batch", "threads", "float32", "int8", *(records.named(*case) for case in settings)]
+            cells.append([_once(machine, cells), *map(str, case[:2]), *best, *times])
+    head = ["machine", "network", "batch", "float32", "int8", *(records.named(*case) for case in settings)]
     return table(head, cells, "ll" + "r" * (len(head) - 2), NOT_MEASURED)
 
 
