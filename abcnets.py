@@ -40,6 +40,7 @@ What is in it, from top to bottom:
     fuse, fused_for                                    bits from layer to layer
     PackedPool, PackedChain                            what it makes: a max-pool of bits, and steps in one call,
     EightBitConv, ChainSum, ChainRead, ChainAverage    of which these are some
+    multiplies_bytes                                   whether the first of these is fast here
     export_onnx                                        one ONNX file, which runs without torch; in int8 too
 
 Packed layers are fast where the package abcnets_kernels is: the folder kernels/ beside this file, or installed. It is

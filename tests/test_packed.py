@@ -546,11 +546,12 @@ def test_sums_stay_float_in_a_fused_residual_network():
     model = abcnets.calibrate(abcnets.convert(Residual().eval(), 2, 2), x, progress=False)
     packed = abcnets.pack(model, engine="bits")
     fused = abcnets.fuse(packed)
-    assert torch.equal(fused(x), packed(x))
+    torch.testing.assert_close(fused(x), packed(x), rtol=1e-5, atol=1e-5)  # the mean adds up in another order
     layers = [m for m in fused.modules() if isinstance(m, PackedLayer)]
     assert [layer.out_thresholds is not None for layer in layers] == [True, False, True, False]
-    chains = [m for m in fused.modules() if isinstance(m, abcnets.PackedChain)]
-    assert [[*chain.steps] for chain in chains] == [layers[:2], layers[2:]]
+    (chain,) = (m for m in fused.modules() if isinstance(m, abcnets.PackedChain))
+    assert [step for step in chain.steps if isinstance(step, PackedLayer)] == layers
+    assert sum(isinstance(step, abcnets.ChainSum) for step in chain.steps) == 2
     assert not any(isinstance(m, nn.BatchNorm2d) for m in fused.modules())
 
 
