@@ -33,7 +33,7 @@ def test_the_first_layer_in_int8_costs_next_to_nothing(path):
     whole, eight_bits = (abcnets.fuse(model, rest=rest) for rest in ("float", "int8"))
     assert any(isinstance(module, abcnets.EightBitConv) for module in eight_bits.modules())
     percent = [accuracy(each, data) for each in (whole, eight_bits)]
-    assert percent[1] == pytest.approx(percent[0], abs=0.2)
+    assert round(abs(percent[1] - percent[0]), 2) <= 0.2  # 20 of 10,000 images
 
 
 def test_every_file_is_small_and_has_a_row():
