@@ -271,16 +271,21 @@ class _Fusion:
             return []
         modules = [module for module in modules if type(module) not in _IDENTITIES]
         modules[0] = self.in_its_form(modules[0])
-        name = self.unused(f"chain_{nodes[0].name.strip('_')}")
-        self.fused.add_module(name, self.abcnets.PackedChain(modules))
-        for layer in filter(self.is_packed, modules):
-            layer.folded = True
-        with self.fused.graph.inserting_after(nodes[-1]):
-            call = self.fused.graph.call_module(name, (source,))
-        self.put_in_the_place_of(nodes[-1], call)
+        self.insert_chain(f"chain_{nodes[0].name.strip('_')}", modules, nodes[-1], (source,))
         for node in reversed(nodes[:-1]):
             self.fused.graph.erase_node(node)
         return list(nodes)
+
+    def insert_chain(self, name: str, steps: list, last, given: tuple) -> torch.fx.Node:
+        """Let a chain of these steps, given these values, be in the place of a node; the node of its call."""
+        for layer in filter(self.is_packed, steps):
+            layer.folded = True
+        name = self.unused(name)
+        self.fused.add_module(name, self.abcnets.PackedChain(steps))
+        with self.fused.graph.inserting_after(last):
+            call = self.fused.graph.call_module(name, given)
+        self.put_in_the_place_of(last, call)
+        return call
 
     def in_its_form(self, module) -> nn.Module:
         """The first step of a chain: where it is a convolution of floats, perhaps one in eight bits."""
@@ -309,14 +314,8 @@ class _Fusion:
         readers, last = list(node.users), node
         if len(readers) == 1 and type(self.stateless(readers[0])) is nn.ReLU and _argument(readers[0]) is node:
             last = readers[0]
-        for layer in filter(self.is_packed, steps):
-            layer.folded = True
-        name = self.unused(f"sum_{mine.name.strip('_')}")
         total = self.abcnets.ChainSum(1, relu=last is not node, in_place=node.target in _IN_PLACE)
-        self.fused.add_module(name, self.abcnets.PackedChain([*steps, total]))
-        with self.fused.graph.inserting_after(last):
-            call = self.fused.graph.call_module(name, (source, other))
-        self.put_in_the_place_of(last, call)
+        self.insert_chain(f"sum_{mine.name.strip('_')}", [*steps, total], last, (source, other))
         if last is not node:
             self.fused.graph.erase_node(node)
         self.fused.graph.erase_node(mine)
@@ -390,14 +389,9 @@ class _Fusion:
                 if isinstance(step, self.abcnets.ChainSum):
                     step = self.abcnets.ChainSum(values[other[0]], step.relu, step.in_place)
                 steps.append(step)
-            for layer in filter(self.is_packed, parts[node].steps):
-                layer.folded = True
         steps[0], last = self.in_its_form(steps[0]), members[-1]
-        name = self.unused(f"chain_{members[0].name.removeprefix('chain_').strip('_')}_to_{last.name.strip('_')}")
-        self.fused.add_module(name, self.abcnets.PackedChain(steps))
-        with self.fused.graph.inserting_after(last):
-            call = self.fused.graph.call_module(name, tuple(given))
-        self.put_in_the_place_of(last, call)
+        name = f"chain_{members[0].name.removeprefix('chain_').strip('_')}_to_{last.name.strip('_')}"
+        call = self.insert_chain(name, steps, last, tuple(given))
         for node in reversed([node for member in members for node in parts[member].nodes if node is not last]):
             self.fused.graph.erase_node(node)
         return call
