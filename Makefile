@@ -10,7 +10,7 @@ PAPERMILL = TQDM_DISABLE=1 $(BIN)/papermill --cwd notebooks --log-output --no-re
 
 # M, N and code of the rows; TRAIN: the float network of a data set, then these of it
 SETTINGS = "1 1" "1 2 --code binary" "2 2" "2 2 --code binary" "3 3" "3 3 --code binary"
-MORE_SETTINGS = "1 3 --code binary" "1 4 --code binary" "2 2 --code binary --mixed" "2 3 --code binary" "5 5" "1 3" "3 1" "1 none" "2 none" "2 none --code binary" "3 none"
+MORE_SETTINGS = "1 3 --code binary" "1 4 --code binary" "2 2 --code uniform,binary" "2 3 --code uniform,binary" "2 2 --code binary --mixed" "2 3 --code binary" "5 5" "1 3" "3 1" "1 none" "2 none" "2 none --code binary" "3 none"
 CIFAR_SETTINGS = "1 1" "1 2 --code binary" "2 2 --code binary" "3 3 --code binary" "1 none" "2 none"
 TRAIN = $(BIN)/python notebooks/experiment.py pretrain --dataset $(1) $(3) $(RECORD) && \
 	for setting in $(2); do set -- $$setting; M=$$1; N=$$2; shift 2; \

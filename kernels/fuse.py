@@ -21,13 +21,12 @@ those do, to the last bit.
 What has to hold, or everything stays as it is:
 
 - a layer that is changed is called once, by nobody but the graph, and nobody looks at what goes into it or comes out;
-- what is taken away had one reader, and no memory that it or its input lies in is written to by others (`_Memory`);
+- what is taken away had one reader, and no memory that it or its input lies in is written to by others (tracing.py);
 - a norm runs over the layer's own channels. Which dimension these are in depends on whether there is a batch, so a
   layer with a norm or a pool folded in takes batches only (`PackedLayer.batched`).
 """
 
 import copy
-import inspect
 import math
 import operator
 import warnings
@@ -36,6 +35,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from .tracing import (
+    BATCH_NORMS,
+    CONVOLUTIONS,
+    IDENTITIES,
+    IN_PLACE,
+    MONOTONE_MODULES,
+    POOLS,
+    RELUS,
+    Memory,
+    argument,
+    is_of_attribute,
+    is_watched,
+    trace,
+)
 
 
 def fuse(abcnets, model: nn.Module, rest: str = "float") -> torch.fx.GraphModule:
@@ -55,30 +69,20 @@ class _Fusion:
     def __init__(self, abcnets, model: nn.Module, in_eight_bits: bool):
         self.abcnets, self.packed_layer, self.in_eight_bits = abcnets, abcnets.PackedLayer, in_eight_bits
         _check_model(model, [layer for layer in model.modules() if self.is_packed(layer)])
-        own = _own_tensors(model)
-        try:
-            constants = _constants(model)
-            graph = _tracer(abcnets).trace(model, constants)
-            _require_constants(abcnets, graph, constants)
-        except Exception as error:
-            raise ValueError(f"fuse traces the model with torch.fx, which failed: {error}") from error
-        if own != _own_tensors(model):
-            raise ValueError("fuse needs a model whose forward pass leaves its own tensors as they are")
-        _check_in_place(graph)
-        self.fused = torch.fx.GraphModule(model, graph)
-        self.memory = _Memory(self)
+        self.fused = trace(abcnets, model)
+        self.memory = Memory(self.fused.graph, self.module_of, self.packed_layer)
         self.check_own_tensors()
-        calls = [self.module_of(node) for node in graph.nodes if node.op == "call_module"]
+        calls = [self.module_of(node) for node in self.fused.graph.nodes if node.op == "call_module"]
         self.called_once = {module for module in calls if calls.count(module) == 1}
         self.seen = {child for module in calls for child in module.modules() if child is not module}
-        for node in graph.nodes:  # a module whose tensors the model itself reads
+        for node in self.fused.graph.nodes:  # a module whose tensors the model itself reads
             if node.op == "get_attr":
                 self.seen.add(self.fused.get_submodule(node.target.rpartition(".")[0]))
 
     def check_own_tensors(self) -> None:
         """A tensor of the model's own, or that forward makes without its input, is the same one in all calls."""
         for node in self.fused.graph.nodes:
-            kept = [source for source in self.memory.writes_to(node) if _is_of_attribute(source)]
+            kept = [source for source in self.memory.writes_to(node) if is_of_attribute(source)]
             if node.op == "output":
                 kept = [value for value in node.all_input_nodes if str(value.target).startswith("_tensor_constant")]
             if kept:
@@ -94,7 +98,7 @@ class _Fusion:
             if self.is_packed(layer) and self.is_own(layer) and self.takes_bits(layer):
                 self.fold_input(node, layer)
         for node in list(self.fused.graph.nodes):
-            if type(self.module_of(node)) in _BATCH_NORMS:
+            if type(self.module_of(node)) in BATCH_NORMS:
                 self.fold_norm(node)
         self.chain_steps()
         for node in list(self.fused.graph.nodes):
@@ -123,7 +127,7 @@ class _Fusion:
 
     def is_plain(self, module) -> bool:
         """Whether nobody else calls a module, reads its tensors or has hooks on it: one that can be left out."""
-        return module not in self.seen and not _is_watched(module)
+        return module not in self.seen and not is_watched(module)
 
     def takes_bits(self, layer) -> bool:
         has_bases = type(layer) is self.packed_layer and layer.activation_bases is not None
@@ -140,7 +144,7 @@ class _Fusion:
         if producer is None or None in folds:
             return
         source, changed = producer, self.module_of(producer) if hands_on_bits else layer
-        changed.batched |= any(type(self.module_of(link)) in (*_BATCH_NORMS, *_POOLS) for link in chain)
+        changed.batched |= any(type(self.module_of(link)) in (*BATCH_NORMS, *POOLS) for link in chain)
         layer.folded = changed.folded = True
         if hands_on_bits:
             changed.out_thresholds, changed.out_flips = folds[0]
@@ -166,12 +170,12 @@ class _Fusion:
 
     def fold_norm(self, node) -> None:
         """Fold a BatchNorm whose float output is wanted into the convolution that feeds it alone, packed or stock."""
-        norm, producer = self.module_of(node), _argument(node)
+        norm, producer = self.module_of(node), argument(node)
         layer = None if producer is None else self.module_of(producer)
         if layer is None or not self.is_own(layer) or len(producer.users) > 1:
             return
         is_packed = type(layer) is self.packed_layer
-        dims = layer.spatial_dims if is_packed else _CONVOLUTIONS.get(type(layer), 0)
+        dims = layer.spatial_dims if is_packed else CONVOLUTIONS.get(type(layer), 0)
         if dims == 0 or self.statistics(node, dims, layer.out_channels) is None:
             return
         scale, shift = _scales_of(norm, *self.statistics(node, dims, layer.out_channels))
@@ -192,9 +196,9 @@ class _Fusion:
 
     def monotone_chain(self, node, layer) -> tuple[list, torch.fx.Node | None]:
         """The single-use links in front of a node that only move its thresholds, first to last, and what feeds them."""
-        chain, link = [], _argument(node)
+        chain, link = [], argument(node)
         while link is not None and len(link.users) == 1 and self.is_link(link, layer):
-            source = _argument(link)
+            source = argument(link)
             if source is None or not self.memory.is_constant(source) or not self.memory.is_constant(link):
                 break
             chain.insert(0, link)
@@ -209,19 +213,19 @@ class _Fusion:
         module = self.module_of(node)
         if module is not None and not self.is_plain(module):
             return None
-        if type(module) in _MONOTONE_MODULES:
+        if type(module) in MONOTONE_MODULES:
             return module
         statistics = self.statistics(node, layer.spatial_dims, layer.channels)
         if statistics is not None:
             return lambda z: F.batch_norm(z, *statistics, eps=module.eps)
-        if node.op in ("call_function", "call_method") and node.target in _RELUS:
+        if node.op in ("call_function", "call_method") and node.target in RELUS:
             return torch.relu
         return None
 
     def statistics(self, node, dims: int, channels: int) -> tuple | None:
         """Mean, variance, weight and bias of a BatchNorm over the channels of layers of so many dimensions."""
         norm = self.module_of(node)
-        if dims not in _BATCH_NORMS.get(type(norm), ()) or norm.num_features != channels or not self.is_plain(norm):
+        if dims not in BATCH_NORMS.get(type(norm), ()) or norm.num_features != channels or not self.is_plain(norm):
             return None
         tensors = norm.running_mean, norm.running_var, norm.weight, norm.bias
         kept = all(tensor is not None for tensor in tensors[:2])
@@ -229,7 +233,7 @@ class _Fusion:
 
     def pool_of(self, node, dims: int) -> nn.Module | None:
         module = self.module_of(node)
-        if _POOLS.get(type(module)) != dims or module.return_indices or not self.is_plain(module):
+        if POOLS.get(type(module)) != dims or module.return_indices or not self.is_plain(module):
             return None
         sizes = (module.kernel_size, module.stride, module.padding, module.dilation)
         is_known = all(isinstance(size, int) or len(size) == dims for size in sizes)
@@ -258,7 +262,7 @@ class _Fusion:
                 before, behind = self.float_steps_before(first, dims), self.float_steps_behind(steps[-1][0], dims == 0)
                 taken.update(self.chain(before + steps + behind) or self.chain(steps + behind))
         for pool in nodes:
-            dims = 0 if pool in taken else _POOLS.get(type(self.module_of(pool)), 0)
+            dims = 0 if pool in taken else POOLS.get(type(self.module_of(pool)), 0)
             module = self.pool_of(pool, dims) if dims else None
             if module is not None:
                 taken.update(self.chain([*self.float_convolution_before(pool, dims), (pool, module)]))
@@ -266,10 +270,10 @@ class _Fusion:
     def chain(self, steps: list) -> list:
         """Let one module be in the place of these (node, module), if there are several and this can be; the nodes."""
         nodes, modules = zip(*steps)
-        source = _argument(nodes[0])
+        source = argument(nodes[0])
         if len(steps) < 2 or source is None or not self.memory.is_constant(source):  # until the last step
             return []
-        modules = [module for module in modules if type(module) not in _IDENTITIES]
+        modules = [module for module in modules if type(module) not in IDENTITIES]
         modules[0] = self.in_its_form(modules[0])
         self.insert_chain(f"chain_{nodes[0].name.strip('_')}", modules, nodes[-1], (source,))
         for node in reversed(nodes[:-1]):
@@ -289,7 +293,7 @@ class _Fusion:
 
     def in_its_form(self, module) -> nn.Module:
         """The first step of a chain: where it is a convolution of floats, perhaps one in eight bits."""
-        if not self.in_eight_bits or type(module) not in _CONVOLUTIONS or module.weight.dtype != torch.float32:
+        if not self.in_eight_bits or type(module) not in CONVOLUTIONS or module.weight.dtype != torch.float32:
             return module
         fits = module.weight.is_cpu and self.abcnets.multiplies_bytes() and module.weight.isfinite().all()
         return self.abcnets.EightBitConv(module) if fits else module
@@ -299,22 +303,22 @@ class _Fusion:
         if len(node.args) != 2 or node.kwargs or not all(isinstance(value, torch.fx.Node) for value in node.args):
             return
         for mine, other in (node.args, node.args[::-1]):
-            chain, source = self.module_of(mine), _argument(mine)
+            chain, source = self.module_of(mine), argument(mine)
             is_known = type(chain) is self.abcnets.PackedChain or self.is_step(chain)
             if not is_known or len(mine.users) > 1 or mine is other or source is None:
                 continue
             steps = list(chain.steps) if type(chain) is self.abcnets.PackedChain else [chain]
             puts_out_floats = type(steps[-1]) is self.packed_layer and steps[-1].out_thresholds is None
-            writes_to_other = node.target in _IN_PLACE and mine is not node.args[0]
+            writes_to_other = node.target in IN_PLACE and mine is not node.args[0]
             is_constant = self.memory.is_constant(source) and self.memory.is_constant(other)
             if puts_out_floats and steps[-1].spatial_dims and is_constant and not writes_to_other:
                 break
         else:
             return
         readers, last = list(node.users), node
-        if len(readers) == 1 and type(self.stateless(readers[0])) is nn.ReLU and _argument(readers[0]) is node:
+        if len(readers) == 1 and type(self.stateless(readers[0])) is nn.ReLU and argument(readers[0]) is node:
             last = readers[0]
-        total = self.abcnets.ChainSum(1, relu=last is not node, in_place=node.target in _IN_PLACE)
+        total = self.abcnets.ChainSum(1, relu=last is not node, in_place=node.target in IN_PLACE)
         self.insert_chain(f"sum_{mine.name.strip('_')}", [*steps, total], last, (source, other))
         if last is not node:
             self.fused.graph.erase_node(node)
@@ -337,7 +341,7 @@ class _Fusion:
 
     def part(self, node) -> "_Part | None":
         """A chain, a layer, a small first convolution or means of floats, which end at a node and put out floats."""
-        module, source = self.module_of(node), _argument(node)
+        module, source = self.module_of(node), argument(node)
         if type(module) is self.abcnets.PackedChain:
             is_joined = any(isinstance(step, self.abcnets.ChainRead) for step in module.steps)
             is_flat = self.is_packed(module.steps[0]) and module.steps[0].spatial_dims == 0
@@ -351,7 +355,7 @@ class _Fusion:
             return _Part([module], [node], [source])
         if type(self.stateless(node)) is nn.ReLU and len(source.users) == 1:
             before = self.part(source)
-            takes_it = before is not None and type(before.steps[-1]) in (self.packed_layer, *_CONVOLUTIONS)
+            takes_it = before is not None and type(before.steps[-1]) in (self.packed_layer, *CONVOLUTIONS)
             return _Part([*before.steps, nn.ReLU()], [*before.nodes, node], before.reads) if takes_it else None
         return self.averages(node)
 
@@ -414,7 +418,7 @@ class _Fusion:
     def average_pool_of(self, node) -> list | None:
         """The sizes of average pooling's windows, where these lie side by side in two dimensions."""
         module, options = self.module_of(node), ()
-        if type(module) is nn.AvgPool2d and self.is_plain(module) and _argument(node) is not None:
+        if type(module) is nn.AvgPool2d and self.is_plain(module) and argument(node) is not None:
             is_known = not module.ceil_mode and module.padding in (0, (0, 0)) and module.divisor_override is None
             options = (module.kernel_size, module.stride) if is_known else ()
         elif node.op == "call_function" and node.target is F.avg_pool2d and not node.kwargs:
@@ -431,7 +435,7 @@ class _Fusion:
         """An average over whole images, perhaps behind BatchNorm and ReLU and in front of a small linear layer."""
         nodes, behind, link = [], [], node
         if type(self.module_of(node)) is nn.Linear:
-            linear, flatten = self.module_of(node), _argument(node)
+            linear, flatten = self.module_of(node), argument(node)
             if flatten is None or not self.is_own(linear) or not _is_small(linear):
                 return None
             link = flatten.args[0] if flatten.args else None
@@ -442,15 +446,15 @@ class _Fusion:
         pool = self.module_of(link)
         if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)) or not self.is_plain(pool):
             return None
-        source, scales, relu, nodes = _argument(link), (None, None), False, [link, *nodes]
+        source, scales, relu, nodes = argument(link), (None, None), False, [link, *nodes]
         if source is not None and type(self.stateless(source)) is nn.ReLU and len(source.users) == 1:
-            nodes, relu, source = [source, *nodes], True, _argument(source)
+            nodes, relu, source = [source, *nodes], True, argument(source)
             norm = None if source is None else self.module_of(source)
             if type(norm) is nn.BatchNorm2d and len(source.users) == 1:
                 statistics = self.statistics(source, 2, norm.num_features)
                 scales = _scales_of(norm, *statistics) if statistics else scales
                 if scales[0] is not None:
-                    nodes, source = [source, *nodes], _argument(source)
+                    nodes, source = [source, *nodes], argument(source)
         if source is None or not all(map(self.memory.is_constant, [source, *nodes[:-1]])):
             return None
         return _Part([self.abcnets.ChainAverage(0, None, *scales, relu), *behind], nodes, [source], False)
@@ -470,7 +474,7 @@ class _Fusion:
             steps.append((node, layer))
             readers = list(node.users)
             if layer.out_thresholds is None:  # floats come out
-                is_read = len(readers) == 1 and _argument(readers[0]) is node
+                is_read = len(readers) == 1 and argument(readers[0]) is node
                 pool = self.pool_of(readers[0], layer.spatial_dims) if is_read else None
                 return steps if pool is None else [*steps, (readers[0], pool)]
             (node,) = readers
@@ -482,7 +486,7 @@ class _Fusion:
 
     def float_steps_before(self, node, dims: int) -> list:
         """A small stock convolution, and perhaps its max-pool, that feed a chain alone."""
-        link = _argument(node)
+        link = argument(node)
         pool = None if link is None or len(link.users) > 1 else self.pool_of(link, dims)
         if pool is None:
             return self.float_convolution_before(node, dims)
@@ -491,18 +495,18 @@ class _Fusion:
 
     def float_convolution_before(self, node, dims: int) -> list:
         """A small stock convolution, and in front of a pool ReLUs, that feed a node alone."""
-        link, relus, is_pool = _argument(node), [], self.pool_of(node, dims) is not None
+        link, relus, is_pool = argument(node), [], self.pool_of(node, dims) is not None
         while link is not None and len(link.users) == 1:
             stock, relu = self.module_of(link), self.stateless(link)
-            if _CONVOLUTIONS.get(type(stock)) == dims:
+            if CONVOLUTIONS.get(type(stock)) == dims:
                 return [(link, stock), *relus] if self.is_small_convolution(stock) else []
-            if not is_pool or type(relu) not in (nn.ReLU, *_IDENTITIES):
+            if not is_pool or type(relu) not in (nn.ReLU, *IDENTITIES):
                 return []
-            link, relus = _argument(link), [(link, relu), *relus]
+            link, relus = argument(link), [(link, relu), *relus]
         return []
 
     def is_small_convolution(self, module) -> bool:
-        if type(module) not in _CONVOLUTIONS or not self.is_own(module):
+        if type(module) not in CONVOLUTIONS or not self.is_own(module):
             return False
         is_small = module.in_channels <= FEW_CHANNELS and _is_small(module)
         return is_small and module.groups == 1 and module.padding_mode == "zeros"
@@ -514,7 +518,7 @@ class _Fusion:
             before, (node,) = node, node.users
             module, stateless = self.module_of(node), self.stateless(node)
             if type(module) is nn.Linear:
-                is_fed = is_flat and self.is_own(module) and _argument(node) is before
+                is_fed = is_flat and self.is_own(module) and argument(node) is before
                 return [*steps, (node, module)] if is_fed and _is_small(module) else []
             if stateless is None:
                 return []
@@ -527,11 +531,11 @@ class _Fusion:
         module = self.module_of(node)
         if module is not None:
             is_flatten = type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-            is_known = is_flatten or type(module) in (nn.ReLU, *_IDENTITIES)
+            is_known = is_flatten or type(module) in (nn.ReLU, *IDENTITIES)
             return module if is_known and self.is_plain(module) else None
         if node.op not in ("call_function", "call_method"):
             return None
-        if node.target in _RELUS and _argument(node) is not None:
+        if node.target in RELUS and argument(node) is not None:
             return nn.ReLU()
         is_flatten = node.target in (torch.flatten, "flatten") and node.args[1:] == (1,) and not node.kwargs
         return nn.Flatten() if is_flatten else None
@@ -558,97 +562,6 @@ def _scales_of(norm, mean, var, weight, bias) -> tuple:
     return (scale, shift) if (scale.isfinite() & shift.isfinite()).all() else (None, None)
 
 
-class _Memory:
-    """Which values of a traced model share memory, and which lie in memory that is written to after they were made.
-
-    Work in place does no harm where nobody else can see it: over a fresh result that has one reader. What comes out
-    is then as good as fresh. All that is not known here is taken to hand on the memory of whatever it is given; and
-    what is neither torch's nor Python's, to write to it.
-    """
-
-    def __init__(self, fusion: _Fusion):
-        self._module_of, self._packed_layer = fusion.module_of, fusion.packed_layer
-        self._fresh = set()  # values in memory of their own
-        self._owned = set()  # values whose memory only their one reader can reach
-        group = {}  # value -> all that may share its memory
-        self._written, arguments = set(), []  # of forward, which may be one tensor
-        for node in fusion.fused.graph.nodes:
-            group[node] = {node}
-            source = self._source_of(node)
-            if node.op == "placeholder":
-                arguments.append(node)
-            if self._is_fresh(node) or (self._works_in_place(node) and source in self._owned):
-                self._fresh.add(node)
-            else:
-                for other in arguments if node.op == "placeholder" else node.all_input_nodes:
-                    group[node] |= group[other]
-                for value in group[node]:
-                    group[value] = group[node]
-                if self._works_in_place(node) or self._may_write(node):
-                    self._written |= group[node] - {node}
-            is_same = type(self._module_of(node)) in _IDENTITIES and source in self._owned
-            if len(node.users) == 1 and (node in self._fresh or is_same):
-                self._owned.add(node)
-
-    def is_constant(self, node) -> bool:
-        """Whether a value stays, for as long as it is there, what it was when it was made."""
-        return node not in self._written
-
-    def rename(self, node, other) -> None:
-        """Another node puts out what this one did."""
-        if node in self._written:
-            self._written.add(other)
-
-    def writes_to(self, node) -> list:
-        """The values that a node may write to, as it is given them."""
-        if self._works_in_place(node):
-            return [source for source in [self._source_of(node)] if source is not None] or node.all_input_nodes
-        return node.all_input_nodes if self._may_write(node) else []
-
-    @staticmethod
-    def _source_of(node) -> torch.fx.Node | None:
-        """What a node passes on or writes over."""
-        return node.args[0] if node.target in _IN_PLACE else _argument(node)
-
-    def _works_in_place(self, node) -> bool:
-        """Whether a node writes its result over what it is given first, and nothing else."""
-        if node.op == "call_module":
-            module = self._module_of(node)
-            return type(module) in _MONOTONE_MODULES and getattr(module, "inplace", False) and not _is_watched(module)
-        if node.op in ("call_function", "call_method") and node.target in _RELUS:
-            return node.target in (torch.relu_, "relu_") or _is_asked(node, "inplace")
-        return node.op == "call_function" and node.target in _IN_PLACE
-
-    def _is_fresh(self, node) -> bool:
-        if self._works_in_place(node) or self._may_write(node):
-            return False
-        if node.op == "call_module":
-            kinds = (self._packed_layer, nn.Linear, *_CONVOLUTIONS, *_BATCH_NORMS, *_POOLS, *_MONOTONE_MODULES)
-            return type(self._module_of(node)) in kinds and type(self._module_of(node)) not in _IDENTITIES
-        if node.op not in ("call_function", "call_method"):
-            return False
-        # A sum of tensors is a new one; of tuples it holds the same tensors.
-        known = any(source in self._fresh for source in node.all_input_nodes)
-        return node.target in _RELUS or (known and node.target in _ARITHMETIC)
-
-    def _may_write(self, node) -> bool:
-        """Whether anything that a node is given may be another thing afterwards."""
-        if node.op not in ("call_module", "call_function", "call_method"):
-            return False
-        if node.op == "call_module":
-            module = self._module_of(node)
-            return _is_watched(module) or getattr(module, "inplace", False) or next(module.children(), None) is not None
-        if isinstance(node.target, torch._ops.OpOverload):
-            return node.target._schema.is_mutable
-        if node.op == "call_function":
-            origin = str(getattr(node.target, "__module__", None)).partition(".")[0]
-            if origin not in ("torch", "_operator", "math", "builtins"):
-                return True
-        name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
-        writes = name.endswith("_") and (not name.endswith("__") or name.strip("_") in torch.fx.graph.inplace_methods)
-        return writes or name == "setitem" or _is_asked(node, "inplace") or node.kwargs.get("out") is not None
-
-
 def _check_model(model: nn.Module, layers: list) -> None:
     if not layers:
         raise ValueError("fuse takes what pack or load_packed of this abcnets returned; this model has no packed layer")
@@ -660,76 +573,9 @@ def _check_model(model: nn.Module, layers: list) -> None:
                              f"{layer.alphas.device}")  # fmt: skip
     if torch.nn.modules.module._global_forward_hooks or torch.nn.modules.module._global_forward_pre_hooks:
         raise ValueError("fuse can't keep hooks that are registered for all modules")
-    if _is_watched(model):
+    if is_watched(model):
         raise ValueError("fuse would lose the hooks or the forward method that this model itself was given: give them "
                          "to the fused model")  # fmt: skip
-
-
-def _check_in_place(graph) -> None:
-    """x += y changes a tensor for all who hold it, but makes a new number: which of both it is, no trace says.
-
-    Only where x is what a module put out it is known to be a tensor. Elsewhere the old x must not be used any more.
-    """
-    changed = {}
-    for node in graph.nodes:
-        for value in changed.keys() & set(node.all_input_nodes):
-            raise ValueError(f"fuse can't tell what {node.name} gets: another name for {value.name}, which "
-                             f"{changed[value].name} has changed by += or its kin. Write x = x + y there")  # fmt: skip
-        if node.op == "call_function" and node.target in _IN_PLACE and node.args[0].op != "call_module":
-            changed[node.args[0]] = node
-
-
-def _own_tensors(model: nn.Module) -> dict:
-    """What can be told of the model's tensors without reading them: which they are, and how often they were changed."""
-    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    return {name: (id(t), None if t.is_inference() else t._version) for name, t in tensors.items()}
-
-
-def _argument(node) -> torch.fx.Node | None:
-    """The one value that a node is given, where that (and whether to work in place) is all it is given."""
-    options = [*node.args[1:], *node.kwargs.values()]
-    if not node.args or not isinstance(node.args[0], torch.fx.Node) or node.kwargs.keys() - {"inplace"}:
-        return None
-    return node.args[0] if all(isinstance(option, bool) for option in options) else None
-
-
-def _is_asked(node, option: str) -> bool:
-    """Whether a function of torch.nn.functional is given an option, by name or by place."""
-    given = dict(node.kwargs)
-    if node.op == "call_function" and hasattr(node.target, "__code__"):
-        code = node.target.__code__
-        given |= zip(code.co_varnames[: code.co_argcount], node.args)
-    return given.get(option, False) is not False
-
-
-def _is_of_attribute(node) -> bool:
-    """Whether a value is a tensor of the model itself, or what a method or an index of that makes: perhaps a view."""
-    while node.op == "call_method" or node.target in (operator.getitem, getattr):
-        if not isinstance(node.args[0], torch.fx.Node):
-            return False
-        node = node.args[0]
-    return node.op == "get_attr"
-
-
-def _constants(model: nn.Module) -> dict:
-    """Arguments of forward whose default says that there is none, or answers yes or no: the trace holds for these."""
-    parameters = inspect.signature(type(model).forward).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is None or isinstance(p.default, bool)}
-
-
-def _require_constants(abcnets, graph, constants: dict) -> None:
-    """Let the fused model refuse another value; torch.fx renames such an argument, and asserts, which -O takes out."""
-    for node in list(graph.find_nodes(op="placeholder")):
-        name = node.target.rpartition("_")[0]
-        if name not in constants or node.target in constants:
-            continue
-        for check in list(node.users):  # an assertion, or a comparison that one reads
-            for assertion in list(check.users):
-                graph.erase_node(assertion)
-            graph.erase_node(check)
-        node.target = name
-        with graph.inserting_after(node):
-            graph.call_function(abcnets.fused_for, (name, node, constants[name]))
 
 
 def _is_small(layer: nn.Module) -> bool:
@@ -737,66 +583,7 @@ def _is_small(layer: nn.Module) -> bool:
     return layer.weight.numel() <= FEW_WEIGHTS and layer.weight.dtype == torch.float32
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether somebody has hooks on a module, or gave it another forward method than its class's."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
-
-
-def _tracer(abcnets) -> torch.fx.Tracer:
-    whole = (abcnets.PackedLayer, abcnets.ABCConv1d, abcnets.ABCConv2d, abcnets.ABCConv3d, abcnets.ABCLinear)
-
-    class Tracer(torch.fx.Tracer):
-        def is_leaf_module(self, module, name):
-            return isinstance(module, whole) or super().is_leaf_module(module, name)
-
-        def proxy(self, node):
-            return _Proxy(node, self)
-
-    return Tracer()
-
-
-class _Proxy(torch.fx.Proxy):
-    """torch.fx's, for which x += y is not x = x + y: whoever else holds x would not see it.
-
-    And which has the attributes of a tensor and no others, none of which can be set.
-    """
-
-    def __getattr__(self, name):
-        if not hasattr(Tensor, name):
-            raise AttributeError(f"a tensor has no attribute {name!r}")
-        return _Attribute(self, name)
-
-    def __setattr__(self, name, value):
-        if name not in ("tracer", "node", "root", "attr", "_node"):
-            raise AttributeError(f"fuse can't follow the setting of a tensor's attribute {name!r}")
-        super().__setattr__(name, value)
-
-
-class _Attribute(torch.fx.proxy.Attribute, _Proxy):
-    """x.data and its like."""
-
-
-def _stays_in_place(function):
-    def method(self, other):
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-_IN_PLACE = [getattr(operator, name) for name in torch.fx.graph.inplace_methods if name != "setitem"]
-for _function in _IN_PLACE:
-    setattr(_Proxy, f"__{_function.__name__}__", _stays_in_place(_function))
-
-# Non-decreasing, elementwise. BatchNorm is monotone in each channel, in either direction.
-_IDENTITIES = (nn.Identity, nn.Dropout, nn.Dropout2d)
-_MONOTONE_MODULES = (nn.ReLU, nn.ReLU6, nn.Hardtanh, nn.Sigmoid, nn.Tanh, *_IDENTITIES)
-_BATCH_NORMS = {nn.BatchNorm1d: (0, 1), nn.BatchNorm2d: (2,), nn.BatchNorm3d: (3,)}  # over channels of which layers
-_CONVOLUTIONS = {nn.Conv1d: 1, nn.Conv2d: 2, nn.Conv3d: 3}
-_RELUS = (F.relu, torch.relu, torch.relu_, "relu", "relu_")
 _SUMS = (operator.add, operator.iadd, torch.add)
-_ARITHMETIC = (operator.add, operator.sub, operator.mul, operator.truediv, torch.add, torch.sub, torch.mul)
-_POOLS = {nn.MaxPool1d: 1, nn.MaxPool2d: 2, nn.MaxPool3d: 3}
-
 FEW_CHANNELS, FEW_WEIGHTS = 4, 1 << 14  # of a float layer in a chain: images have few, and others gain nothing there
 
 

@@ -21,7 +21,9 @@ multiples of 2^k are its own, and the even ones are the bit before; so base n is
 
     N = 2:   hi = p_2,   lo = hi ^ p_1 ^ p_3           N = 3:   p_4,   ^ p_2 ^ p_6,   ^ p_1 ^ p_3 ^ p_5 ^ p_7
 
-In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them.
+In a falling channel (flips) all p are turned round, and so is every base: an XOR of an odd number of them. Where the
+thresholds really ascend, as they do but for tables made by hand, a search finds the count with fewer comparisons: with
+p_4 first, then with p_6 or p_2, and so on (`rising`).
 
 Uniform levels. Where all betas are equal, only the sum of E_n = popcount(a_n ^ w) counts, and fewer words say it:
 
@@ -31,6 +33,12 @@ Uniform levels. Where all betas are equal, only the sum of E_n = popcount(a_n ^ 
 Where two bases differ, one of them differs from w, whatever w is. Three bits a_n ^ w are added by a full adder, whose
 carry and sum turn round with its inputs. Both hold bit by bit, for bases of any code and order, nested or not, and
 where all a_n are 0, as in padding, so are these words. popcount(d) over a window is the same for all output channels.
+
+Equal alphas. Two weight bases of one scale are weights -2, 0 and 2, and likewise counted once, where they agree:
+
+    E_1 + E_2 = 2 popcount((a ^ w_2) & ~d) + popcount(d),        d = w_1 ^ w_2
+
+So they are one base of twice the scale, of which an output channel sees some channels only, as with groups.
 
 Names of axes: B batch, S spatial, C channels, P words of 64 channels, N activation bases, T their thresholds, M weight
 bases, O output channels, K the kernel's taps. Everything spatial is brought to three dimensions first (leading ones),
@@ -275,6 +283,16 @@ def flip_words(flips_C: np.ndarray) -> np.ndarray:
     return np.packbits(bits, bitorder="little").view(np.uint64)
 
 
+def rising(thresholds_TC: np.ndarray, N: int) -> np.ndarray | None:
+    """The thresholds of a binary code, ascending in every channel; None where they are in no order, or of another code.
+
+    In a falling channel they descend. How many are reached is the same in either order.
+    """
+    ascending_TC = np.sort(thresholds_TC, axis=0)
+    is_one, is_other = ((ascending_TC == order).all(0) for order in (thresholds_TC, thresholds_TC[::-1]))
+    return ascending_TC if 1 < N < len(thresholds_TC) and (is_one | is_other).all() else None
+
+
 def threshold_table(thresholds_TC: np.ndarray, multiple: int) -> np.ndarray:
     """float32 (T, C) -> (T, C rounded up to `multiple`); the added thresholds are never reached."""
     T, C = thresholds_TC.shape
@@ -283,15 +301,20 @@ def threshold_table(thresholds_TC: np.ndarray, multiple: int) -> np.ndarray:
     return table
 
 
-def border_constants(words_MOTP, alphas_MO, betas_N, bias_O, zero, outside, channels_per_group) -> np.ndarray:
+def border_constants(
+    words_MOTP, alphas_MO, betas_N, bias_O, zero, outside, channels_per_group, seen_OTP=None
+) -> np.ndarray:
     """What each border class adds to the sum of popcounts: float32 (classes, O).
 
     The kernels count E = popcount(a ^ w) - floor(K / 2) over all taps, padded ones too, so that the sum of products is
-    (K & 1) - 2 E less what the padded taps put in. `scales` brings -2 E; the rest is here, with the bias.
+    (K & 1) - 2 E less what the padded taps put in. `scales` brings -2 E; the rest is here, with the bias. Where an
+    output channel sees but some channels of a tap, seen_OTP, it has fewer products than K.
     """
-    odd = channels_per_group * words_MOTP.shape[2] & 1
-    sums_MOT = 2 * ones_of(words_MOTP) - channels_per_group
-    products_MOG = odd + sums_MOT @ outside.T.astype(np.int64)  # padded taps, bits 0, were counted as -B
+    O, taps = words_MOTP.shape[1:3]
+    seen_OT = np.full((O, taps), channels_per_group) if seen_OTP is None else ones_of(seen_OTP)
+    sums_MOT = 2 * ones_of(words_MOTP) - seen_OT
+    left_O = seen_OT.sum(1) - channels_per_group * taps // 2 * 2
+    products_MOG = left_O[:, None] + sums_MOT @ outside.T.astype(np.int64)  # padded taps, bits 0, were counted as -B
     return class_constants(products_MOG, sums_MOT, alphas_MO, betas_N, bias_O, zero, ~outside)
 
 
@@ -320,13 +343,21 @@ def scales(alphas_MO, betas_N) -> np.ndarray:
 # --------------------------------------------------------------------------- CPU tiles
 
 
-def counts_as_uniform(betas_N: np.ndarray, groups: int, uses: int) -> bool:
+def as_one_base(words_MOTP: np.ndarray, alphas_MO: np.ndarray, masks_OP: np.ndarray) -> tuple | None:
+    """Two weight bases of one scale as one: (words, alphas, uint64 (O, taps, P) of what it sees); None for others."""
+    if len(alphas_MO) != 2 or (alphas_MO[0] != alphas_MO[1]).any():
+        return None
+    seen_OTP = ~(words_MOTP[0] ^ words_MOTP[1]) & masks_OP[:, None]
+    return words_MOTP[1:] & seen_OTP, 2 * alphas_MO[1:], seen_OTP
+
+
+def counts_as_uniform(betas_N: np.ndarray, masked: bool, uses: int) -> bool:
     """Whether the CPU engine counts a layer by the forms for uniform levels.
 
-    uses: how often a channel is read, M O taps / groups; 64 times or more pay for making the words. With groups not
-    for N = 2: popcount(d) would be another for each group.
+    masked: whether output channels see different channels. Then not for N = 2: popcount(d) would be another for each.
+    uses: how often a channel is read, M O taps / groups; 64 times or more pay for making the words.
     """
-    has_form = len(betas_N) in ((2, 3) if groups == 1 else (3,))
+    has_form = len(betas_N) in ((3,) if masked else (2, 3))
     return has_form and uses >= 64 and bool((betas_N == betas_N[0]).all())
 
 
@@ -461,12 +492,6 @@ def tile_weights(units_MOTU: np.ndarray, first: np.ndarray, width: int, block: i
         chosen_MoTu = blocked_MoTU[..., start : start + width]
         tile[...] = chosen_MoTu.reshape(M, block, taps * width).transpose(0, 2, 1)
     return tiles
-
-
-def tile_masks(masks_OU: np.ndarray, taps: int, first: np.ndarray, width: int, block: int) -> np.ndarray:
-    """(O, units) -> [blocks][tap, unit][block]: the masks, repeated for every tap, in the weights' order."""
-    repeated_1OTU = np.repeat(masks_OU[None, :, None], taps, axis=2)
-    return tile_weights(repeated_1OTU, first, width, block)
 
 
 # --------------------------------------------------------------------------- CPU tiles that look up

@@ -63,7 +63,7 @@ class Recipe:
         mixed: whether M, N and code are a budget alone, of bytes and binary multiplications, within which each layer
             has bases of its own: `settings`, in the words of `budget.from_words`.
         zero: whether a 0 stays 0; None: as the code has it.
-        code: of weights and of activations; or one word for both.
+        code: of weights and of activations, or one word for both; in a text a comma is between two.
         float_seed: of the start network, where it is not `seed`.
         images: how many there are to train with; network: the function that builds it.
         start, teacher: fingerprints of their weights; None for none.
@@ -106,7 +106,7 @@ class Recipe:
             value = getattr(self, each.name)
             value = usual.get(each.name) if value is None else value
             if each.name == "code" and isinstance(value, str):
-                value = value, value
+                value = value.split(",")[0], value.split(",")[-1]
             elif each.type == float | None and value is not None:
                 value = float(value)  # one number, one key: 1 is 1.0
             object.__setattr__(self, each.name, value)  # as a frozen dataclass does it itself

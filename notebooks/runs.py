@@ -7,6 +7,7 @@ of the rows that the README shows are in `trained/` too, small enough to come wi
 
 import contextlib
 import functools
+import itertools
 import tempfile
 from pathlib import Path
 
@@ -368,7 +369,8 @@ def recorded(path: str | Path, dataset: str) -> pd.DataFrame:
 def main_runs(results: str | Path, dataset: str) -> pd.DataFrame:
     """The rows of a data set's runs in which bases (or mixed ones), code and seed alone were chosen; NaN is float."""
     rows = recorded(Path(results) / "runs.csv", dataset)
-    codes = [f"code={code}" for code in abcnets.CODES]
+    pairs = itertools.product(abcnets.CODES, abcnets.CODES)
+    codes = [f"code={','.join(dict.fromkeys(pair))}" for pair in pairs]
     return rows[rows.options.isin(["", *codes, "mixed", *(f"mixed {word}" for word in codes)])]
 
 

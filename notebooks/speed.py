@@ -55,7 +55,8 @@ def resnet20():
 
 NETWORKS = {"nine-layer": (nine_layer, (1, 32)), "ResNet-20": (resnet20, (1, 32)), "ResNet-18": (resnet18, (1, 8))}
 SETTINGS = {  # M, N, code: what to call it
-    (1, 1, "thermometer"): "1 × 1", (2, 2, "binary,uniform"): "binary 2 × uniform 2", (2, 2, "binary"): "binary 2 × 2",
+    (1, 1, "thermometer"): "1 × 1", (2, 2, "binary,uniform"): "binary 2 × uniform 2",
+    (2, 2, "uniform,binary"): "uniform 2 × binary 2", (2, 2, "binary"): "binary 2 × 2",
     (3, 3, "binary"): "binary 3 × 3", (1, None, "thermometer"): "1 × int8",
 }  # fmt: skip
 MACHINE, CASE = ["hardware", "isa"], ["network", "batch", "threads"]

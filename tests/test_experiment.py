@@ -241,6 +241,16 @@ def test_the_command_measures_and_compares(tmp_path, tiny):
     assert mixed.mixed_settings.str.contains(",binary").all()
 
 
+def test_runs_of_two_codes_are_main_runs(tmp_path):
+    row = {"run": "digits/M2-N2-code=uniform,binary", "dataset": "digits", "M": 2, "N": 2, "seed": 0}
+    others = ["", "code=binary", "code=binary,uniform", "code=binary zero", "code=uniform,binary limit=2000"]
+    write_csv(tmp_path / "runs.csv", [row | {"options": words} for words in ("code=uniform,binary", *others)])
+    found = main_runs(tmp_path, "digits").to_dict("records")
+    assert [setting_of(each)[2] for each in found] == ["uniform,binary", "thermometer", "binary", "binary,uniform"]
+    layers = runs.converted(nn.Sequential(*(nn.Conv2d(1, 1, 1) for _ in range(3))), found[0])
+    assert layers[1].code == ("uniform", "binary")
+
+
 def test_a_network_of_mixed_settings(tmp_path, tiny, capsys):
     """Each layer has the bases that the table says, in training, in evaluation, and where the network is collected."""
     digits = load_data("digits", tmp_path, 200)

@@ -74,12 +74,19 @@ def thresholds_of(N, C, generator, binary=False):
     return thresholds.sort(0).values if binary else thresholds
 
 
+def falling(thresholds, flips):
+    """Thresholds that fall in the channels that are turned round, as those do that fuse finds."""
+    return torch.where(flips, thresholds.flip(0), thresholds)
+
+
 def make_case(
     seed, B, M, N, O, C, groups, size, kernel, stride, padding, dilation, bias=True, binary=False, zero=False
 ) -> Case:
     generator = torch.Generator().manual_seed(seed)
     flags = torch.rand(M, O, *kernel, C // groups, generator=generator) > 0.5
-    thresholds = thresholds_of(N, C, generator, binary)
+    thresholds, flips = thresholds_of(N, C, generator, binary), torch.rand(C, generator=generator) < 0.3
+    if seed % 2:
+        thresholds = falling(thresholds, flips)
     x = torch.randn(B, C, *size, generator=generator)
     on_threshold = thresholds[0].reshape(-1, *[1] * len(size)).expand_as(x)
     x = torch.where(torch.rand(x.shape, generator=generator) < 0.1, on_threshold, x)  # infinities among them
@@ -88,7 +95,7 @@ def make_case(
         torch.randn(M, O, generator=generator),
         torch.rand(N, generator=generator) + 0.1,
         thresholds,
-        torch.rand(C, generator=generator) < 0.3,
+        flips,
         torch.randn(O, generator=generator) if bias else None,
         torch.randn((), generator=generator) if zero else None,
     )
@@ -400,11 +407,55 @@ def test_forms_of_uniform_levels():
     for a, b, c, w in np.ndindex(2, 2, 2, 2):
         assert (a ^ w) + (b ^ w) == 2 * ((b ^ w) | (a ^ b)) - (a ^ b)
         assert (a ^ w) + (b ^ w) + (c ^ w) == 2 * ((a + b + c) // 2 ^ w) + (a ^ b ^ c ^ w)
-    for betas, groups in (([0.3, 0.3], 1), ([1, 1, 1], 1), ([1, 1, 1], 4)):
-        assert layout.counts_as_uniform(np.float32(betas), groups, 64)
-        assert not layout.counts_as_uniform(np.float32(betas), groups, 63)  # would not pay
-    for betas, groups in (([0.3], 1), ([0.3, 0.4], 1), ([0.3, 0.3], 2), ([1, 1, 2], 1), ([1, 1, 1, 1], 1)):
-        assert not layout.counts_as_uniform(np.float32(betas), groups, 999)
+        assert (a ^ w) + (a ^ c) == 2 * ((a ^ c) & 1 - (w ^ c)) + (w ^ c)
+    for betas, masked in (([0.3, 0.3], False), ([1, 1, 1], False), ([1, 1, 1], True)):
+        assert layout.counts_as_uniform(np.float32(betas), masked, 64)
+        assert not layout.counts_as_uniform(np.float32(betas), masked, 63)  # would not pay
+    others = ([0.3], False), ([0.3, 0.4], False), ([0.3, 0.3], True), ([1, 1, 2], False), ([1, 1, 1, 1], False)
+    for betas, masked in others:
+        assert not layout.counts_as_uniform(np.float32(betas), masked, 999)
+
+
+@examples(90)
+@given(st.data(), cases(most_bases=4), st.integers(1, 2), st.booleans(), st.sampled_from(HERE))
+def test_two_weight_bases_of_one_scale_are_counted_once(data, case, threads, uniform, tile):
+    torch.set_num_threads(threads)
+    if uniform:
+        in_integers(case)
+    bits, alphas = (torch.cat([t[:1], t[-1:]]) for t in case.tensors[:2])
+    bits[1] ^= bits[0].roll(1, 0)  # another one also where there was one; bits behind the last channel stay 0
+    alphas[1] = alphas[0]
+    case.tensors = bits, alphas, *case.tensors[2:]
+    x = data.draw(in_memory(case))
+    with counting(tile):
+        assert layer_of(case).M == (2 if isinstance(layer_of(case).lanes, layout.LookUp) else 1)
+        assert_right(case, x)
+        alphas[0, -1] += 0.5
+        assert layer_of(case).M == 2
+        assert_right(case, x)
+
+
+@pytest.mark.parametrize("N", [2, 3, 4])
+@pytest.mark.parametrize("order", ["ascending", "none"])
+def test_a_search_finds_what_comparisons_say(N, order):
+    """In thresholds of a layer's own, in those of the next one, and among equal and infinite ones."""
+    generator = torch.Generator().manual_seed(N)
+    for seed in (1, 3):
+        case = small_case(N=N, seed=seed, binary=True)
+        thresholds, flips = thresholds_of(N, 40, generator, binary=True), torch.rand(40, generator=generator) < 0.5
+        thresholds = falling(thresholds.round(decimals=1) * case.expect().std(), flips)
+        if order == "none":
+            case.tensors[3][:, 0] = torch.linspace(-1, 1, 2**N - 1).roll(1)
+            thresholds[:, 3] = torch.linspace(-1, 1, 2**N - 1).roll(1)
+        y = case.run()
+        assert_right(case)
+        case.out = thresholds.float(), flips, N
+        layer = layer_of(case)
+        assert layer.searched == layer.out_searched == (order == "ascending")
+        reached = y.movedim(1, -1)[None] >= case.out[0].view(2**N - 1, *[1] * (y.dim() - 1), -1)
+        bases = [reached[2**k - 1 :: 2**k].sum(0) % 2 == 1 for k in reversed(range(N))]  # the XOR of every 2^k-th
+        expected = abcnets.pack_bits(torch.stack(bases) != flips, torch.int64).movedim(0, -1)
+        assert torch.equal(case.run(), expected)
 
 
 @examples(60)

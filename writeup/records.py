@@ -35,7 +35,8 @@ ALIKE = 0.05  # points of accuracy: five test images
 IN_INT8 = "abcnets in int8"  # as compare.py calls our networks with 8-bit activations
 SETTINGS = [  # (M, N, code) of `make results`, beside the float network; of a single base the code does not matter
     (1, 1, "thermometer"), (1, 2, "binary"), (1, 3, "binary"), (1, 4, "binary"), (2, 2, "thermometer"),
-    (2, 2, "binary"), (2, 2, "mixed binary"), (2, 3, "binary"), (3, 3, "thermometer"), (3, 3, "binary"),
+    (2, 2, "uniform,binary"), (2, 2, "binary"), (2, 2, "mixed binary"), (2, 3, "uniform,binary"), (2, 3, "binary"),
+    (3, 3, "thermometer"), (3, 3, "binary"),
     (5, 5, "thermometer"), (1, 3, "thermometer"), (3, 1, "thermometer"),
     (1, None, "thermometer"), (2, None, "thermometer"), (2, None, "binary"), (3, None, "thermometer"),
 ]  # fmt: skip

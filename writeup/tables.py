@@ -245,7 +245,8 @@ def _once(machine: str, rows: list[list[str]]) -> str:
 
 def network_table() -> str:
     """Whole networks on one thread: milliseconds of the fastest float32 and int8, and times as fast as these."""
-    settings = [(1, 1, "thermometer"), (2, 2, "binary,uniform"), (2, 2, "binary"), (3, 3, "binary")]
+    codes = "binary,uniform", "uniform,binary", "binary"
+    settings = [(1, 1, "thermometer"), *((2, 2, code) for code in codes), (3, 3, "binary")]
     cells = []
     for machine, here in records.speed_machines():
         speeds = [[records.network_speeds(here, *setting, column) for column in ("times_float32", "times_int8")]

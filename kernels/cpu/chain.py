@@ -331,7 +331,9 @@ class Places:
                 is_pooled = i < last and isinstance(segment.steps[i + 1], Pool)
                 writes = WORDS if step.out_bases else INTERLEAVED if is_pooled or its_plan.linear else PLANAR
                 sums = (segment.adds is not None, segment.relu) if i == last else ()  # what `finish` asked for
-                into["store_kernel"] = engine.store_kernel(writes, step.out_bases, step.out_T, *form, *sums)
+                into["store_kernel"] = engine.store_kernel(
+                    writes, step.out_bases, step.out_T, step.out_searched, *form, *sums
+                )
                 job, into, form = self._layer(step, its_plan, into, i == 0, behind_pool)
             elif isinstance(step, Average):
                 job = self._average(step, its_plan, part.input_shape[1], into)

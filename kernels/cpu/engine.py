@@ -129,6 +129,7 @@ class Layer:
     """The tables that depend on a layer's tensors alone."""
 
     is_last = False  # of a chain, which it ends
+    searched = out_searched = False  # whether thresholds ascend
     blank, takes_chunks = 0, True  # bytes of the padding; whether an image is packed sixteen pixels at a time, or as
     #                                a whole, behind which its step is kept, a float32
 
@@ -163,7 +164,7 @@ class Layer:
                              f"in {self.groups} groups")  # fmt: skip
 
     def _make_tables(self, bits, thresholds, flips, out_thresholds, out_flips) -> None:
-        self.words_MOTP = layout.weight_words(_numpy(bits), self.groups, self.channels)
+        self.words_MOTP, self.seen_OTP = layout.weight_words(_numpy(bits), self.groups, self.channels), None
         masks_OP = layout.channel_masks(self.O, self.channels, self.groups)
         taps = self.words_MOTP.shape[2]
         self._choose_tile(masks_OP, taps)
@@ -177,32 +178,40 @@ class Layer:
         units_MOTU, self.masks = lanes.units(self.words_MOTP), None
         if isinstance(lanes, layout.LookUp):
             units_MOTU = layout.hide_unseen(units_MOTU, masks_OU[:, None])
-        elif self.groups > 1:
-            self.masks = layout.tile_masks(masks_OU, taps, first, self.width, block)
+        elif self.seen_OTP is not None:
+            self.masks = layout.tile_weights(lanes.units(self.seen_OTP)[None], first, self.width, block)
         self.weights = layout.tile_weights(units_MOTU, first, self.width, block)
         self.scales = np.ascontiguousarray(layout.in_blocks(layout.scales(*self.numbers[:2]), 2, block))
         per_channel = np.broadcast_to(_numpy(thresholds).reshape(self.T, -1), (self.T, self.channels))
-        self.thresholds = layout.threshold_table(per_channel, 64)
-        self.flips = layout.flip_words(np.zeros(self.channels, bool) if flips is None else _numpy(flips))
+        flips = np.zeros(self.channels, bool) if flips is None else _numpy(flips)
+        self.thresholds, self.flips, self.searched = _threshold_tables(per_channel, flips, self.N, 64)
         if self.out_bases:
-            self.out_thresholds = layout.threshold_table(_numpy(out_thresholds), layout.BLOCK)
-            self.out_flips = layout.flip_words(_numpy(out_flips))
+            self.out_thresholds, self.out_flips, self.out_searched = _threshold_tables(
+                _numpy(out_thresholds), _numpy(out_flips), self.out_bases, layout.BLOCK
+            )
 
     def _choose_tile(self, masks_OP, taps) -> None:
-        """`lanes`, how the layer is counted, and whether its levels are counted as uniform ones."""
-        betas = self.numbers[1]
+        """`lanes`, how the layer is counted, whether as one of uniform levels, and what outputs see of each tap."""
+        alphas, betas, *others = self.numbers
         if width := system.look_up_lanes():
             self.uniform = layout.looks_up_uniform(betas)
             self.lanes = layout.choose_look_up(masks_OP, taps, self.N, self.uniform, width)
             if self.lanes is not None:
                 return
-        self.uniform = layout.counts_as_uniform(betas, self.groups, self.M * self.O * taps // self.groups)
+        if self.groups > 1:
+            self.seen_OTP = np.repeat(masks_OP[:, None], taps, axis=1)
+        if one := layout.as_one_base(self.words_MOTP, alphas, masks_OP):
+            self.words_MOTP, alphas, self.seen_OTP = one
+            self.M, self.numbers = 1, (alphas, betas, *others)
+        masked = self.seen_OTP is not None
+        self.uniform = layout.counts_as_uniform(betas, masked, self.M * self.O * taps // self.groups)
         lanes = layout.ARM_LANES if system.is_arm() else layout.LANES
         self.lanes = layout.choose_lanes(masks_OP, taps, system.popcount_lanes(), lanes)
 
     def border_constants(self, outside):
         """What each border class (taps outside the image) adds to the sums: float32 (classes, O)."""
-        return layout.border_constants(self.words_MOTP, *self.numbers, outside, self.channels // self.groups)
+        channels = self.channels // self.groups
+        return layout.border_constants(self.words_MOTP, *self.numbers, outside, channels, self.seen_OTP)
 
     def readable(self, x) -> tuple:
         """(x as the kernels can read it, the order of its pixels and channels); order None: they cannot."""
@@ -236,6 +245,13 @@ class Layer:
 _layers = Beside(Layer, LAYERS_PER_WEIGHT)
 
 
+def _threshold_tables(thresholds_TC, flips_C, N, multiple) -> tuple:
+    """(thresholds, flips, whether the kernels may search: where the former ascend, as they then do in all channels)."""
+    rising_TC = layout.rising(thresholds_TC, N)
+    table = layout.threshold_table(thresholds_TC if rising_TC is None else rising_TC, multiple)
+    return table, layout.flip_words(flips_C), rising_TC is not None
+
+
 class FloatLayer(Layer):
     """The tables of a layer that stays float, the first or last of a chain (chain.py): no bases, no groups."""
 
@@ -261,7 +277,7 @@ class FloatLayer(Layer):
 
     def hand_on_to(self, layer) -> None:
         """Let bits come out, which the layer reads."""
-        self.out_bases, self.out_T = layer.N, layer.T
+        self.out_bases, self.out_T, self.out_searched = layer.N, layer.T, layer.searched
         if layer.runs:
             self.out_flips = layer.flips
             self.out_thresholds = np.ascontiguousarray(layer.thresholds[:, : layout.BLOCK * self.blocks])
@@ -398,7 +414,8 @@ class Workspace:
             output_landing=_address(plan.output_pixels),
             output_pixel_bytes=pixel_bytes,
             store_kernel=store_kernel(
-                WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR, layer.out_bases, layer.out_T
+                WORDS if layer.out_bases else INTERLEAVED if plan.linear else PLANAR,
+                layer.out_bases, layer.out_T, layer.out_searched,
             ),
         )  # fmt: skip
 
@@ -406,7 +423,8 @@ class Workspace:
 def describe(layer, plan, images, scratch, **places) -> Job:
     """The record of a call of a layer; `places` say where its input, words and output are."""
     geometry = plan.geometry
-    chunk_kernel, block_kernel = _kernels(layer.N, layer.T, layer.uniform, layer.groups > 1, layer.lanes)
+    bases = layer.N, layer.T, layer.searched, layer.uniform
+    chunk_kernel, block_kernel = _kernels(*bases, layer.masks is not None, layer.lanes)
     job = Job(
         images=images,
         channels=layer.channels,
@@ -465,15 +483,16 @@ def _run_kernel() -> int:
 
 @functools.cache
 def store_kernel(
-    kind: int, N: int, T: int, image: int = layout.BASES, repeats: int = 1, adds: bool = False, relu: bool = False
-) -> int:
+    kind: int, N: int, T: int, searched: bool,
+    image: int = layout.BASES, repeats: int = 1, adds: bool = False, relu: bool = False,
+) -> int:  # fmt: skip
     from . import store
 
-    return store.store_kernel(kind, N, T, image, repeats, adds, relu).address
+    return store.store_kernel(kind, N, T, searched, image, repeats, adds, relu).address
 
 
 @functools.cache
-def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes) -> tuple:
+def _kernels(N: int, T: int, searched: bool, uniform: bool, masked: bool, lanes) -> tuple:
     """Addresses of the functions that pack and convolve for a layer of N bases and T thresholds.
 
     Here Numba is loaded, and compiles or reads its cache.
@@ -490,7 +509,7 @@ def _kernels(N: int, T: int, uniform: bool, masked: bool, lanes) -> tuple:
         block = lookup.block_kernel(N, int(uniform), lanes)
     else:
         block = vector.block_kernel(N, int(uniform), int(masked), lanes)
-    chunk = pack.chunk_kernel(N, T, lanes.image(uniform), lanes.word_bytes(N, uniform))
+    chunk = pack.chunk_kernel(N, T, int(searched), lanes.image(uniform), lanes.word_bytes(N, uniform))
     addresses = chunk.address, block.address
     logger.info("kernels for N = %d (%d thresholds) ready after %.2f s", N, T, time.perf_counter() - start)
     return addresses

@@ -60,7 +60,7 @@ class Job(ctypes.Structure):
             "counted",  # word: the channels of a word of the image that are counted once
             "image_scale",  # of a float layer in eight bits: from an image's words to the size of its step, a float32
             "differing",  # int32 [padded pixel] from an image's words to its popcounts of d (layout.py); 0: not needed
-            "chunk_kernel",  # address of pack.chunk_kernel(N, T, image, word_bytes), or floats' or eight_bits'
+            "chunk_kernel",  # address of pack.chunk_kernel, or floats' or eight_bits'
             # convolution
             "block_kernel",  # address of vector.block_kernel(N, uniform, masked, lanes), or of another tile's
             "parts",  # of 16 output channels that a tile has
@@ -93,7 +93,7 @@ class Job(ctypes.Structure):
             "output_flips",  # words [ceil(O / 64)]
             "output_landing",  # which pixel of the next image each output pixel is, where bits go out,
             "output_pixel_bytes",  # and from one pixel of that image to the next
-            "store_kernel",  # address of store.store_kernel(kind, N and T of the next layer, form of its image)
+            "store_kernel",  # address of store.store_kernel(kind, what the next layer reads)
             # threads
             "threads",
             "thread_number",  # address of omp_get_thread_num,

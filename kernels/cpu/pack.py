@@ -4,9 +4,10 @@
 
 Where a channel's pixels lie side by side (PLANAR), sixteen pixels are compared at once with one channel's threshold,
 and the sixteen answers set that channel's bit in sixteen words: two instructions a channel and base, and one that
-looks for NaN. The binary code XORs answers, masks of sixteen bits, before they set anything. Where a pixel's channels
-lie side by side (INTERLEAVED, torch's channels_last), sixteen channels of one pixel are compared with their sixteen
-thresholds, and the answers already are sixteen bits of the word. Each chunk of sixteen pixels lands in the padded image
+looks for NaN. In the binary code each answer says which threshold is the next one (`reached_bases`), or where these are
+in no order, answers are XORed. Where a pixel's channels lie side by side (INTERLEAVED, torch's channels_last), sixteen
+channels of one pixel are compared with their sixteen thresholds, and the answers already are sixteen bits of the word.
+Each chunk of sixteen pixels lands in the padded image
 
     words [padded pixel][P][N]
 
@@ -60,12 +61,38 @@ def job_at(typing, address):
     return JOB(types.int64), emit
 
 
+def reached_bases(emitter, values, thresholds_T, N, searched) -> list:
+    """Masks [N] that say which of sixteen values have base n's bit: where a threshold of its own is reached.
+
+    In the binary code the XOR over `layout.own_thresholds`. If `searched`, thresholds ascend, and each base halves what
+    is left of them: N comparisons, and fewer selections than there are thresholds.
+    """
+
+    def reaches(threshold):
+        return emitter.builder.fcmp_ordered(">=", values, threshold)
+
+    masks = []
+    for n in range(N):
+        if searched:
+            middle = len(thresholds_T) // 2
+            masks.append(reaches(thresholds_T[middle]))
+            halves = zip(thresholds_T[:middle], thresholds_T[middle + 1 :])
+            thresholds_T = [emitter.select(masks[-1], upper, lower) for lower, upper in halves]
+        else:
+            own = [reaches(thresholds_T[t]) for t in layout.own_thresholds(n, N, len(thresholds_T))]
+            before = masks[-1:] if len(thresholds_T) != N else []
+            masks.append(functools.reduce(emitter.xor, before + own))
+    return masks
+
+
 @intrinsic(prefer_literal=True)
-def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, columns, bases, threshold_count):
+def pack_planar_16(
+    typing, x, channel_stride, channels, thresholds, row_stride, columns, bases, threshold_count, searched
+):  # fmt: skip
     """16 pixels x at most 64 channels -> words columns[N][16]; returns bits of the pixels that have a NaN.
 
         for c in range(channels): for n in range(N): for i in range(16):
-            columns[n][i] |= (x[c][i] >= thresholds[n][c]) << c         (or the XOR of such comparisons)
+            columns[n][i] |= (x[c][i] >= thresholds[n][c]) << c         (or what else `reached_bases` says)
 
     The words are built as two halves of 32 bits, so that sixteen pixels fill one register and not two.
     """
@@ -81,13 +108,9 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, 
             words_N, (bit, nan, x, thresholds) = list(carried[:N]), carried[N:]
             value = emitter.load(FLOATS_16, x, 4)
             emitter.prefetch(emitter.offset(x, 64, 1))
-            reached = None
-            for n in range(N):
-                for t in layout.own_thresholds(n, N, T):
-                    at = emitter.offset(thresholds, t, row_stride)
-                    threshold = emitter.splat(emitter.load(F32, at, 4), FLOATS_16)
-                    above = builder.fcmp_ordered(">=", value, threshold)
-                    reached = above if reached is None or T == N else emitter.xor(reached, above)
+            at_T = [emitter.offset(thresholds, t, row_stride) for t in range(T)]
+            thresholds_T = [emitter.splat(emitter.load(F32, at, 4), FLOATS_16) for at in at_T]
+            for n, reached in enumerate(reached_bases(emitter, value, thresholds_T, N, searched.literal_value)):
                 words_N[n] = emitter.select(reached, emitter.or_(words_N[n], bit), words_N[n])
             nan = emitter.or_(nan, builder.fcmp_unordered("uno", value, value))
             next_channel = [emitter.add(x, channel_stride), emitter.offset(thresholds, 4, 1)]
@@ -103,14 +126,15 @@ def pack_planar_16(typing, x, channel_stride, channels, thresholds, row_stride, 
             emitter.store(emitter.or_(emitter.zext(low_N[n], wide), shifted), emitter.offset(columns, n, 8 * CHUNK), 8)
         return emitter.zext(emitter.bitcast(nan, I16), I64)
 
-    return types.int64(*[types.int64] * 6, bases, threshold_count), emit
+    return types.int64(*[types.int64] * 6, bases, threshold_count, searched), emit
 
 
 @functools.cache
-def chunk_kernel(N, T, image, word_bytes, stamp=STAMP):
+def chunk_kernel(N, T, searched, image, word_bytes, stamp=STAMP):
     """Packs the pixels from `first` on into the padded image at `words`; non-zero where a NaN was seen.
 
-    image: what it holds, one of layout's four kinds;  word_bytes: of 64 channels of a pixel
+    searched: 1 where thresholds ascend;  image: what it holds, one of layout's four kinds;  word_bytes: of 64 channels
+    of a pixel
     """
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
@@ -133,7 +157,8 @@ def chunk_kernel(N, T, image, word_bytes, stamp=STAMP):
                 if count < CHUNK:  # too small to be read sixteen at a time
                     copy_plane(x, job.channel_stride, channels, count, plane)
                     x, stride = plane, 4 * CHUNK
-                nan |= pack_planar_16(x, stride, channels, job.thresholds + 256 * word, 256 * P, columns, N, T)
+                table = job.thresholds + 256 * word
+                nan |= pack_planar_16(x, stride, channels, table, 256 * P, columns, N, T, searched)
                 send_words(job, first, columns, load_word(job.flips + 8 * word), words + word * word_bytes, N, image)
         if job.differing != 0:
             count_differing(job, first, words)

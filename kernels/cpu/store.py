@@ -19,7 +19,7 @@ from numba.extending import intrinsic
 
 from .. import layout
 from .job import ADDED, PART_BYTES, PIXEL_BLOCK, PLANAR, WORDS
-from .pack import JOB
+from .pack import JOB, reached_bases
 from .primitives import (
     FLOATS_16,
     I16,
@@ -35,14 +35,15 @@ from .primitives import (
 )
 
 
-def store_kernel(kind, N, T, image, repeats, adds=False, relu=False):
+def store_kernel(kind, N, T, searched, image, repeats, adds=False, relu=False):
     """Stores a tile's channels at the (at most 64) pixels from `first` on, in the image of `output`.
 
+    searched: where these are bits, whether their thresholds ascend
     image: what it holds where these are bits, layout.BASES or UNIFORM_WORDS;  repeats: how often a word holds them
     adds, relu: of planes, whether to add those of `other`, and whether what is below 0 (then) becomes 0
     """
     if kind == WORDS:
-        return bits_kernel(N, T, int(image == layout.UNIFORM_WORDS), repeats)
+        return bits_kernel(N, T, int(searched), int(image == layout.UNIFORM_WORDS), repeats)
     return planes_kernel(int(adds), int(relu)) if kind == PLANAR else interleaved_kernel()
 
 
@@ -84,7 +85,7 @@ def interleaved_kernel(stamp=STAMP):
 
 
 @functools.cache
-def bits_kernel(N, T, uniform, repeats, stamp=STAMP):
+def bits_kernel(N, T, searched, uniform, repeats, stamp=STAMP):
     word_bytes = 8 * layout.image_words(N, uniform)
 
     @c_function(types.int64(JOB, *[types.int64] * 4))
@@ -97,7 +98,7 @@ def bits_kernel(N, T, uniform, repeats, stamp=STAMP):
             compare_and_store(
                 rows, count, job.output_thresholds + 64 * block, 64 * job.blocks,
                 load_word(job.output_flips + 8 * word) >> (16 * part), output + word_bytes * word + 2 * part,
-                job.output_landing + 8 * first, job.output_pixel_bytes, N, T, uniform, repeats,
+                job.output_landing + 8 * first, job.output_pixel_bytes, N, T, searched, uniform, repeats,
             )  # fmt: skip
             rows += PART_BYTES
         return 0
@@ -173,15 +174,14 @@ def copy_floats_16(typing, source, target):
 @intrinsic(prefer_literal=True)
 def compare_and_store(
     typing, rows, count, thresholds, row_stride, flips, target, landing, pixel_bytes,
-    bases, threshold_count, is_uniform, repeats,
+    bases, threshold_count, is_searched, is_uniform, repeats,
 ):  # fmt: skip
     """For each of `count` pixels: 16 bits a base at target + landing[pixel] * pixel_bytes.
 
-    bits_n = XOR over base n's thresholds t (layout.own_thresholds, all of them so far) of
-    (float32 rows[pixel] >= thresholds[t]), ^ flips, in the form of the next image.
+    bits_n = flips ^ what `reached_bases` says of the float32 at rows[pixel], in the form of the next image.
     """
-    literals = bases, threshold_count, is_uniform, repeats
-    N, T, uniform, repeat = (literal.literal_value for literal in literals)
+    literals = bases, threshold_count, is_searched, is_uniform, repeats
+    N, T, searched, uniform, repeat = (literal.literal_value for literal in literals)
 
     def emit(context, builder, signature, args):
         rows, count, thresholds, row_stride, flips, target, landing, pixel_bytes = args[:8]
@@ -190,13 +190,9 @@ def compare_and_store(
         flip = emitter.trunc(flips, I16)
 
         def pixel(i, _):
-            values, bases = emitter.load(FLOATS_16, emitter.offset(rows, i, 64), 4), []
-            for n in range(N):
-                bits = bases[-1] if n and T != N else flip
-                for t in layout.own_thresholds(n, N, T):
-                    reached = builder.fcmp_ordered(">=", values, tables[t])
-                    bits = emitter.xor(bits, emitter.bitcast(reached, I16))
-                bases.append(bits)
+            values = emitter.load(FLOATS_16, emitter.offset(rows, i, 64), 4)
+            masks = reached_bases(emitter, values, tables, N, searched)
+            bases = [emitter.xor(flip, emitter.bitcast(mask, I16)) for mask in masks]
             at = emitter.offset(target, emitter.load(I64, emitter.offset(landing, i, 8), 8), pixel_bytes)
             for i, bits in enumerate(in_image(emitter, bases, uniform)):
                 if repeat == 2:

@@ -26,6 +26,9 @@ counter in one instruction (udot), lanes are 32 bits wide; else 8, and after 31 
 counters, and their sum, an integer, becomes one float. The window sums that N = 2 takes away are made once an image
 and thread (`sum_windows`), for all windows that could begin at any pixel: sixteen at a time, side by side.
 
+**Equal alphas** are a single base, of which each output channel sees some channels only: an AND with a mask, as for
+groups, and on x86 a part of the XOR's instruction.
+
 **The loop nest**: image -> a tile's output channels -> 64 pixels -> tiles. One image's words (a 50 x 50 image of
 128 channels: 43 KB a base) stay in the second-level cache, one tile's weights (9 x 128 bits x 16: 2.3 KB a base) in
 the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats or as
