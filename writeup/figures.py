@@ -237,7 +237,9 @@ def _form_label(form) -> str:
     """
     if not form["M"] and not form["N"]:
         return form["name"].split()[-1]
-    sides = [f"{form['code'][0] if count > 1 else ''}{count}" if count else "float" for count in (form["M"], form["N"])]
+    codes = form["code"].split(",")
+    counts = (form["M"], codes[0]), (form["N"], codes[-1])
+    sides = [f"{code[0] if count > 1 else ''}{count}" if count else "float" for count, code in counts]
     return " × ".join(sides) if form["N"] else sides[0]
 
 
