@@ -103,15 +103,15 @@ def test_the_first_screen_has_the_faster_float32_and_the_mean_of_the_seeds(monke
     rows = [competitor(form, 94.0, ms, batch, size=size) for form, size, times in (
         ("torch float32", 800, (3.0, 1.0)), ("onnxruntime float32", 900, (2.0, 1.5)), ("onnxruntime int8", 250, (1, 1)),
     ) for batch, ms in zip((1, 32), times)]  # fmt: skip
-    rows += [competitor("abcnets", 92.0, ms, batch, 1, 3, size=100) | {"code": "binary"}
+    rows += [competitor("abcnets", 92.0, ms, batch, 2, 3, size=100) | {"code": "uniform,binary"}
              for batch, ms in ((1, 1.5), (32, 0.5))]  # fmt: skip
     monkeypatch.setattr(records, "COMPETITORS", rows)
-    common = {"dataset": records.DATASET, "M": 1, "N": 3, "options": "code=binary", "float": 94.0, "binarized": 20.0,
-              "calibrated": 90.0, "epochs": 10, "file_bytes": 90}  # fmt: skip
+    common = {"dataset": records.DATASET, "M": 2, "N": 3, "options": "code=uniform,binary", "float": 94.0,
+              "binarized": 20.0, "calibrated": 90.0, "epochs": 10, "file_bytes": 90}  # fmt: skip
     monkeypatch.setattr(records, "RUNS", [common | {"seed": seed, "accuracy": 92.0 + seed} for seed in (0, 1)])
     opening = tables.for_readme()
     assert "| float32 | 94.00 % | 1 kB | 2.000 ms | 1.000 ms |" in opening["first_table"]
-    assert "| **1 × binary 3** | 92.50 % | 0 kB | 1.500 ms | 0.500 ms |" in opening["first_table"]
+    assert "| **uniform 2 × binary 3** | 92.50 % | 0 kB | 1.500 ms | 0.500 ms |" in opening["first_table"]
     assert len(opening["first_table"].splitlines()) == 2 + 3 and opening["smaller"] == "8 to 8"
     for words in ("94.00 % becomes 20.00 %", ": 90.00 %", ": 92.50 %", "0.500 ms an image, float32 1.000, int8 1.000"):
         assert words in opening["five_lines"]

@@ -457,7 +457,7 @@ def crossover(column: str) -> str:
 FIRST_SCREEN = [  # (form, M, N, code) of the README's first table
     ("float32", None, None, "thermometer"), ("torch bfloat16", None, None, "thermometer"),
     ("onnxruntime int8", None, None, "thermometer"),
-    ("abcnets", 1, 2, "binary"), ("abcnets", 1, 3, "binary"), ("abcnets", 2, 3, "binary"),
+    ("abcnets", 1, 2, "binary"), ("abcnets", 2, 3, "uniform,binary"), ("abcnets", 2, 3, "binary"),
     (records.IN_INT8, 2, None, "binary"),
 ]  # fmt: skip
 
@@ -482,20 +482,21 @@ def first_table() -> str:
 
 def five_lines() -> str:
     """The README's first lines of use, and what each step makes of the nine-layer network."""
-    found, form = records.result(1, 3, "binary"), records.contender("abcnets", 1, 3, "binary")
+    setting = 2, 3, "uniform,binary"
+    found, form = records.result(*setting), records.contender("abcnets", *setting)
     floats, int8 = records.fastest_float32(), records.rival("onnxruntime int8")
     times = [one["ms"].get((32, 1), math.nan) if one else math.nan for one in (form, floats, int8)]
     sizes = [kB(one["bytes"]) if one else MISSING for one in (form, floats)]
     lines = [
-        ('binary = abcnets.convert(model, 1, 3, code="binary")',
-         "M = 1, N = 3: " + say("{float:.2f} % becomes {binarized:.2f} %", found)),
+        ('binary = abcnets.convert(model, 2, 3, code=("uniform", "binary"))',
+         "M = 2, N = 3: " + say("{float:.2f} % becomes {binarized:.2f} %", found)),
         ("abcnets.calibrate(binary, images)", "no training, no labels: " + say("{calibrated:.2f} %", found)),
-        ("...", "or train it on, like any other network: " + say("{accuracy:.2f} %", found)),
+        ("...", "or train it on, as any network: " + say("{accuracy:.2f} %", found)),
         ("packed = abcnets.pack(binary)", "a bit for each weight and base; outputs as of binary.eval()"),
         ('abcnets.save_packed(packed, "model.safetensors")', "{}, in float32 {}".format(*sizes)),
         ("logits = abcnets.fuse(packed)(images)", "{:.3f} ms an image, float32 {:.3f}, int8 {:.3f}".format(*times)),
     ]  # fmt: skip
-    return "\n".join(["```python", *(f"{code:<53} # {comment}" for code, comment in lines), "```"])
+    return "\n".join(["```python", *(f"{code:<66} # {comment}" for code, comment in lines), "```"])
 
 
 def pays() -> dict[str, str]:
