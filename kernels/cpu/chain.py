@@ -297,12 +297,7 @@ class Places:
             by_thread=plan.by_thread,
             scratch=_address(self.scratch),
             scratch_stride=self.scratch.strides[0],
-            threads=plan.threads,
         )
-        if plan.threads > 1:
-            pool = system.pool()
-            self.job.thread_number, self.job.thread_count = pool.thread_number, pool.thread_count
-            self.job.barrier = pool.barrier
         self.address, self.entry = ctypes.addressof(self.job), steps.chain_kernel().address
 
     def point(self, x, other) -> None:
@@ -417,7 +412,7 @@ class Places:
         before = self._into(source, np.arange(pixels), pixel_bytes)
         words = {"channel_words": P, "flips": _address(pool.flips)} if pool.bases else {}
         job = describe_pool(
-            self.plan.images, sources, self.plan.threads, engine.pool_kernel(pool.bases, pool.binary, pool.relu),
+            self.plan.images, sources, engine.pool_kernel(pool.bases, pool.binary, pool.relu),
             input=_address(source), input_stride=source.strides[0], input_by_thread=self.plan.by_thread,
             channels=pool.channels, **words, **into,
         )  # fmt: skip
@@ -428,6 +423,6 @@ class Places:
         kernel = engine.average_kernel(average.scales is not None, average.relu)
         scales = 0 if average.scales is None else _address(average.scales)
         return describe_pool(
-            self.plan.images, sources, self.plan.threads, kernel, channels=channels, extra=average.extra,
+            self.plan.images, sources, kernel, channels=channels, extra=average.extra,
             input_pixels=prod(input_size), scales=scales, **into,
         )  # fmt: skip

@@ -463,14 +463,10 @@ def describe(layer, plan, images, scratch, **places) -> Job:
         output_channels=layer.O,
         scratch=_address(scratch),
         scratch_stride=scratch.strides[0],
-        threads=plan.threads,
         **places,
     )
     if layer.out_bases:
         job.output_thresholds, job.output_flips = _address(layer.out_thresholds), _address(layer.out_flips)
-    if plan.threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count, job.barrier = pool.thread_number, pool.thread_count, pool.barrier
     job.address = ctypes.addressof(job)
     return job
 
@@ -537,7 +533,7 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     output = torch.empty((B, *output_size, P, N), dtype=torch.int64, device="cpu")
     flip_words, landing = layout.flip_words(flips.numpy()), np.arange(prod(output_size))
     job = describe_pool(
-        B, sources, system.thread_count(), pool_kernel(N, binary),
+        B, sources, pool_kernel(N, binary),
         input=words.data_ptr(),
         input_stride=8 * prod(size) * P * N,
         output=output.data_ptr(),
@@ -549,19 +545,16 @@ def packed_max_pool(words, flips, channels, kernel_size, stride, padding, dilati
     )  # fmt: skip
     from . import pool
 
-    system.run(pool.run_kernel().address, job.address, job.threads)
+    system.run(pool.run_kernel().address, job.address, system.thread_count())
     return output
 
 
-def describe_pool(images, sources, threads, kernel, **places) -> PoolJob:
+def describe_pool(images, sources, kernel, **places) -> PoolJob:
     """The record of a pooling; `places` say where its input and output are, and what words mean."""
     job = PoolJob(
         images=images, output_pixels=len(sources), sources=_address(sources), taps=sources.shape[1], kernel=kernel,
-        threads=threads, **places,
+        **places,
     )  # fmt: skip
-    if threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
     job.address = ctypes.addressof(job)
     return job
 

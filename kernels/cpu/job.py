@@ -1,7 +1,7 @@
 """What one call hands to the CPU kernels: a C struct that Numba reads by name.
 
-torch's thread pool starts a C function with one pointer (vector.run), so everything a call needs, sizes, addresses
-and strides, stands in one record. Every field is a 64-bit integer; strides and offsets are in bytes.
+Each thread of a team (team.py) is given the same pointer, so everything a call needs, sizes, addresses and strides,
+stands in one record. Every field is a 64-bit integer; strides and offsets are in bytes.
 """
 
 import ctypes
@@ -95,10 +95,6 @@ class Job(ctypes.Structure):
             "output_pixel_bytes",  # and from one pixel of that image to the next
             "store_kernel",  # address of store.store_kernel(kind, what the next layer reads)
             # threads
-            "threads",
-            "thread_number",  # address of omp_get_thread_num,
-            "thread_count",  # of omp_get_num_threads
-            "barrier",  # and of GOMP_barrier
             "scratch",  # of each thread: SCRATCH_BYTES, then int32 [window] sums of `differing`
             "scratch_stride",
             # result
@@ -136,9 +132,6 @@ class PoolJob(ctypes.Structure):
             "sources",  # input pixel of each [output pixel][tap]
             "taps",
             "kernel",  # address of pool.words_kernel() or pool.floats_kernel()
-            "threads",
-            "thread_number",  # addresses, as in Job
-            "thread_count",
         )
     ]
 
@@ -162,10 +155,6 @@ class ChainJob(ctypes.Structure):
             "by_thread",  # 1: a thread takes an image through all steps; 0: all threads share out each step
             "scratch",  # of each thread, as in Job
             "scratch_stride",
-            "threads",
-            "thread_number",  # addresses, as in Job
-            "thread_count",
-            "barrier",
             "saw_nan",
         )
     ]
@@ -197,9 +186,6 @@ class StaircaseJob(ctypes.Structure):
             "sums",  # float64 [thread][T near, T above, 1], or 0 forward
             "sums_stride",  # from one thread's sums to the next
             "scratch",  # STAIRCASE_SCRATCH_BYTES a thread
-            "threads",
-            "thread_number",  # addresses, as in Job
-            "thread_count",
         )
     ]
 
@@ -228,9 +214,6 @@ class LevelsJob(ctypes.Structure):
             "alphas",  # float32 [G][M]
             "levels",  # float32 [G][T + 1]
             "thresholds",  # float32 [G][T]
-            "threads",
-            "thread_number",  # addresses, as in Job
-            "thread_count",
         )
     ]
 

@@ -24,7 +24,7 @@ import numpy as np
 from numba import carray, float32, float64, njit, types
 
 from .job import LEVELS_JOB_DTYPE
-from .primitives import STAMP, array_at, c_function, call_int
+from .primitives import STAMP, array_at, entry
 
 JOB = types.CPointer(numba.from_dtype(LEVELS_JOB_DTYPE))
 NAN, ONE, ZERO = float32(np.nan), float32(1), float32(0)
@@ -226,15 +226,12 @@ def quantize(job, g, sums, counts):
 
 @functools.cache
 def levels_kernel(stamp=STAMP):
-    """The function that every thread of the pool runs: whole channels."""
+    """The function that every thread of a team runs: whole channels."""
 
-    @c_function(types.void(JOB))
-    def run(jobs):
+    @entry(JOB)
+    def run(jobs, thread, threads, barrier):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
-        thread, threads = 0, 1
-        if job.threads > 1:
-            thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         sums, counts = np.zeros(job.threshold_count + 1), np.zeros(job.threshold_count + 1, np.int64)
         for g in range(job.groups * thread // threads, job.groups * (thread + 1) // threads):
             quantize(job, g, sums, counts)

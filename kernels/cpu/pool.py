@@ -27,8 +27,8 @@ from .primitives import (
     Emitter,
     array_at,
     c_function,
-    call_int,
     call_kernel,
+    entry,
     load_float,
     load_word,
     store_float,
@@ -53,13 +53,10 @@ def pool_job_at(typing, address):
 def run_kernel(stamp=STAMP):
     """The function that every thread runs: a share of all output pixels."""
 
-    @c_function(types.void(POOL_JOB))
-    def pool(jobs):
+    @entry(POOL_JOB)
+    def pool(jobs, thread, threads, barrier):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
-        thread, threads = 0, 1
-        if job.threads > 1:
-            thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         pool_images(job, thread, 0, job.images, thread, threads, 0)
 
     return pool

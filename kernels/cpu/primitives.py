@@ -53,6 +53,11 @@ def c_function(signature):
     return compile
 
 
+def entry(record):
+    """Compile what each thread of a team runs (team.py), a function of (record, thread, threads, barrier)."""
+    return c_function(types.void(record, *[types.int64] * 3))
+
+
 class Emitter:
     """Writes vector IR at the end of `builder`'s block. Values are SSA values, so they live in registers."""
 
@@ -395,14 +400,22 @@ def transpose_8x8(typing, source, source_stride, target, target_stride):
 
 
 @intrinsic
-def call(typing, address):
-    """Call the C function `void f(void)` at address (GOMP_barrier)."""
+def call(typing, address, arguments):
+    """Call the C function `void f(int64, ...)` at address, with a tuple of integers."""
 
     def emit(context, builder, signature, args):
-        builder.call(builder.inttoptr(args[0], ir.FunctionType(ir.VoidType(), []).as_pointer()), [])
+        values = cgutils.unpack_tuple(builder, args[1])
+        function = ir.FunctionType(ir.VoidType(), [I64] * len(values)).as_pointer()
+        builder.call(builder.inttoptr(args[0], function), values)
         return context.get_dummy_value()
 
-    return types.void(types.int64), emit
+    return types.void(types.int64, arguments), emit
+
+
+@njit
+def meet(barrier):
+    """Wait until all threads of the team have come here: the record at this address begins with what waits."""
+    call(load_word(barrier), (barrier,))
 
 
 @intrinsic

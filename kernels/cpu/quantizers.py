@@ -87,7 +87,7 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
     R, count, T = _laid_out_like(output, R), R.numel(), len(thresholds)
     threads = system.thread_count() if count >= STAIRCASE_THREADS_PAY_FROM else 1
     job = StaircaseJob(input=R.data_ptr(), output=system.in_large_pages(output).data_ptr(), count=count)
-    job.thresholds, job.threads, sums = thresholds.ctypes.data, threads, None
+    job.thresholds, sums = thresholds.ctypes.data, None
     scratch = np.empty(threads * STAIRCASE_SCRATCH_BYTES, np.uint8)
     job.scratch = scratch.ctypes.data
     if direction == "forward":
@@ -98,9 +98,6 @@ def _run_staircase(direction, R, output, thresholds, gradient=None, levels=None,
         job.gradient, job.half_steps = gradient.data_ptr(), half_steps.ctypes.data
         job.zero, job.exact = zero, not np.isfinite(half_steps).all()
         job.sums, job.sums_stride = sums.ctypes.data, sums.strides[0]
-    if threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
     system.run(_staircase_kernel(direction, T, R.dtype is torch.bfloat16), ctypes.addressof(job), threads)
     return None if sums is None else sums.sum(0)[: 2 * T + 1]
 
@@ -155,11 +152,7 @@ def _run_levels(W, us, per_channel, M, design=None, rounds=0):
         scale_count=0 if design is None else design.shape[1],
         rounds=rounds,
         **dict(zip(("centres", "spreads", "alphas", "levels", "thresholds"), (t.data_ptr() for t in tables))),
-        threads=threads,
     )
-    if threads > 1:
-        pool = system.pool()
-        job.thread_number, job.thread_count = pool.thread_number, pool.thread_count
     system.run(_levels_kernel(), ctypes.addressof(job), threads)
     return Wq if W is like else torch.empty_like(like).copy_(Wq), *tables
 

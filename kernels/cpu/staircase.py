@@ -30,7 +30,7 @@ from numba.extending import intrinsic
 
 from .job import STAIRCASE_BLOCK as BLOCK
 from .job import STAIRCASE_JOB_DTYPE, STAIRCASE_SCRATCH_BYTES
-from .primitives import F32, FLOATS_16, I16, I32, INTS_16, STAMP, Emitter, array_at, c_function, call_int
+from .primitives import F32, FLOATS_16, I16, I32, INTS_16, STAMP, Emitter, array_at, entry
 
 JOB = types.CPointer(numba.from_dtype(STAIRCASE_JOB_DTYPE))
 SHORTS_16 = ir.VectorType(I16, 16)
@@ -166,13 +166,10 @@ def descend(typing, R, G, G_R, sixteens, thresholds, half_steps, sums, count_of_
 
 
 @njit
-def share(job):
-    """(this thread's number, its first block, the block behind its last)."""
-    thread, threads = 0, 1
-    if job.threads > 1:
-        thread, threads = call_int(job.thread_number), call_int(job.thread_count)
+def share(job, thread, threads):
+    """(this thread's first block, the block behind its last)."""
     blocks = (job.count + BLOCK - 1) // BLOCK
-    return thread, blocks * thread // threads, blocks * (thread + 1) // threads
+    return blocks * thread // threads, blocks * (thread + 1) // threads
 
 
 @njit
@@ -182,14 +179,14 @@ def copy_bytes(source, target, count):
 
 @functools.cache
 def forward_kernel(T, bfloat16, stamp=STAMP):
-    """The function that every thread of the pool runs for Aq, compiled for T thresholds and one kind of floats."""
+    """The function that every thread of a team runs for Aq, compiled for T thresholds and one kind of floats."""
     size = 2 if bfloat16 else 4
 
-    @c_function(types.void(JOB))
-    def forward(jobs):
+    @entry(JOB)
+    def forward(jobs, thread, threads, barrier):
         job = carray(jobs, 1)[0]
         _ = stamp  # makes the edit stamp part of the cache entry's key
-        thread, begin, end = share(job)
+        begin, end = share(job, thread, threads)
         first, count = begin * BLOCK, min(end * BLOCK, job.count) - begin * BLOCK
         if count <= 0:
             return
@@ -206,7 +203,7 @@ def forward_kernel(T, bfloat16, stamp=STAMP):
 
 @functools.cache
 def backward_kernel(T, bfloat16, stamp=STAMP):
-    """The function that every thread of the pool runs for dL/dR and the sums, compiled likewise."""
+    """The function that every thread of a team runs for dL/dR and the sums, compiled likewise."""
     size = 2 if bfloat16 else 4
 
     @njit
@@ -228,11 +225,11 @@ def backward_kernel(T, bfloat16, stamp=STAMP):
         for k in range(2 * T + 1):
             sums[k] += block[k]
 
-    @c_function(types.void(JOB))
-    def backward(jobs):
+    @entry(JOB)
+    def backward(jobs, thread, threads, barrier):
         job = carray(jobs, 1)[0]
         _ = stamp
-        thread, begin, end = share(job)
+        begin, end = share(job, thread, threads)
         sums = array_at(job.sums + thread * job.sums_stride, 2 * T + 1, types.float64)
         r = job.scratch + thread * STAIRCASE_SCRATCH_BYTES
         g, g_r, block_sums = r + 64, r + 128, r + 192

@@ -1,14 +1,13 @@
-"""What the CPU engine asks of the system: torch's thread pool, and large pages for large results.
+"""What the CPU engine asks of the system: threads, what the processor has, and large pages for large results.
 
-Two OpenMP pools in one process spin against each other: with Numba's own beside torch's, two threads ran like one and
-torch itself slowed down threefold. So a kernel is a C function that torch's OpenMP runtime calls. Looking the runtime's
-names up through libtorch_cpu finds exactly the one that torch was linked with, whatever it is called on this system.
-Where there is none (torch for macOS), kernels run on the calling thread.
+Kernels run on torch's own threads where those can be had, else on a plain pool's (team.py). Looking the names of
+OpenMP's runtime up through libtorch_cpu finds exactly the one that torch was linked with, whatever it is called here.
 
 A result of more than 32 MB is fresh memory at every call, and the kernel fills it faster than Linux hands it out in
 pages of 4 KB: asking for pages of 2 MB halves the time of writing it.
 """
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -18,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-_forked = False  # OpenMP's threads do not survive a fork, and waiting for them would never end
+_forked = False  # threads do not survive a fork, and waiting for them would never end
 
 
 def after_fork() -> None:
@@ -31,49 +30,32 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=after_fork)
 
 
-class Pool:
-    """start(function, argument, threads, 0) and the addresses that a kernel needs on a pool's thread."""
-
-    def __init__(self, library):
-        self.start = library.GOMP_parallel
-        self.start.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        self.start.restype = None
-        names = ("omp_get_thread_num", "omp_get_num_threads", "GOMP_barrier")
-        self.thread_number, self.thread_count, self.barrier = (
-            ctypes.cast(getattr(library, name), ctypes.c_void_p).value for name in names
-        )
-
-
 @functools.cache
-def pool() -> Pool | None:
+def team():
+    """Who runs kernels on several threads: `OpenMP` or `Pool` of team.py, or None where there is neither."""
+    from .team import OpenMP, Pool  # which load Numba
+
     for path in sorted(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*")):
-        try:
-            return Pool(ctypes.CDLL(str(path)))
-        except (OSError, AttributeError):
-            continue
-    return None
+        with contextlib.suppress(OSError, AttributeError):
+            return OpenMP(ctypes.CDLL(str(path)))
+    return Pool() if os.name == "posix" else None
 
 
 def thread_count() -> int:
-    """How many threads a call may use now: torch's setting, or 1 without a pool or in a forked child."""
+    """How many threads a call may use now: torch's setting, or 1 where there is no team or in a forked child."""
     threads = torch.get_num_threads()
-    return threads if threads > 1 and not _forked and pool() is not None else 1
+    return threads if threads > 1 and not _forked and team() is not None else 1
 
 
-_call = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+function = functools.cache(ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4))  # at an address; c_int64 takes a us more
 
 
-@functools.cache
-def _function(address: int):
-    return _call(address)
-
-
-def run(address: int, argument: int, threads: int) -> None:
-    """Run the C function `void f(void *)` at address on `threads` threads of torch's pool; returns when all have."""
+def run(kernel: int, record: int, threads: int) -> None:
+    """Run the entry at address `kernel` (primitives.entry) on at most `threads` threads; returns when all have."""
     if threads > 1:
-        pool().start(address, argument, threads, 0)
+        team().run(kernel, record, threads)
     else:
-        _function(address)(argument)
+        function(kernel)(record, 0, 1, 0)
 
 
 @functools.cache

@@ -34,7 +34,7 @@ groups, and on x86 a part of the XOR's instruction.
 the first. 64 pixels x 16 channels of results are collected in a 4 KB buffer, or 32 in two, then stored as floats or as
 the next layer's bits (store.py).
 
-**Threads** are torch's own (system.py). With several images a thread takes whole images, packs each into a buffer
+**Threads** form a team (team.py). With several images a thread takes whole images, packs each into a buffer
 of its own and convolves it while it is in its cache; with few images all threads pack, meet at a barrier, and share
 out the blocks.
 
@@ -57,11 +57,11 @@ from .primitives import (
     STAMP,
     Emitter,
     c_function,
-    call,
-    call_int,
     call_kernel,
+    entry,
     ir,
     load_word,
+    meet,
     store_word,
 )
 
@@ -298,14 +298,14 @@ def convolve_share(job, thread, begin, end):
 
 
 @njit
-def run_images(job, thread, begin, end, part, parts):
+def run_images(job, thread, begin, end, part, parts, barrier):
     """A thread's part of `parts` of all that is to be done for images begin..end; non-zero where a NaN was seen."""
     nan, chunks = 0, (end - begin) * job.chunk_count
     if chunks > 0:
         start = begin * job.chunk_count
         nan = pack_share(job, thread, start + chunks * part // parts, start + chunks * (part + 1) // parts)
         if parts > 1:
-            call(job.barrier)
+            meet(barrier)
     tasks = job.tiles * ((job.output_pixels + PIXEL_BLOCK - 1) // PIXEL_BLOCK)  # of one image
     start, tasks = begin * tasks, (end - begin) * tasks
     convolve_share(job, thread, start + tasks * part // parts, start + tasks * (part + 1) // parts)
@@ -314,21 +314,18 @@ def run_images(job, thread, begin, end, part, parts):
 
 @functools.cache
 def run_kernel(stamp=STAMP):
-    """The function that every thread of the pool runs, once a call."""
+    """The function that every thread of a team runs, once a call."""
 
-    @c_function(types.void(JOB))
-    def run(jobs):
+    @entry(JOB)
+    def run(jobs, thread, threads, barrier):
         job = carray(jobs, 1)[0]
         _ = stamp
-        thread, threads = 0, 1
-        if job.threads > 1:
-            thread, threads = call_int(job.thread_number), call_int(job.thread_count)
         nan = 0
         if job.words_by_thread:
             for image in range(job.images * thread // threads, job.images * (thread + 1) // threads):
-                nan |= run_images(job, thread, image, image + 1, 0, 1)
+                nan |= run_images(job, thread, image, image + 1, 0, 1, barrier)
         else:
-            nan = run_images(job, thread, 0, job.images, thread, threads)
+            nan = run_images(job, thread, 0, job.images, thread, threads, barrier)
         if nan:
             job.saw_nan = 1
 
