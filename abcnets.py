@@ -9,8 +9,8 @@ After Lin, Zhao, Pan, "Towards Accurate Binary Convolutional Neural Network", Ne
 Which sums of bases there are is the choice of a code (`code=`). The paper's bases are nested, so M of them make M + 1
 levels, like the segments of a thermometer. As digits of a binary number (LQ-Nets, arXiv:1807.10029) they make 2^M, of
 as many bits and binary convolutions. Levels of equal distance, "uniform", are M + 1 again, with one scale in the place
-of M; three of them are counted as fast as two levels. In these two a zero that comes into a layer stays zero
-(`zero=True`), as those of padding are: the layer convolves Aq - Aq(0).
+of M; on one side, three of them are counted as fast as two. In the binary and uniform codes a zero that comes into a
+layer stays zero (`zero=True`), as those of padding are: the layer convolves Aq - Aq(0).
 
 This one file needs torch and nothing else: copy it into your project, and kernels/ with it if you want speed.
 

@@ -106,7 +106,7 @@ class Recipe:
             value = getattr(self, each.name)
             value = usual.get(each.name) if value is None else value
             if each.name == "code" and isinstance(value, str):
-                value = value.split(",")[0], value.split(",")[-1]
+                value = tuple(value.split(",")) if "," in value else (value, value)
             elif each.type == float | None and value is not None:
                 value = float(value)  # one number, one key: 1 is 1.0
             object.__setattr__(self, each.name, value)  # as a frozen dataclass does it itself

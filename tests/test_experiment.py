@@ -328,8 +328,8 @@ def test_make_results_runs_the_settings_of_the_tables():
                if f"--dataset {dataset} " in line]  # fmt: skip
         options = command_line()
         parsed = [options.parse_args(["finetune", *line.split()]) for line in ran]
-        settings = {(found.M, found.N, "mixed " * found.mixed + (found.code[0] if found.code else "thermometer"))
-                    for found in parsed}  # fmt: skip
+        codes = [",".join(dict.fromkeys(found.code or ["thermometer"])) for found in parsed]
+        settings = {(found.M, found.N, "mixed " * found.mixed + code) for found, code in zip(parsed, codes)}
         assert settings <= {*records.SETTINGS} and all(found.replace for found in parsed)
         assert dataset != records.DATASET or settings == {*records.SETTINGS}
         assert {found.seed for found in parsed} == set(range(seeds))

@@ -568,7 +568,8 @@ def test_without_an_emulator_for_arm_one_sentence_says_what_to_install(monkeypat
     assert "llvm-mca" in refused(assembly.main, "--write")
 
 
-@pytest.mark.parametrize("codes", [{}, {"code": "binary"}, {"code": ("binary", "uniform")}, {"zero": True}])
+@pytest.mark.parametrize("codes", [{}, {"code": "binary"}, {"code": ("binary", "uniform")}, {"zero": True},
+                                   {"code": ("uniform", "binary")}])  # fmt: skip
 def test_a_whole_network_with_every_tile(codes):
     torch.manual_seed(0)
     bases = dict(weight_bases=2, activation_bases=2, active=True)
@@ -584,7 +585,11 @@ def test_a_whole_network_with_every_tile(codes):
             packed = abcnets.pack(model, engine="bits")
             results.append((packed(x), abcnets.fuse(packed)(x)))
     assert len(results) == len(HERE)
-    assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0]))
+    for tile, result in zip(HERE, results):
+        if codes.get("code") == ("uniform", "binary") and tile.endswith("look-up"):  # rounds two sums, not one
+            torch.testing.assert_close(result, results[0], rtol=1e-4, atol=1e-4)
+        else:
+            assert all(map(torch.equal, result, results[0]))
 
 
 @pytest.mark.parametrize(

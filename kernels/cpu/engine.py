@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)  # at level INFO it tells how long kernels 
 
 HALVES = (torch.bfloat16, torch.float16)  # computed in float32
 MOST_BASES = 8  # activation bases that the tiles are compiled for
-MOST_THRESHOLDS = 15  # that the packing is compiled for, one comparison after the other
+MOST_THRESHOLDS = 15  # that the packing is compiled for
 PLANS_PER_LAYER = 16
 LAYERS_PER_WEIGHT = 4  # the same bits may serve a packed model and its fused copy
 # Binary convolutions M N of a layer, by the tile that counts them: beyond, one float convolution is faster. A whole run

@@ -66,7 +66,7 @@ class Job(ctypes.Structure):
             "parts",  # of 16 output channels that a tile has
             "tiles",  # of output channels
             "weights",  # units [tile][M][tap, unit][16 parts], or nibbles
-            "masks",  # units [tile][tap, unit][16 parts], or 0 without groups
+            "masks",  # units [tile][tap, unit][16 parts], or 0 where all see all channels
             "tile_units",  # where a tile's first unit lies in a pixel, [tile]
             "tap_offsets",  # where tap and unit (or step of nibbles) lie, from the window's beginning, [tap, unit]
             "tap_count",

@@ -101,7 +101,7 @@ def convolve_tile(
     counters            scratch for lanes of 8 bits: two registers for each counter
     bases, pixels       N and P, literal ints as all that follow: loops over them are unrolled here, while compiling
     is_uniform          0 or 1: the image holds words for uniform levels
-    masked              0 or 1: some lanes see only some of the unit's channels (groups)
+    masked              0 or 1: some lanes see only some of the unit's channels
     lane_bits           of a lane, which holds an output channel's counter, and of a unit
     registers           Q of them, of register_bits each
     repeats             of a unit in a word
