@@ -364,7 +364,7 @@ FORKS = """
 for _ in range(3):
     child = os.fork()
     if child == 0:
-        signal.alarm(60)
+        signal.alarm(20)
         os._exit(0 if torch.equal(case.run(), expected) and system.thread_count() == 1 else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert torch.equal(case.run(), expected) and system.thread_count() == 3
