@@ -244,7 +244,7 @@ def _form_label(form) -> str:
 
 
 def draw_speed(plt, data):
-    fig, ax = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    fig, ax = plt.subplots(figsize=(7, 2.9), layout="constrained")
     products = [1 + 29 * i / 200 for i in range(201)]
     ax.plot(products, [data["estimate"] / p for p in products], color="#333333", linestyle="--", linewidth=1.3,
             label="bits, estimate")  # fmt: skip
