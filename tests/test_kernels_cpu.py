@@ -416,7 +416,7 @@ def test_forms_of_uniform_levels():
         assert not layout.counts_as_uniform(np.float32(betas), masked, 999)
 
 
-@examples(90)
+@examples(50)
 @given(st.data(), cases(most_bases=4), st.integers(1, 2), st.booleans(), st.sampled_from(HERE))
 def test_two_weight_bases_of_one_scale_are_counted_once(data, case, threads, uniform, tile):
     torch.set_num_threads(threads)
