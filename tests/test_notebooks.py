@@ -260,7 +260,7 @@ def test_what_is_not_recorded_is_said(tmp_path, capsys):
     for folder in (tmp_path, RESULTS):
         names = {"Path": Path, "pd": pd, "runs": runs, "results": str(folder), "seed": 0, "Markdown": str}
         names |= {"data": SimpleNamespace(name="x"), "M": 2, "N": 2}
-        exec(cells["names-1"].split("\n\n\n")[1], names)
+        exec(cells["names-2"], names)
         for id in ("recorded-1", "recorded-2", "recorded-3", "trade-1", "trade-2a", "trade-3", "trade-5", "trade-6",
                    "ablation-1", "ablation-3", "ablation-4", "coded-1", "coded-3", "coded-4"):  # fmt: skip
             exec(cells[id], names)
