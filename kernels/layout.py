@@ -288,9 +288,11 @@ def rising(thresholds_TC: np.ndarray, N: int) -> np.ndarray | None:
 
     In a falling channel they descend. How many are reached is the same in either order.
     """
+    if len(thresholds_TC) <= N:
+        return None
     ascending_TC = np.sort(thresholds_TC, axis=0)
     is_one, is_other = ((ascending_TC == order).all(0) for order in (thresholds_TC, thresholds_TC[::-1]))
-    return ascending_TC if 1 < N < len(thresholds_TC) and (is_one | is_other).all() else None
+    return ascending_TC if (is_one | is_other).all() else None
 
 
 def threshold_table(thresholds_TC: np.ndarray, multiple: int) -> np.ndarray:

@@ -7,7 +7,6 @@ import pickle
 import random
 import subprocess
 import sys
-import threading
 import weakref
 
 import pytest
@@ -19,7 +18,7 @@ import abcnets
 from abcnets import PackedChain, PackedLayer, PackedPool
 
 pytest.importorskip("numba")
-from test_kernels_cpu import HERE, counting
+from test_kernels_cpu import HERE, at_once, counting
 
 from kernels.cpu import chain as cpu_chain
 from kernels.cpu import engine as cpu_engine
@@ -379,11 +378,7 @@ def test_several_threads_at_once(count, threads):
             if not torch.equal(chain(inputs[i]), expected[i]):
                 wrong.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, zip(range(6)))
     assert not wrong
 
 

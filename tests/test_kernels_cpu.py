@@ -212,6 +212,15 @@ def tile(request):
         yield request.param
 
 
+def at_once(work, arguments):
+    """work(*each) for each of the arguments, in a Python thread of its own; returns when all are done."""
+    workers = [threading.Thread(target=work, args=each) for each in arguments]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
 def layer_of(case):
     return cpu_engine._layers.get((*case.tensors, *case.out[:2]), case.channels, case.groups, case.out[2])
 
@@ -745,11 +754,7 @@ def test_concurrent_calls(threads):
             if not torch.equal(case.run(x), y):
                 wrong.append(x)
 
-    workers = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, zip(inputs, expected))
     assert not wrong
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import random
-import threading
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from abcnets import ChainAverage, ChainRead, ChainSum, PackedChain, PackedLayer
 pytest.importorskip("numba")
 from networks import import_torchvision, resnet20
 from test_chain import KINDS, STOCK, binary, in_one_call, nearly_all_close, one_by_one, random_chain, random_layer
-from test_kernels_cpu import HERE, counting
+from test_kernels_cpu import HERE, at_once, counting
 
 
 def chain_that_adds(seed, relu) -> tuple:
@@ -264,11 +263,7 @@ def test_several_python_threads():
         for _ in range(20):
             results[i] = chain(*given)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, zip(range(4)))
     assert all(torch.equal(results[i], expected) for i in range(4))
 
 

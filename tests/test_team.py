@@ -26,7 +26,7 @@ if os.name != "posix":
     pytest.skip("no threads of POSIX", allow_module_level=True)
 from numba import njit, types
 from test_chain import random_chain, some_chain
-from test_kernels_cpu import small_case, words_of
+from test_kernels_cpu import at_once, small_case, words_of
 
 from kernels.cpu import engine as cpu_engine
 from kernels.cpu import system, team
@@ -336,11 +336,7 @@ def test_several_threads_of_python_at_once(pool):
             if not all(map(torch.equal, found, expected[i])):
                 wrong.append(i)
 
-    workers = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    at_once(work, zip(range(6)))
     assert not wrong and 0 < len(pool.calls) <= 720 and set(pool.calls) == {3}
 
 

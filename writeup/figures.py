@@ -230,8 +230,8 @@ def _kind(form) -> str:
 
 
 def _form_label(form) -> str:
-    """1 x b2: one base for the weights, two digits for the activations; t: thermometer; 1: binary weights alone;
-    m2 x m2: mixed settings within the budget of 2 x 2.
+    """1 x b2: one base for the weights, two digits for the activations; 1: binary weights alone;
+    t: thermometer, u: uniform, m2 x m2: mixed settings within the budget of 2 x 2.
 
     int8: what a library, which the mark tells, makes of the float network.
     """
